@@ -1,0 +1,42 @@
+"""Errors of the package. Each says what was passed, what was found and what to do.
+
+Every class derives from [`FeatureReuseError`] and from the built-in error a caller would expect, so
+`except ValueError` keeps working.
+"""
+
+
+class FeatureReuseError(Exception):
+    """Base class of every error that this package raises on purpose.
+
+    Example:
+        >>> from hf_featreuse import FeatureReuseError, FeatureReuseSchedule
+        >>> try:
+        ...     FeatureReuseSchedule(12, drop_rate=1.5)
+        ... except FeatureReuseError as error:
+        ...     print(type(error).__name__)
+        ConfigurationError
+    """
+
+
+class ConfigurationError(FeatureReuseError, ValueError):
+    """An option has a value that cannot be used; raised at construction."""
+
+
+class BlockError(FeatureReuseError, ValueError):
+    """The model has no usable residual block, or the blocks given do not fit the model."""
+
+
+class StepError(FeatureReuseError, RuntimeError):
+    """A step was entered in a state in which it could not be exact: stale gradients, a nested step."""
+
+
+class CheckpointError(FeatureReuseError, RuntimeError):
+    """A checkpoint is incomplete or does not hold every weight of the model."""
+
+
+class DataError(FeatureReuseError, ValueError):
+    """The data set has no such column or split, or is empty."""
+
+
+class BadImageError(FeatureReuseError, RuntimeError):
+    """An image cannot be decoded; the message names the file, or the split and row."""
