@@ -1,0 +1,172 @@
+"""The method for one optimizer step at a time, with or without a Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.errors import BlockError, StepError
+from hf_featreuse.freezing import freeze, norm_layers, own_parameters, trunk_modules
+from hf_featreuse.schedule import FeatureReuseSchedule, StepKind, StepPlan
+from hf_featreuse.skipping import check_exact, check_scalable, skip_blocks
+
+
+class FeatureReuse:
+    """Run each optimizer step of a training loop as its schedule says.
+
+    Args:
+        model (`torch.nn.Module`): the model that trains. It may be wrapped afterwards, not replaced.
+        blocks (`list[ResidualBlock]`): b0..b(L-1), as from `trainable_blocks(model, find_residual_blocks(model))`.
+            `plan.dropped` indexes this list; every other part of the model is the trunk.
+        schedule (`FeatureReuseSchedule`): for L blocks.
+        scale_kept (`bool`, defaults to `False`): in stochastic-depth steps, divide the residual increment of each kept
+            block by its survival probability.
+        train_trunk (`bool`, defaults to `False`): in masked-freeze steps, let the trunk train as well.
+
+    Attributes:
+        current_plan (`StepPlan`, *optional*): the plan of the step that is open now.
+
+    Raises:
+        BlockError: a block is not part of the model, inexact, inside another, or holds nothing that trains; or the
+            schedule is for another number of blocks.
+        ConfigurationError: `scale_kept` with blocks that end in an activation.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import FeatureReuse, FeatureReuseSchedule, find_residual_blocks
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=8,
+        ...                    image_size=8, patch_size=4)
+        >>> model = ViTForImageClassification(config)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> blocks = find_residual_blocks(model)
+        >>> reuse = FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks), drop_rate=0.5, seed=0))
+        >>> for step in range(2):
+        ...     with reuse.step(step) as plan:
+        ...         model(torch.ones(2, 3, 8, 8), labels=torch.tensor([0, 1])).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad(set_to_none=True)
+        ...     print(plan.kind.value)
+        stochastic_depth
+        masked_freeze
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[ResidualBlock],
+        schedule: FeatureReuseSchedule,
+        *,
+        scale_kept: bool = False,
+        train_trunk: bool = False,
+    ) -> None:
+        _check_blocks(model, blocks, schedule)
+        if schedule.steps_per_cycle:
+            check_exact(blocks)
+            if scale_kept:
+                check_scalable(blocks)
+        self.model = model
+        self.blocks = list(blocks)
+        self.schedule = schedule
+        self.scale_kept = scale_kept
+        self.train_trunk = train_trunk
+        self.current_plan: StepPlan | None = None
+        # Walking the modules once keeps the work of a step to a few attribute writes a parameter.
+        trunk = trunk_modules(model, blocks)
+        parts = [list(block.module.modules()) for block in blocks] + [trunk]
+        self._parameters = [list(own_parameters(part)) for part in parts]
+        self._norms = [norm_layers(part) for part in parts]
+
+    @contextlib.contextmanager
+    def step(self, global_step: int) -> Iterator[StepPlan]:
+        """Wrap forward and backward of one optimizer step, every micro-batch of it in turn.
+
+        The optimizer step may follow inside or outside. Before the next step, call
+        `optimizer.zero_grad(set_to_none=True)`.
+
+        Args:
+            global_step (`int`): number of optimizer steps taken before this one.
+
+        Yields:
+            `StepPlan`: the kind of step and the set D.
+
+        Raises:
+            StepError: another step is open, or a parameter that must not move in this step still holds a gradient.
+        """
+        if self.current_plan is not None:
+            raise StepError(
+                f"`step({global_step})` was entered inside another step ({self.current_plan.kind.value}). Leave the "
+                "first one before entering the next; micro-batches of one optimizer step enter it in turn."
+            )
+        plan = self.schedule.plan(global_step)
+        with contextlib.ExitStack() as stack:
+            if plan.kind is StepKind.STOCHASTIC_DEPTH:
+                self._check_gradients(plan, [p for index in plan.dropped for p in self._parameters[index]])
+                stack.enter_context(self._skip(plan))
+            elif plan.kind is StepKind.MASKED_FREEZE:
+                parameters, norms = self._frozen(plan)
+                self._check_gradients(plan, parameters)
+                stack.enter_context(freeze(parameters, norms))
+            self.current_plan = plan
+            try:
+                yield plan
+            finally:
+                self.current_plan = None
+
+    def _skip(self, plan: StepPlan) -> contextlib.AbstractContextManager[None]:
+        dropped = [self.blocks[index] for index in plan.dropped]
+        if not self.scale_kept:
+            return skip_blocks(dropped)
+        kept = [index for index in range(len(self.blocks)) if index not in plan.dropped]
+        survival = [1 - self.schedule.rates[index] for index in kept]
+        return skip_blocks(dropped, kept=[self.blocks[index] for index in kept], survival=survival)
+
+    def _frozen(self, plan: StepPlan) -> tuple[list[nn.Parameter], list]:
+        """Parameters and normalisation layers that rest in a masked-freeze step."""
+        trunk = len(self.blocks)
+        training = {*plan.dropped, trunk} if self.train_trunk else set(plan.dropped)
+        resting = [index for index in range(trunk + 1) if index not in training]
+        # A parameter shared with a part that trains, trains.
+        active = {id(p) for index in training for p in self._parameters[index]}
+        parameters = [p for i in resting for p in self._parameters[i] if p.requires_grad and id(p) not in active]
+        return parameters, [norm for index in resting for norm in self._norms[index]]
+
+    def _check_gradients(self, plan: StepPlan, inactive: list[nn.Parameter]) -> None:
+        stale = next((parameter for parameter in inactive if parameter.grad is not None), None)
+        if stale is not None:
+            name = next(name for name, parameter in self.model.named_parameters() if parameter is stale)
+            raise StepError(
+                f"`{name}` must not move in this {plan.kind.value} step but holds a gradient from before, which the "
+                "optimizer would apply. Call `optimizer.zero_grad(set_to_none=True)` after every optimizer step."
+            )
+
+
+def _check_blocks(model: nn.Module, blocks: Sequence[ResidualBlock], schedule: FeatureReuseSchedule) -> None:
+    if len(blocks) != schedule.num_blocks:
+        raise BlockError(
+            f"The schedule is for {schedule.num_blocks} blocks, but {len(blocks)} were passed. Build it with "
+            f"`FeatureReuseSchedule({len(blocks)}, ...)`."
+        )
+    modules = {id(module) for module in model.modules()}
+    seen: dict[int, str] = {}
+    for block in blocks:
+        if id(block.module) not in modules:
+            raise BlockError(
+                f"Block {block.name} is not a part of this {type(model).__name__}: it was found in another model, or "
+                "the model was replaced since. Call `find_residual_blocks` on the model that trains."
+            )
+        if not block.has_trainable_parameters and schedule.steps_per_cycle:
+            raise BlockError(
+                f"Block {block.name} holds no parameter that requires gradients. Filter the blocks with "
+                "`trainable_blocks(model, blocks)`."
+            )
+        for module in block.module.modules():
+            if id(module) in seen:
+                raise BlockError(
+                    f"Blocks {seen[id(module)]} and {block.name} share modules. Pass each block once, and none "
+                    "that contains another."
+                )
+            seen[id(module)] = block.name

@@ -1,0 +1,105 @@
+"""Train only some blocks for a while: everything else is frozen, to the bit.
+
+A frozen parameter gets no gradient at all, not a zero one: with `grad=None` an optimizer leaves the weight and its
+moments alone, while a zero gradient would still move it by momentum and weight decay.
+
+Sources: masked freeze, arXiv 2411.09475 (abstract); the closest precedent is freeze-drop-path, Smith and Topin 2016
+(arXiv 1611.00847).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.errors import BlockError
+
+
+@contextlib.contextmanager
+def train_only(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    *,
+    train_trunk: bool = False,
+    all_blocks: Sequence[ResidualBlock] = (),
+) -> Iterator[None]:
+    """Let only some blocks train in every backward inside the context.
+
+    Parameters that required no gradient before never thaw. Normalisation layers of the frozen part use batch
+    statistics as in training, but their running statistics rest; a `model.train()` inside changes nothing about that.
+    On exit every `requires_grad` and every layer is as before.
+
+    Args:
+        model (`torch.nn.Module`): the model.
+        blocks (`list[ResidualBlock]`): the blocks that train.
+        train_trunk (`bool`, defaults to `False`): let everything outside `all_blocks` train too.
+        all_blocks (`list[ResidualBlock]`): all blocks of the model; needed with `train_trunk`, to know the trunk.
+
+    Raises:
+        BlockError: nothing would train, or `all_blocks` is missing.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import find_residual_blocks, train_only
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+        >>> model = ViTForImageClassification(config)
+        >>> blocks = find_residual_blocks(model)
+        >>> with train_only(model, blocks[:1]):
+        ...     model(torch.zeros(1, 3, 224, 224)).logits.sum().backward()
+        >>> model.classifier.weight.grad is None
+        True
+    """
+    if train_trunk and not all_blocks:
+        raise BlockError("`train_trunk=True` needs `all_blocks`, the list of all blocks, to know what the trunk is.")
+    training = {id(module) for block in blocks for module in block.module.modules()}
+    if train_trunk:
+        training |= {id(module) for module in trunk_modules(model, all_blocks)}
+    frozen = [module for module in model.modules() if id(module) not in training]
+    active = {id(p) for p in own_parameters(m for m in model.modules() if id(m) in training) if p.requires_grad}
+    if not active:
+        raise BlockError(
+            f"None of the blocks {[block.name for block in blocks]} holds a parameter that requires gradients, so "
+            "nothing would train. Pass blocks that hold one."
+        )
+    # A parameter shared with a block that trains, trains.
+    parameters = [p for p in own_parameters(frozen) if p.requires_grad and id(p) not in active]
+    with freeze(parameters, norm_layers(frozen)):
+        yield
+
+
+@contextlib.contextmanager
+def freeze(parameters: Sequence[nn.Parameter], norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Freeze parameters that require gradients now, and running statistics that move now, until the exit."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for norm in norms:
+            # In training mode this flag alone decides whether the statistics move, and `train()` does not touch it.
+            norm.track_running_stats = False
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def norm_layers(modules: Iterable[nn.Module]) -> list[_NormBase]:
+    """The normalisation layers among the modules whose running statistics move in training."""
+    return [module for module in modules if isinstance(module, _NormBase) and module.track_running_stats]
+
+
+def trunk_modules(model: nn.Module, all_blocks: Sequence[ResidualBlock]) -> list[nn.Module]:
+    """The modules that belong to no block."""
+    in_blocks = {id(module) for block in all_blocks for module in block.module.modules()}
+    return [module for module in model.modules() if id(module) not in in_blocks]
+
+
+def own_parameters(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters that the modules hold themselves, not through their children."""
+    return (parameter for module in modules for parameter in module.parameters(recurse=False))

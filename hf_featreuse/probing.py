@@ -1,0 +1,103 @@
+"""Run a model once to look at it, and leave no trace of having done so."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_featreuse.errors import BlockError
+
+# Side of the dummy image, in pixels, for models whose config names no image size (ResNet): five halvings leave 2x2.
+_DEFAULT_IMAGE_SIZE = 64
+_DUMMY_SEQUENCE_LENGTH = 8
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode with gradients enabled, then restore modes, attributes, buffers and torch's RNG."""
+    modules = list(model.modules())
+    attributes = [dict(module.__dict__) for module in modules]
+    registered = [dict(module._buffers) for module in modules]
+    contents = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    device = model_device(model)
+    forked = [device] if device.type == "cuda" else []
+    autocast_device = "cpu" if device.type == "meta" else device.type
+    try:
+        with torch.random.fork_rng(forked), torch.enable_grad(), torch.autocast(autocast_device, enabled=False):
+            model.eval()
+            yield
+    finally:
+        for module, attribute, buffers in zip(modules, attributes, registered, strict=True):
+            # Swin, for one, shrinks its window for good when it meets a small input.
+            module.__dict__.clear()
+            module.__dict__.update(attribute)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, version, content in contents:
+                if buffer._version != version:
+                    buffer.copy_(content)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the first parameter; the CPU for a model without parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments of a forward without labels, from a batch, a tensor or the model's config."""
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    batch = dummy_inputs(model) if inputs is None else inputs
+    if not isinstance(batch, Mapping):
+        raise BlockError(
+            f"`inputs` is a {type(inputs).__name__}. Pass a batch as a dictionary of tensors, as the model's forward "
+            "takes it, or one tensor."
+        )
+    device = model_device(model)
+    moved = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+        if key not in ("labels", "label")
+    }
+    return (), moved
+
+
+def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A batch of one, all zeros, of the size that the model's config names."""
+    pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if pretrained is None:
+        raise BlockError(
+            f"{type(model).__name__} is not a transformers model and has no config to make a dummy batch from. "
+            "Pass a small batch as `inputs`."
+        )
+    device, name = model_device(model), pretrained.main_input_name
+    if name == "pixel_values":
+        size = _image_size(pretrained.config)
+        channels = _lookup(pretrained.config, "num_channels") or 3
+        return {name: torch.zeros(1, channels, *size, device=device, dtype=pretrained.dtype)}
+    if name == "input_ids":
+        return {name: torch.zeros(1, _DUMMY_SEQUENCE_LENGTH, device=device, dtype=torch.long)}
+    raise BlockError(
+        f"{type(pretrained).__name__} takes `{name}`, for which no dummy batch can be made. Pass a small batch as "
+        "`inputs`."
+    )
+
+
+def _image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    size = _lookup(config, "image_size") or _DEFAULT_IMAGE_SIZE
+    if isinstance(size, int):
+        return (size, size)
+    height, width = list(size.values())[:2] if isinstance(size, dict) else tuple(size)[-2:]
+    return (height, width)
+
+
+def _lookup(config: PreTrainedConfig, key: str) -> Any:
+    """The value of a key in the config, else in its vision or backbone config, else None."""
+    configs = [config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)]
+    return next((value for part in configs if (value := getattr(part, key, None)) is not None), None)

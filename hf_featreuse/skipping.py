@@ -1,0 +1,179 @@
+"""Skip residual blocks for a while: they are not computed and act as their shortcut.
+
+A skipped block gets a subclass of its own class, of the same name, whose `__call__` returns the residual stream. The
+call is the outermost place there is: the block's own module hooks, activation checkpointing and a sharded engine's
+communication all stay inside it and are skipped too.
+
+Source: stochastic depth, Huang et al. 2016 (arXiv 1603.09382). Dividing the increment of a kept block by its survival
+probability is the convention of timm's `drop_path` and torchvision's `stochastic_depth`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.errors import BlockError, ConfigurationError, StepError
+
+_RULE = "_feature_reuse_rule"
+_subclasses: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+@contextlib.contextmanager
+def skip_blocks(
+    dropped: Sequence[ResidualBlock],
+    *,
+    kept: Sequence[ResidualBlock] = (),
+    survival: Sequence[float] | None = None,
+) -> Iterator[None]:
+    """Leave out residual blocks in every forward and backward inside the context.
+
+    Hold it through backward: activation checkpointing runs the forward again there. On exit the model is as before:
+    classes, attributes, hooks and `state_dict` keys. A deep copy or pickle made inside holds plain classes.
+
+    Args:
+        dropped (`list[ResidualBlock]`): blocks that return their residual stream at once.
+        kept (`list[ResidualBlock]`, defaults to none): blocks whose residual increment is scaled.
+        survival (`list[float]`, *optional*): survival probability, above 0 and up to 1, of each block of `kept`; a
+            block's output becomes `x + (block(x) - x) / survival`.
+
+    Raises:
+        BlockError: a block is inexact, stands in both lists, or cannot be scaled (an activation follows its addition).
+        ConfigurationError: `survival` does not fit `kept`.
+        StepError: a block is being skipped already.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import find_residual_blocks, skip_blocks
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+        >>> model = ViTForImageClassification(config)
+        >>> blocks = find_residual_blocks(model)
+        >>> with skip_blocks(blocks[:1]):
+        ...     model(torch.zeros(1, 3, 224, 224)).logits.sum().backward()
+        >>> all(parameter.grad is None for parameter in blocks[0].module.parameters())
+        True
+    """
+    rules: list[tuple[ResidualBlock, Callable]] = [(block, _shortcut(block)) for block in dropped]
+    rules += [
+        (block, _scaled(block, probability))
+        for block, probability in zip(kept, _check(dropped, kept, survival), strict=True)
+        if probability != 1
+    ]
+    bound: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for block, rule in rules:
+            module = block.module
+            if _RULE in module.__dict__:
+                raise StepError(f"Block {block.name} is being skipped or scaled already; leave that context first.")
+            bound.append((module, type(module)))
+            module.__class__ = _subclass(type(module))
+            module.__dict__[_RULE] = rule
+        yield
+    finally:
+        for module, plain in reversed(bound):
+            module.__class__ = plain
+            module.__dict__.pop(_RULE, None)
+
+
+def check_exact(blocks: Sequence[ResidualBlock]) -> None:
+    """Raise `BlockError` if skipping one of the blocks would not equal a zero residual branch."""
+    inexact = [block for block in blocks if not block.exact]
+    if inexact:
+        raise BlockError(
+            f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: {inexact[0].activation}"
+            f" follows the addition, and the shortcut alone would change its input again ({len(inexact)} of "
+            f"{len(blocks)} blocks). Use an activation that keeps its own output, such as ReLU, or leave these blocks "
+            "out with `target_blocks`."
+        )
+
+
+def check_scalable(blocks: Sequence[ResidualBlock]) -> None:
+    """Raise `ConfigurationError` if the increment of one of the blocks has no meaning after an activation."""
+    with_activation = [block for block in blocks if block.activation is not None]
+    if with_activation:
+        raise ConfigurationError(
+            f"`scale_kept=True` cannot scale block {with_activation[0].name}: {with_activation[0].activation} follows "
+            "its addition, so output minus input is not the residual branch. Set `scale_kept=False`."
+        )
+
+
+def _check(
+    dropped: Sequence[ResidualBlock], kept: Sequence[ResidualBlock], survival: Sequence[float] | None
+) -> Sequence[float]:
+    check_exact(dropped)
+    check_scalable(kept)
+    both = {id(block.module) for block in dropped} & {id(block.module) for block in kept}
+    if both:
+        name = next(block.name for block in dropped if id(block.module) in both)
+        raise BlockError(f"Block {name} is in `dropped` and in `kept`; pass it in one of them.")
+    probabilities = list(survival or ())
+    if len(probabilities) != len(kept):
+        raise ConfigurationError(
+            f"`survival` has {len(probabilities)} entries for {len(kept)} kept blocks. Pass one probability a kept block."
+        )
+    wrong = [p for p in probabilities if not 0 < p <= 1]
+    if wrong:
+        raise ConfigurationError(f"`survival` holds {wrong[0]!r}. A survival probability is above 0 and at most 1.")
+    return probabilities
+
+
+def _shortcut(block: ResidualBlock) -> Callable:
+    """What a dropped block does when called: the residual stream, in the shape of the block's own output."""
+
+    def rule(_call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        stream = block.stream(args, kwargs)
+        return stream if block.num_outputs is None else (stream, *(None,) * (block.num_outputs - 1))
+
+    return rule
+
+
+def _scaled(block: ResidualBlock, survival: float) -> Callable:
+    """What a kept block does when called: its increment divided by its survival probability."""
+
+    def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        # In the walk that found the block, `stream` was its input before any addition in place.
+        stream = block.stream(args, kwargs)
+        output = call(*args, **kwargs)
+        first = output if isinstance(output, torch.Tensor) else output[0]
+        scaled = (stream + (first - stream) / survival).to(first.dtype)
+        return scaled if isinstance(output, torch.Tensor) else (scaled, *output[1:])
+
+    return rule
+
+
+def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module class, of the same name, that asks the instance's rule before anything else."""
+    if plain in _subclasses:
+        return _subclasses[plain]
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[_RULE](super(subclass, self).__call__, args, kwargs)
+
+    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        rule = self.__dict__.pop(_RULE)
+        self.__class__ = plain
+        try:
+            return copy.deepcopy(self, memo)
+        finally:
+            self.__class__ = subclass
+            self.__dict__[_RULE] = rule
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        # Not `copyreg.__newobj__`: pickle insists that its class is the instance's own.
+        state = {key: value for key, value in self.__dict__.items() if key != _RULE}
+        return object.__new__, (plain,), state
+
+    methods = {"__call__": __call__, "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}
+    # FSDP's wrap policy and reprs go by the class name.
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    subclass = type(plain.__name__, (plain,), {**names, **methods})
+    _subclasses[plain] = subclass
+    return subclass
+
