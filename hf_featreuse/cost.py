@@ -1,0 +1,230 @@
+"""What a step of each kind costs in arithmetic, as a share of a vanilla step.
+
+Counted once with torch's `FlopCounterMode`: matrix products, convolutions and attention of a forward and backward of
+a batch of one. From the parts, the cost of any set D follows by addition:
+
+- stochastic depth: a dropped block costs nothing, forward and backward.
+- masked freeze: the whole forward; input gradients from the loss down to the lowest block that trains; weight
+  gradients of the blocks that train.
+
+Recomputation by activation checkpointing is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.errors import BlockError
+from hf_featreuse.freezing import freeze
+from hf_featreuse.probing import model_inputs, undisturbed
+from hf_featreuse.schedule import StepKind, StepPlan
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Floating-point operations, forward and backward, of one residual block on the measured batch.
+
+    Args:
+        trained (`int`): when it trains and the gradient goes on below it.
+        lowest (`int`): when it trains and nothing below it does.
+        frozen (`int`): when only the gradient of its input is needed.
+        resting (`int`): when nothing in it or below it trains: its forward alone.
+        vanilla (`int`): in a plain step, `trained` or `lowest`.
+    """
+
+    trained: int
+    lowest: int
+    frozen: int
+    resting: int
+    vanilla: int
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Cost of the kinds of step of one model.
+
+    Args:
+        vanilla (`int`): floating-point operations of forward and backward of a plain step.
+        blocks (`tuple[BlockCost, ...]`): of the residual blocks in forward order.
+        trunk (`tuple[int, ...]`): forward operations of the trunk, from before the first block to after the last.
+        train_trunk (`bool`): whether the trunk trains in masked-freeze steps.
+    """
+
+    vanilla: int
+    blocks: tuple[BlockCost, ...]
+    trunk: tuple[int, ...]
+    train_trunk: bool = False
+
+    def share(self, plan: StepPlan) -> float:
+        """Arithmetic of a step as a share of a vanilla step's, from 0 to 1.
+
+        Args:
+            plan (`StepPlan`): of the step.
+
+        Example:
+            >>> from transformers import ViTConfig, ViTForImageClassification
+            >>> from hf_featreuse import StepKind, StepPlan, find_residual_blocks, measure_step_costs
+            >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+            >>> model = ViTForImageClassification(config)
+            >>> costs = measure_step_costs(model, find_residual_blocks(model))
+            >>> costs.share(StepPlan(StepKind.VANILLA))
+            1.0
+        """
+        if not self.vanilla or plan.kind is StepKind.VANILLA:
+            return 1.0
+        dropped = set(plan.dropped)
+        if plan.kind is StepKind.STOCHASTIC_DEPTH:
+            return 1.0 - sum(self.blocks[index].vanilla for index in dropped) / self.vanilla
+        if self.train_trunk:
+            frozen = [block for index, block in enumerate(self.blocks) if index not in dropped]
+            return 1.0 - sum(block.vanilla - block.frozen for block in frozen) / self.vanilla
+        return self._freeze_cost(dropped) / self.vanilla
+
+    def _freeze_cost(self, dropped: set[int]) -> int:
+        """Operations of a masked-freeze step with a frozen trunk: its backward ends in the lowest block that trains."""
+        lowest = min(dropped)
+        cost = sum(self.trunk) + sum(block.resting for block in self.blocks[:lowest]) + self.blocks[lowest].lowest
+        for index in range(lowest + 1, len(self.blocks)):
+            cost += self.blocks[index].trained if index in dropped else self.blocks[index].frozen
+        # The trunk above, linear or convolutional, needs as much for its input gradient as for its forward.
+        return cost + sum(self.trunk[lowest + 1 :])
+
+
+def measure_step_costs(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    inputs: Mapping[str, Any] | torch.Tensor | None = None,
+    *,
+    train_trunk: bool = False,
+) -> StepCosts:
+    """Count the arithmetic of a forward and backward of a small batch, block by block.
+
+    Costs about two forwards and backwards of the batch, and four of each block of a new shape. The model stays as it is, gradients included; a model on the
+    meta device is counted without any arithmetic.
+
+    Args:
+        model (`torch.nn.Module`): the model, not wrapped yet.
+        blocks (`list[ResidualBlock]`): its blocks in forward order.
+        inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch without labels; by default a
+            batch of one is made from `model.config`.
+        train_trunk (`bool`, defaults to `False`): whether the trunk trains in masked-freeze steps.
+
+    Raises:
+        BlockError: no batch can be made, or the model returns no output to run backward from.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import StepKind, StepPlan, find_residual_blocks, measure_step_costs
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+        >>> model = ViTForImageClassification(config)
+        >>> costs = measure_step_costs(model, find_residual_blocks(model))
+        >>> 0 < costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (0, 1))) < costs.share(
+        ...     StepPlan(StepKind.MASKED_FREEZE, (0, 1))) < 1
+        True
+    """
+    args, kwargs = model_inputs(model, inputs)
+    recorder = _Recorder(blocks)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with undisturbed(model):
+        handles = recorder.attach()
+        try:
+            with recorder.counter:
+                output = model(*args, **kwargs)
+                forward = recorder.counter.get_total_flops()
+                torch.autograd.grad(_scalar(output), trainable, allow_unused=True)
+                total = recorder.counter.get_total_flops()
+        finally:
+            for handle in handles:
+                handle.remove()
+        costs = recorder.replay_all()
+    trunk = (*recorder.before, forward - recorder.ended)
+    return StepCosts(total, tuple(costs), trunk, train_trunk)
+
+
+class _Recorder:
+    """Hooks that split the forward's operations by block and keep each block's arguments."""
+
+    def __init__(self, blocks: Sequence[ResidualBlock]) -> None:
+        self.blocks = blocks
+        self.counter = FlopCounterMode(display=False)
+        self.before = [0] * len(blocks)
+        self.calls: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
+        self.ended = 0
+
+    def attach(self) -> list[Any]:
+        handles = []
+        for index, block in enumerate(self.blocks):
+            handles.append(block.module.register_forward_pre_hook(self._enter(index), with_kwargs=True))
+            handles.append(block.module.register_forward_hook(self._leave))
+        return handles
+
+    def _enter(self, index: int):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.before[index] += self.counter.get_total_flops() - self.ended
+            self.calls[index].append((args, kwargs))
+
+        return hook
+
+    def _leave(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
+        self.ended = self.counter.get_total_flops()
+
+    def replay_all(self) -> list[BlockCost]:
+        """The costs of all blocks; blocks of the same shape are run once."""
+        known: dict[Any, list[int]] = {}
+        costs = []
+        for block, calls in zip(self.blocks, self.calls, strict=True):
+            totals, gradient_goes_on = [0] * 4, False
+            for args, kwargs in calls:
+                stream = block.stream(args, kwargs)
+                shapes = [(tuple(p.shape), p.requires_grad) for p in block.module.parameters()]
+                key = (type(block.module), tuple(stream.shape), str(shapes))
+                if key not in known:
+                    known[key] = [_replay(block, args, kwargs, *state) for state in _STATES]
+                totals = [total + count for total, count in zip(totals, known[key], strict=True)]
+                gradient_goes_on |= stream.requires_grad
+            costs.append(BlockCost(*totals, vanilla=totals[0] if gradient_goes_on else totals[1]))
+        return costs
+
+
+# (the block trains, the gradient goes on below it), in the order of BlockCost's fields.
+_STATES = ((True, True), (True, False), (False, True), (False, False))
+
+
+def _replay(block: ResidualBlock, args: tuple, kwargs: dict[str, Any], trains: bool, goes_on: bool) -> int:
+    """Operations of one call of a block. Attention kernels differ with what needs gradients, so each state is run."""
+    original = block.stream(args, kwargs)
+    leaf = original.detach().requires_grad_(goes_on)
+    # The counter's module tracker cannot take a leaf as a module's input.
+    stream = leaf.clone()
+
+    def replace(value: Any) -> Any:
+        return stream if value is original else value.detach() if isinstance(value, torch.Tensor) else value
+
+    weights = [parameter for parameter in block.module.parameters() if parameter.requires_grad]
+    counter = FlopCounterMode(display=False)
+    with freeze([] if trains else weights, []), counter:
+        output = block.module(*map(replace, args), **{key: replace(value) for key, value in kwargs.items()})
+        wanted = [leaf] * goes_on + weights * trains
+        if wanted:
+            torch.autograd.grad(_scalar(output), wanted, allow_unused=True)
+    return counter.get_total_flops()
+
+
+def _scalar(output: Any) -> torch.Tensor:
+    """A scalar to run backward from: the sum of the first output that has a graph."""
+    values = [output] if isinstance(output, torch.Tensor) else output
+    values = values.values() if isinstance(values, Mapping) else values
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            return value.sum()
+    raise BlockError(
+        "The model returned no tensor with gradients, so its backward cannot be counted. Unfreeze some parameters, or "
+        "check the model's outputs."
+    )
