@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from PIL.Image import Resampling
+from PIL.Image import Resampling, Transpose
 from transformers import BaseImageProcessor
 
 from .errors import DataError
@@ -77,9 +77,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Turn an RGB image into a uint8 tensor of shape (3, height, width)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def to_tensors(images: Sequence[Image.Image]) -> list[torch.Tensor]:
+    """Copy RGB images into uint8 tensors of shape (3, height, width)."""
+    if len({image.size for image in images}) > 1:
+        return [tensor for image in images for tensor in to_tensors([image])]
+    width, height = images[0].size
+    pixels = np.empty((len(images), 3, height, width), np.uint8)
+    if len(images) > 1 and height * width <= 128 * 128:
+        # Pillow's calls cost more than small images do: paste these into one sheet and read that once.
+        sheet = Image.new("RGB", (width, height * len(images)))
+        for i, image in enumerate(images):
+            sheet.paste(image, (0, i * height))
+        for plane, band in enumerate("RGB"):
+            pixels[:, plane] = np.frombuffer(sheet.tobytes("raw", band), np.uint8).reshape(-1, height, width)
+    else:
+        for i, image in enumerate(images):
+            for plane, band in enumerate("RGB"):
+                pixels[i, plane] = np.frombuffer(image.tobytes("raw", band), np.uint8).reshape(height, width)
+    return list(torch.from_numpy(pixels))
 
 
 class ImageTransform:
@@ -181,16 +196,14 @@ class TrainTransform(ImageTransform):
         """Transform images of the given rows in one go. See [`ImageTransform`]."""
         draws = self._uniforms(rows, epoch)
         boxes = self._boxes(draws, np.array([image.size for image in images]))
+        flips = (draws[:, 2 * _ATTEMPTS + 2] < self.flip).tolist()
         height, width = self.size
-        pixels = b"".join(
+        results = []
+        for image, box, flip in zip(images, boxes, flips, strict=True):
             # A gap of 3 only comes into play where an image shrinks six times or more; the difference is invisible.
-            image.resize((width, height), self.resample, box, reducing_gap=3.0).tobytes()
-            for image, box in zip(images, boxes, strict=True)
-        )
-        batch = np.frombuffer(pixels, np.uint8).reshape(len(images), height, width, 3)
-        flipped = (draws[:, 2 * _ATTEMPTS + 2] < self.flip)[:, None, None, None]
-        batch = np.where(flipped, batch[:, :, ::-1], batch)
-        return list(torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous())
+            result = image.resize((width, height), self.resample, box, reducing_gap=3.0)
+            results.append(result.transpose(Transpose.FLIP_LEFT_RIGHT) if flip else result)
+        return to_tensors(results)
 
     def _uniforms(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         """Draw uniform numbers of shape (rows, `_DRAWS`), each row's from its own stretch of the Philox sequence."""
@@ -229,3 +242,230 @@ class TrainTransform(ImageTransform):
 def _between(draws: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map uniform numbers on [0, 1) to [low, high)."""
     return low + (high - low) * draws
+
+
+class EvalTransform(ImageTransform):
+    """Resize and crop as a Hugging Face image processor does, bit for bit, without its rescaling and normalisation.
+
+    Fixed sizes, `shortest_edge`, centre crops and ConvNeXt's `crop_pct` are done by Pillow directly. The result is
+    compared with the processor's own on two images of noise when the transform is made; where they differ (padding,
+    torchvision's filters, rules of its own) the processor itself is called for each image, which is slower, and the
+    log says so once.
+
+    Args:
+        processor: An image processor of transformers, such as `AutoImageProcessor.from_pretrained` returns.
+
+    Raises:
+        DataError: The processor returns something other than one uint8 image of three channels.
+
+    Example:
+        >>> from PIL import Image
+        >>> from transformers import CLIPImageProcessorPil
+        >>> from hf_featreuse.transforms import EvalTransform
+        >>> transform = EvalTransform(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32))
+        >>> transform(Image.new("RGB", (60, 40))).shape
+        torch.Size([3, 32, 32])
+    """
+
+    def __init__(self, processor: BaseImageProcessor):
+        self.processor = processor
+        self._settings = processor.to_dict()
+        # Some processors change pixel values by further rules, which belong to `ImageCollator`.
+        extra = {"do_flip_channel_order", "include_top", "rescale_offset"} & set(self._settings)
+        self._off = {"do_rescale": False, "do_normalize": False, **dict.fromkeys(extra, False)}
+        noise = np.random.Generator(np.random.Philox(0))
+        probes = [Image.fromarray(noise.integers(0, 256, shape, np.uint8)) for shape in ((61, 97, 3), (600, 450, 3))]
+        self._direct = all(self._equals_processor(probe) for probe in probes)
+        if not self._direct:
+            name = type(processor).__name__
+            logger.warning("%s has settings of its own: images are resized by calling it one by one, slower.", name)
+
+    def __call__(self, image: Image.Image, row: int = 0, epoch: int = 0) -> torch.Tensor:
+        """Transform one RGB image; `row` and `epoch` play no part. See [`ImageTransform`]."""
+        return to_tensors([self._resize(image)])[0] if self._direct else self._by_processor(image)
+
+    def batch(self, images: Sequence[Image.Image], rows: np.ndarray, epoch: int) -> list[torch.Tensor]:
+        """Transform several images. See [`ImageTransform`]."""
+        if self._direct:
+            return to_tensors([self._resize(image) for image in images])
+        return [self._by_processor(image) for image in images]
+
+    def _equals_processor(self, image: Image.Image) -> bool:
+        """Say whether Pillow alone gives what the processor gives for this image."""
+        size = self._settings.get("size") or {}
+        if self._settings.get("do_resize") and set(size) not in ({"height", "width"}, {"shortest_edge"}):
+            return False
+        return torch.equal(to_tensors([self._resize(image)])[0], self._by_processor(image))
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        """Apply the processor's resize and centre crop with Pillow."""
+        crop_size = self._settings["crop_size"] if self._settings.get("do_center_crop") else None
+        if self._settings.get("do_resize"):
+            size, edge = self._settings["size"], self._settings["size"].get("shortest_edge")
+            if edge is None:
+                height, width = size["height"], size["width"]
+            elif self._settings.get("crop_pct") and edge >= 384:
+                height, width = edge, edge
+            elif self._settings.get("crop_pct"):
+                height, width = _with_shortest_edge(image, int(edge / self._settings["crop_pct"]))
+                crop_size = {"height": edge, "width": edge}
+            else:
+                height, width = _with_shortest_edge(image, edge)
+            image = image.resize((width, height), self._settings["resample"])
+        if crop_size is not None:
+            left, top = (image.width - crop_size["width"]) // 2, (image.height - crop_size["height"]) // 2
+            image = image.crop((left, top, left + crop_size["width"], top + crop_size["height"]))
+        return image
+
+    def _by_processor(self, image: Image.Image) -> torch.Tensor:
+        """Let the processor itself resize and crop."""
+        pixels = np.asarray(self.processor(image, return_tensors="np", **self._off)["pixel_values"][0])
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+            raise DataError(
+                f"{type(self.processor).__name__} without rescaling returns {pixels.dtype} of shape {pixels.shape}; "
+                "one uint8 image of shape (3, height, width) is needed. Pass another `processor`."
+            )
+        return torch.from_numpy(pixels.copy())
+
+
+def _with_shortest_edge(image: Image.Image, edge: int) -> tuple[int, int]:
+    """Compute (height, width) for a shorter edge of `edge` pixels, rounding as transformers does."""
+    longer = int(edge * max(image.size) / min(image.size))
+    return (longer, edge) if image.width <= image.height else (edge, longer)
+
+
+def image_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    """Find the size of the images that a processor hands to the model.
+
+    Args:
+        processor: An image processor of transformers.
+
+    Returns:
+        Height and width in pixels; for `shortest_edge` without a crop, those of a square image.
+
+    Raises:
+        DataError: The processor neither resizes nor crops, and names no size.
+
+    Example:
+        >>> from transformers import ViTImageProcessorPil
+        >>> from hf_featreuse.transforms import image_size
+        >>> image_size(ViTImageProcessorPil(size={"height": 32, "width": 48}))
+        (32, 48)
+    """
+    settings = processor.to_dict()
+    if settings.get("do_resize") or settings.get("do_center_crop"):
+        height, width = EvalTransform(processor)(Image.new("RGB", (64, 64))).shape[1:]
+        return height, width
+    size = settings.get("size") or {}
+    if {"height", "width"} <= set(size):
+        return size["height"], size["width"]
+    raise DataError(
+        f"{type(processor).__name__} neither resizes nor crops and its size is {size}: "
+        "set `do_resize=True` and a `size` with height and width."
+    )
+
+
+class ImageCollator:
+    """Stack uint8 images into a batch and normalise the whole batch at once: `(x * rescale_factor - mean) / std`.
+
+    Args:
+        mean: Mean of each channel, in units of the rescaled values.
+        std: Standard deviation of each channel, in the same units; not zero.
+        rescale_factor: Factor applied to the 8-bit values first. Default `1 / 255`.
+        flip_channels: Whether to turn RGB into BGR at the end, as MobileViT wants. Default `False`.
+
+    Raises:
+        DataError: `mean` and `std` have not three values each, or `std` holds a zero; when called: the images differ
+            in size.
+
+    Example:
+        >>> import torch
+        >>> from hf_featreuse.transforms import ImageCollator
+        >>> collator = ImageCollator(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        >>> image = torch.full((3, 2, 2), 255, dtype=torch.uint8)
+        >>> batch = collator([{"pixel_values": image, "labels": 3}])
+        >>> batch["pixel_values"].dtype, batch["pixel_values"].unique(), batch["labels"]
+        (torch.float32, tensor([1.]), tensor([3]))
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        rescale_factor: float = 1 / 255,
+        flip_channels: bool = False,
+    ):
+        if len(mean) != 3 or len(std) != 3 or 0 in std:
+            raise DataError(f"mean={mean!r} and std={std!r} must hold three numbers each, std no zero.")
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+        self.rescale_factor, self.flip_channels = rescale_factor, flip_channels
+
+    @classmethod
+    def from_processor(cls, processor: BaseImageProcessor) -> "ImageCollator":
+        """Build the collator that equals a processor's rescaling and normalisation, within 1e-6.
+
+        Args:
+            processor: An image processor of transformers; `do_rescale`, `do_normalize` and channel flips are honoured.
+
+        Raises:
+            DataError: What the processor does to pixel values is not one line for each channel.
+
+        Example:
+            >>> from transformers import ViTImageProcessorPil
+            >>> from hf_featreuse.transforms import ImageCollator
+            >>> ImageCollator.from_processor(ViTImageProcessorPil()).mean.flatten()
+            tensor([0.5000, 0.5000, 0.5000])
+        """
+        settings = processor.to_dict()
+        normalize = settings.get("do_normalize")
+        collator = cls(
+            mean=settings["image_mean"] if normalize else (0.0, 0.0, 0.0),
+            std=settings["image_std"] if normalize else (1.0, 1.0, 1.0),
+            rescale_factor=settings["rescale_factor"] if settings.get("do_rescale") else 1.0,
+            flip_channels=bool(settings.get("do_flip_channel_order")),
+        )
+        # Check all 256 values, each channel in another order.
+        ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        probe = torch.from_numpy(np.stack([ramp, ramp.T, 255 - ramp]))
+        image = Image.fromarray(np.moveaxis(probe.numpy(), 0, -1))
+        shape_kept = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+        wanted = torch.from_numpy(np.array(processor(image, return_tensors="np", **shape_kept)["pixel_values"][0]))
+        for candidate in (collator, cls._fit(probe, wanted, collator.flip_channels)):
+            found = candidate([{"pixel_values": probe, "labels": 0}])["pixel_values"][0]
+            if found.shape == wanted.shape and torch.allclose(found, wanted.float(), rtol=1e-6, atol=1e-6):
+                return candidate
+        raise DataError(
+            f"{type(processor).__name__} changes pixel values in a way that is not a mean and a standard deviation for "
+            "each channel. Build `ImageCollator(mean, std)` yourself, or pass another processor."
+        )
+
+    @classmethod
+    def _fit(cls, probe: torch.Tensor, wanted: torch.Tensor, flip_channels: bool) -> "ImageCollator":
+        """Read each channel's line off what became of 0 and 255: for processors that normalise by further rules."""
+        wanted = (wanted.flip(0) if flip_channels else wanted).double()
+        low = torch.stack([wanted[c][probe[c] == 0][0] for c in range(3)])
+        high = torch.stack([wanted[c][probe[c] == 255][0] for c in range(3)])
+        std = 1 / (high - low)
+        return cls((-low * std).tolist(), std.tolist(), 1 / 255, flip_channels)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate items of an [`ImageSplit`][hf_featreuse.data.ImageSplit].
+
+        Args:
+            features: Items with `pixel_values`, uint8 of shape (3, height, width), and `labels`, an integer.
+
+        Returns:
+            `pixel_values`, float32 of shape (batch, 3, height, width), and `labels`, int64 of shape (batch,).
+        """
+        shapes = {tuple(feature["pixel_values"].shape) for feature in features}
+        if len(shapes) > 1:
+            raise DataError(
+                f"The images of a batch differ in shape: {sorted(shapes)[:3]}. Give the split a transform of fixed "
+                "size with `with_transform(...)`."
+            )
+        pixels = torch.stack([feature["pixel_values"] for feature in features]).to(torch.float32)
+        # Dividing by 255 rounds as transformers does, multiplying by 1 / 255 in float32 does not.
+        pixels = pixels.div_(1 / self.rescale_factor).sub_(self.mean).div_(self.std)
+        labels = torch.tensor([feature["labels"] for feature in features], dtype=torch.int64)
+        return {"pixel_values": pixels.flip(1) if self.flip_channels else pixels, "labels": labels}
