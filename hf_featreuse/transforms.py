@@ -1,100 +1,27 @@
-"""From image files to batches: decode, augment or resize in uint8, normalise a whole batch at once.
+"""From RGB images to uint8 tensors: random crops for training, the image processor's own resizing for evaluation.
 
-The work per image stays in 8-bit Pillow; floats appear only in [`ImageCollator`]. Augmentation is a function of
-(seed, epoch, row) through a counter-based generator, so workers, resume and other users of randomness cannot move it.
-torchvision is never needed.
+Augmentation is a function of (seed, epoch, row) through a counter-based generator, so workers, resume and other users
+of randomness cannot move it. Resizing is Pillow's; torchvision is never needed.
 """
 
-import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.Image import Resampling, Transpose
 from transformers import BaseImageProcessor
 
 from .errors import DataError
+from .images import to_tensors
 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 10  # tries to fit a crop before the central one is taken, as in torchvision
 _DRAWS = 2 * _ATTEMPTS + 4  # per image: areas, aspect ratios, top, left, flip, one unused; whole Philox blocks of 4
-
-
-def decode_image(source: Mapping[str, Any]) -> Image.Image:
-    """Decode one image completely, upright and in RGB.
-
-    The EXIF orientation is applied. 16-bit grey is scaled to 8 bits, not clipped. Transparency is dropped, as Hugging
-    Face pipelines do at inference.
-
-    Args:
-        source: What a `datasets.Image(decode=False)` column holds: `{"bytes": bytes | None, "path": str | None}`.
-            The bytes win; without them the file at the path is read.
-
-    Returns:
-        A PIL image of mode `RGB`.
-
-    Raises:
-        Exception: Whatever Pillow raises for a missing, corrupt, truncated or oversized file;
-            [`ImageSplit`][hf_featreuse.data.ImageSplit] turns it into a `BadImageError` that names the image.
-
-    Example:
-        >>> import io
-        >>> from PIL import Image
-        >>> from hf_featreuse.transforms import decode_image
-        >>> file = io.BytesIO()
-        >>> Image.new("L", (4, 3), 7).save(file, "PNG")
-        >>> image = decode_image({"bytes": file.getvalue(), "path": None})
-        >>> image.mode, image.size, image.getpixel((0, 0))
-        ('RGB', (4, 3), (7, 7, 7))
-    """
-    data, path = source["bytes"], source["path"]
-    if data is None and path is None:
-        raise ValueError("the row holds no image")
-    with Image.open(path if data is None else io.BytesIO(data)) as image:
-        image.load()
-        # Reading EXIF costs as much as decoding a small PNG; only TIFF keeps orientation outside `info`.
-        if image.format == "TIFF" or any(key in image.info for key in ("exif", "xmp", "Raw profile type exif")):
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode of fixed range to RGB; wide integers are taken as 16 bits."""
-    if image.mode == "RGB":
-        return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        wide = np.asarray(image).astype(np.float64)  # astype: `I;16B` is not in native byte order
-        return Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range to convert from")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # otherwise Pillow warns
-    return image.convert("RGB")
-
-
-def to_tensors(images: Sequence[Image.Image]) -> list[torch.Tensor]:
-    """Copy RGB images into uint8 tensors of shape (3, height, width)."""
-    if len({image.size for image in images}) > 1:
-        return [tensor for image in images for tensor in to_tensors([image])]
-    width, height = images[0].size
-    pixels = np.empty((len(images), 3, height, width), np.uint8)
-    if len(images) > 1 and height * width <= 128 * 128:
-        # Pillow's calls cost more than small images do: paste these into one sheet and read that once.
-        sheet = Image.new("RGB", (width, height * len(images)))
-        for i, image in enumerate(images):
-            sheet.paste(image, (0, i * height))
-        for plane, band in enumerate("RGB"):
-            pixels[:, plane] = np.frombuffer(sheet.tobytes("raw", band), np.uint8).reshape(-1, height, width)
-    else:
-        for i, image in enumerate(images):
-            for plane, band in enumerate("RGB"):
-                pixels[i, plane] = np.frombuffer(image.tobytes("raw", band), np.uint8).reshape(height, width)
-    return list(torch.from_numpy(pixels))
 
 
 class ImageTransform:
@@ -250,7 +177,7 @@ class EvalTransform(ImageTransform):
     Fixed sizes, `shortest_edge`, centre crops and ConvNeXt's `crop_pct` are done by Pillow directly. The result is
     compared with the processor's own on two images of noise when the transform is made; where they differ (padding,
     torchvision's filters, rules of its own) the processor itself is called for each image, which is slower, and the
-    log says so once.
+    log says so once. Padding by a processor is then black before normalisation, not zero after it.
 
     Args:
         processor: An image processor of transformers, such as `AutoImageProcessor.from_pretrained` returns.
@@ -270,9 +197,6 @@ class EvalTransform(ImageTransform):
     def __init__(self, processor: BaseImageProcessor):
         self.processor = processor
         self._settings = processor.to_dict()
-        # Some processors change pixel values by further rules, which belong to `ImageCollator`.
-        extra = {"do_flip_channel_order", "include_top", "rescale_offset"} & set(self._settings)
-        self._off = {"do_rescale": False, "do_normalize": False, **dict.fromkeys(extra, False)}
         noise = np.random.Generator(np.random.Philox(0))
         probes = [Image.fromarray(noise.integers(0, 256, shape, np.uint8)) for shape in ((61, 97, 3), (600, 450, 3))]
         self._direct = all(self._equals_processor(probe) for probe in probes)
@@ -282,20 +206,20 @@ class EvalTransform(ImageTransform):
 
     def __call__(self, image: Image.Image, row: int = 0, epoch: int = 0) -> torch.Tensor:
         """Transform one RGB image; `row` and `epoch` play no part. See [`ImageTransform`]."""
-        return to_tensors([self._resize(image)])[0] if self._direct else self._by_processor(image)
+        return to_tensors([self._resize(image)])[0] if self._direct else _by_processor(self.processor, image)
 
     def batch(self, images: Sequence[Image.Image], rows: np.ndarray, epoch: int) -> list[torch.Tensor]:
         """Transform several images. See [`ImageTransform`]."""
         if self._direct:
             return to_tensors([self._resize(image) for image in images])
-        return [self._by_processor(image) for image in images]
+        return [_by_processor(self.processor, image) for image in images]
 
     def _equals_processor(self, image: Image.Image) -> bool:
         """Say whether Pillow alone gives what the processor gives for this image."""
         size = self._settings.get("size") or {}
         if self._settings.get("do_resize") and set(size) not in ({"height", "width"}, {"shortest_edge"}):
             return False
-        return torch.equal(to_tensors([self._resize(image)])[0], self._by_processor(image))
+        return torch.equal(to_tensors([self._resize(image)])[0], _by_processor(self.processor, image))
 
     def _resize(self, image: Image.Image) -> Image.Image:
         """Apply the processor's resize and centre crop with Pillow."""
@@ -317,15 +241,18 @@ class EvalTransform(ImageTransform):
             image = image.crop((left, top, left + crop_size["width"], top + crop_size["height"]))
         return image
 
-    def _by_processor(self, image: Image.Image) -> torch.Tensor:
-        """Let the processor itself resize and crop."""
-        pixels = np.asarray(self.processor(image, return_tensors="np", **self._off)["pixel_values"][0])
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
-            raise DataError(
-                f"{type(self.processor).__name__} without rescaling returns {pixels.dtype} of shape {pixels.shape}; "
-                "one uint8 image of shape (3, height, width) is needed. Pass another `processor`."
-            )
-        return torch.from_numpy(pixels.copy())
+
+def _by_processor(processor: BaseImageProcessor, image: Image.Image) -> torch.Tensor:
+    """Let a processor resize and crop, and leave the values of the pixels to `ImageCollator`."""
+    off: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
+    off |= dict.fromkeys({"do_flip_channel_order", "include_top", "rescale_offset"} & set(processor.to_dict()), False)
+    pixels = np.asarray(processor(image, return_tensors="np", **off)["pixel_values"][0])
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+        raise DataError(
+            f"{type(processor).__name__} without rescaling returns {pixels.dtype} of shape {pixels.shape}; "
+            "one uint8 image of shape (3, height, width) is needed. Pass another image processor."
+        )
+    return torch.from_numpy(pixels.copy())
 
 
 def _with_shortest_edge(image: Image.Image, edge: int) -> tuple[int, int]:
@@ -354,7 +281,7 @@ def image_size(processor: BaseImageProcessor) -> tuple[int, int]:
     """
     settings = processor.to_dict()
     if settings.get("do_resize") or settings.get("do_center_crop"):
-        height, width = EvalTransform(processor)(Image.new("RGB", (64, 64))).shape[1:]
+        height, width = _by_processor(processor, Image.new("RGB", (64, 64))).shape[1:]
         return height, width
     size = settings.get("size") or {}
     if {"height", "width"} <= set(size):
@@ -363,109 +290,3 @@ def image_size(processor: BaseImageProcessor) -> tuple[int, int]:
         f"{type(processor).__name__} neither resizes nor crops and its size is {size}: "
         "set `do_resize=True` and a `size` with height and width."
     )
-
-
-class ImageCollator:
-    """Stack uint8 images into a batch and normalise the whole batch at once: `(x * rescale_factor - mean) / std`.
-
-    Args:
-        mean: Mean of each channel, in units of the rescaled values.
-        std: Standard deviation of each channel, in the same units; not zero.
-        rescale_factor: Factor applied to the 8-bit values first. Default `1 / 255`.
-        flip_channels: Whether to turn RGB into BGR at the end, as MobileViT wants. Default `False`.
-
-    Raises:
-        DataError: `mean` and `std` have not three values each, or `std` holds a zero; when called: the images differ
-            in size.
-
-    Example:
-        >>> import torch
-        >>> from hf_featreuse.transforms import ImageCollator
-        >>> collator = ImageCollator(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-        >>> image = torch.full((3, 2, 2), 255, dtype=torch.uint8)
-        >>> batch = collator([{"pixel_values": image, "labels": 3}])
-        >>> batch["pixel_values"].dtype, batch["pixel_values"].unique(), batch["labels"]
-        (torch.float32, tensor([1.]), tensor([3]))
-    """
-
-    def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        rescale_factor: float = 1 / 255,
-        flip_channels: bool = False,
-    ):
-        if len(mean) != 3 or len(std) != 3 or 0 in std:
-            raise DataError(f"mean={mean!r} and std={std!r} must hold three numbers each, std no zero.")
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
-        self.rescale_factor, self.flip_channels = rescale_factor, flip_channels
-
-    @classmethod
-    def from_processor(cls, processor: BaseImageProcessor) -> "ImageCollator":
-        """Build the collator that equals a processor's rescaling and normalisation, within 1e-6.
-
-        Args:
-            processor: An image processor of transformers; `do_rescale`, `do_normalize` and channel flips are honoured.
-
-        Raises:
-            DataError: What the processor does to pixel values is not one line for each channel.
-
-        Example:
-            >>> from transformers import ViTImageProcessorPil
-            >>> from hf_featreuse.transforms import ImageCollator
-            >>> ImageCollator.from_processor(ViTImageProcessorPil()).mean.flatten()
-            tensor([0.5000, 0.5000, 0.5000])
-        """
-        settings = processor.to_dict()
-        normalize = settings.get("do_normalize")
-        collator = cls(
-            mean=settings["image_mean"] if normalize else (0.0, 0.0, 0.0),
-            std=settings["image_std"] if normalize else (1.0, 1.0, 1.0),
-            rescale_factor=settings["rescale_factor"] if settings.get("do_rescale") else 1.0,
-            flip_channels=bool(settings.get("do_flip_channel_order")),
-        )
-        # Check all 256 values, each channel in another order.
-        ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-        probe = torch.from_numpy(np.stack([ramp, ramp.T, 255 - ramp]))
-        image = Image.fromarray(np.moveaxis(probe.numpy(), 0, -1))
-        shape_kept = {"do_resize": False, "do_center_crop": False, "do_pad": False}
-        wanted = torch.from_numpy(np.array(processor(image, return_tensors="np", **shape_kept)["pixel_values"][0]))
-        for candidate in (collator, cls._fit(probe, wanted, collator.flip_channels)):
-            found = candidate([{"pixel_values": probe, "labels": 0}])["pixel_values"][0]
-            if found.shape == wanted.shape and torch.allclose(found, wanted.float(), rtol=1e-6, atol=1e-6):
-                return candidate
-        raise DataError(
-            f"{type(processor).__name__} changes pixel values in a way that is not a mean and a standard deviation for "
-            "each channel. Build `ImageCollator(mean, std)` yourself, or pass another processor."
-        )
-
-    @classmethod
-    def _fit(cls, probe: torch.Tensor, wanted: torch.Tensor, flip_channels: bool) -> "ImageCollator":
-        """Read each channel's line off what became of 0 and 255: for processors that normalise by further rules."""
-        wanted = (wanted.flip(0) if flip_channels else wanted).double()
-        low = torch.stack([wanted[c][probe[c] == 0][0] for c in range(3)])
-        high = torch.stack([wanted[c][probe[c] == 255][0] for c in range(3)])
-        std = 1 / (high - low)
-        return cls((-low * std).tolist(), std.tolist(), 1 / 255, flip_channels)
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate items of an [`ImageSplit`][hf_featreuse.data.ImageSplit].
-
-        Args:
-            features: Items with `pixel_values`, uint8 of shape (3, height, width), and `labels`, an integer.
-
-        Returns:
-            `pixel_values`, float32 of shape (batch, 3, height, width), and `labels`, int64 of shape (batch,).
-        """
-        shapes = {tuple(feature["pixel_values"].shape) for feature in features}
-        if len(shapes) > 1:
-            raise DataError(
-                f"The images of a batch differ in shape: {sorted(shapes)[:3]}. Give the split a transform of fixed "
-                "size with `with_transform(...)`."
-            )
-        pixels = torch.stack([feature["pixel_values"] for feature in features]).to(torch.float32)
-        # Dividing by 255 rounds as transformers does, multiplying by 1 / 255 in float32 does not.
-        pixels = pixels.div_(1 / self.rescale_factor).sub_(self.mean).div_(self.std)
-        labels = torch.tensor([feature["labels"] for feature in features], dtype=torch.int64)
-        return {"pixel_values": pixels.flip(1) if self.flip_channels else pixels, "labels": labels}

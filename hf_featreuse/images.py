@@ -1,0 +1,195 @@
+"""From image files to batches: decode to 8-bit RGB, copy into tensors, normalise a whole batch at once.
+
+The work per image stays in 8 bits; floats appear only in [`ImageCollator`].
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BaseImageProcessor
+
+from .errors import DataError
+
+
+def decode_image(source: Mapping[str, Any]) -> Image.Image:
+    """Decode one image completely, upright and in RGB.
+
+    The EXIF orientation is applied. 16-bit grey is scaled to 8 bits, not clipped. Transparency is dropped, as Hugging
+    Face pipelines do at inference.
+
+    Args:
+        source: What a `datasets.Image(decode=False)` column holds: `{"bytes": bytes | None, "path": str | None}`.
+            The bytes win; without them the file at the path is read.
+
+    Returns:
+        A PIL image of mode `RGB`.
+
+    Raises:
+        Exception: Whatever Pillow raises for a missing, corrupt, truncated or oversized file;
+            [`ImageSplit`][hf_featreuse.data.ImageSplit] turns it into a `BadImageError` that names the image.
+
+    Example:
+        >>> import io
+        >>> from PIL import Image
+        >>> from hf_featreuse.images import decode_image
+        >>> file = io.BytesIO()
+        >>> Image.new("L", (4, 3), 7).save(file, "PNG")
+        >>> image = decode_image({"bytes": file.getvalue(), "path": None})
+        >>> image.mode, image.size, image.getpixel((0, 0))
+        ('RGB', (4, 3), (7, 7, 7))
+    """
+    data, path = source["bytes"], source["path"]
+    if data is None and path is None:
+        raise ValueError("the row holds no image")
+    with Image.open(path if data is None else io.BytesIO(data)) as image:
+        image.load()
+        # Reading EXIF costs as much as decoding a small PNG; only TIFF keeps orientation outside `info`.
+        if image.format == "TIFF" or any(key in image.info for key in ("exif", "xmp", "Raw profile type exif")):
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode of fixed range to RGB; wide integers are taken as 16 bits."""
+    if image.mode == "RGB":
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.float64)  # astype: `I;16B` is not in native byte order
+        return Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range to convert from")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # otherwise Pillow warns
+    return image.convert("RGB")
+
+
+def to_tensors(images: Sequence[Image.Image]) -> list[torch.Tensor]:
+    """Copy RGB images into uint8 tensors of shape (3, height, width)."""
+    if len({image.size for image in images}) > 1:
+        return [tensor for image in images for tensor in to_tensors([image])]
+    width, height = images[0].size
+    pixels = np.empty((len(images), 3, height, width), np.uint8)
+    if len(images) > 1 and height * width <= 128 * 128:
+        # Pillow's calls cost more than small images do: paste these into one sheet and read that once.
+        sheet = Image.new("RGB", (width, height * len(images)))
+        for i, image in enumerate(images):
+            sheet.paste(image, (0, i * height))
+        for plane, band in enumerate("RGB"):
+            pixels[:, plane] = np.frombuffer(sheet.tobytes("raw", band), np.uint8).reshape(-1, height, width)
+    else:
+        for i, image in enumerate(images):
+            for plane, band in enumerate("RGB"):
+                pixels[i, plane] = np.frombuffer(image.tobytes("raw", band), np.uint8).reshape(height, width)
+    return list(torch.from_numpy(pixels))
+
+
+class ImageCollator:
+    """Stack uint8 images into a batch and normalise the whole batch at once: `(x * rescale_factor - mean) / std`.
+
+    Args:
+        mean: Mean of each channel, in units of the rescaled values.
+        std: Standard deviation of each channel, in the same units; not zero.
+        rescale_factor: Factor applied to the 8-bit values first. Default `1 / 255`.
+        flip_channels: Whether to turn RGB into BGR at the end, as MobileViT wants. Default `False`.
+
+    Raises:
+        DataError: `mean` and `std` have not three values each, or `std` holds a zero; when called: the images differ
+            in size.
+
+    Example:
+        >>> import torch
+        >>> from hf_featreuse.images import ImageCollator
+        >>> collator = ImageCollator(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        >>> image = torch.full((3, 2, 2), 255, dtype=torch.uint8)
+        >>> batch = collator([{"pixel_values": image, "labels": 3}])
+        >>> batch["pixel_values"].dtype, batch["pixel_values"].unique(), batch["labels"]
+        (torch.float32, tensor([1.]), tensor([3]))
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        rescale_factor: float = 1 / 255,
+        flip_channels: bool = False,
+    ):
+        if len(mean) != 3 or len(std) != 3 or 0 in std:
+            raise DataError(f"mean={mean!r} and std={std!r} must hold three numbers each, std no zero.")
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+        self.rescale_factor, self.flip_channels = rescale_factor, flip_channels
+
+    @classmethod
+    def from_processor(cls, processor: BaseImageProcessor) -> "ImageCollator":
+        """Build the collator that equals a processor's rescaling and normalisation, within 1e-6.
+
+        Args:
+            processor: An image processor of transformers; `do_rescale`, `do_normalize` and channel flips are honoured.
+
+        Raises:
+            DataError: What the processor does to pixel values is not one line for each channel.
+
+        Example:
+            >>> from transformers import ViTImageProcessorPil
+            >>> from hf_featreuse.images import ImageCollator
+            >>> ImageCollator.from_processor(ViTImageProcessorPil()).mean.flatten()
+            tensor([0.5000, 0.5000, 0.5000])
+        """
+        settings = processor.to_dict()
+        normalize = settings.get("do_normalize")
+        collator = cls(
+            mean=settings["image_mean"] if normalize else (0.0, 0.0, 0.0),
+            std=settings["image_std"] if normalize else (1.0, 1.0, 1.0),
+            rescale_factor=settings["rescale_factor"] if settings.get("do_rescale") else 1.0,
+            flip_channels=bool(settings.get("do_flip_channel_order")),
+        )
+        # Check all 256 values, each channel in another order.
+        ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        probe = torch.from_numpy(np.stack([ramp, ramp.T, 255 - ramp]))
+        image = Image.fromarray(np.moveaxis(probe.numpy(), 0, -1))
+        shape_kept: dict[str, Any] = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+        wanted = torch.from_numpy(np.array(processor(image, return_tensors="np", **shape_kept)["pixel_values"][0]))
+        if wanted.shape != probe.shape:
+            raise DataError(f"{type(processor).__name__} returns no image of three channels. Pass another processor.")
+        for candidate in (collator, cls._fit(probe, wanted, collator.flip_channels)):
+            found = candidate([{"pixel_values": probe, "labels": 0}])["pixel_values"][0]
+            if torch.allclose(found, wanted.float(), rtol=1e-6, atol=1e-6):
+                return candidate
+        raise DataError(
+            f"{type(processor).__name__} changes pixel values in a way that is not a mean and a standard deviation "
+            "for each channel. Build `ImageCollator(mean, std)` yourself, or pass another processor."
+        )
+
+    @classmethod
+    def _fit(cls, probe: torch.Tensor, wanted: torch.Tensor, flip_channels: bool) -> "ImageCollator":
+        """Read each channel's line off what became of 0 and 255: for processors that normalise by further rules."""
+        wanted = (wanted.flip(0) if flip_channels else wanted).double()
+        low = torch.stack([wanted[c][probe[c] == 0][0] for c in range(3)])
+        high = torch.stack([wanted[c][probe[c] == 255][0] for c in range(3)])
+        std = 1 / (high - low)
+        return cls((-low * std).tolist(), std.tolist(), 1 / 255, flip_channels)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate items of an [`ImageSplit`][hf_featreuse.data.ImageSplit].
+
+        Args:
+            features: Items with `pixel_values`, uint8 of shape (3, height, width), and `labels`, an integer.
+
+        Returns:
+            `pixel_values`, float32 of shape (batch, 3, height, width), and `labels`, int64 of shape (batch,).
+        """
+        shapes = {tuple(feature["pixel_values"].shape) for feature in features}
+        if len(shapes) > 1:
+            raise DataError(
+                f"The images of a batch differ in shape: {sorted(shapes)[:3]}. Give the split a transform of fixed "
+                "size with `with_transform(...)`."
+            )
+        pixels = torch.stack([feature["pixel_values"] for feature in features]).to(torch.float32)
+        # Dividing by 255 rounds as transformers does, multiplying by 1 / 255 in float32 does not.
+        pixels = pixels.div_(1 / self.rescale_factor).sub_(self.mean).div_(self.std)
+        labels = torch.tensor([feature["labels"] for feature in features], dtype=torch.int64)
+        return {"pixel_values": pixels.flip(1) if self.flip_channels else pixels, "labels": labels}
