@@ -128,7 +128,7 @@ def find_residual_blocks(
 def match_targets(names: Sequence[str], target_blocks: str | Sequence[str], model_name: str) -> set[str]:
     """The names that a target selects; `BlockError` with the candidates where an entry selects none."""
     listed = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-    mend = f"Candidates: {listed}. Pass names of these or their endings in a list, or a regular expression as a string."
+    mend = f"Candidates: {listed}. Pass names or endings of names in a list, or a regular expression as a string."
     if isinstance(target_blocks, str):
         try:
             found = {name for name in names if re.fullmatch(target_blocks, name)}
@@ -258,9 +258,9 @@ def _has_graph(value: Any) -> bool:
 
 def _match(inputs: list[tuple[int | str, GradientEdge, torch.Tensor]], output: Any) -> dict[str, Any] | None:
     """What one call says of the block, or None where the first output is not an input plus something."""
-    is_tuple = isinstance(output, (tuple, list)) and len(output) > 0
-    first = output[0] if is_tuple else output
-    if not _has_graph(first):
+    outputs = list(output) if isinstance(output, (tuple, list)) else [output]
+    first = next(iter(outputs), None)
+    if not isinstance(first, torch.Tensor) or not first.requires_grad:
         return None
     candidates: dict[Edge, tuple[int | str, GradientEdge]] = {
         (edge.node, edge.output_nr): (key, edge)
@@ -273,9 +273,8 @@ def _match(inputs: list[tuple[int | str, GradientEdge, torch.Tensor]], output: A
     edge, activation = arrived
     key, input_edge = candidates[edge]
     exact = activation is None or (activation in _IDEMPOTENT and _ends_in(input_edge, activation))
-    return {
-        "key": key, "exact": exact, "activation": activation, "num_outputs": len(output) if is_tuple else None
-    }  # fmt: skip
+    num_outputs = None if isinstance(output, torch.Tensor) else len(outputs)
+    return {"key": key, "exact": exact, "activation": activation, "num_outputs": num_outputs}
 
 
 def _walk_back(start: GradientEdge, goals: set[Edge]) -> tuple[Edge, str | None] | None:

@@ -88,7 +88,7 @@ class StepCosts:
         return self._freeze_cost(dropped) / self.vanilla
 
     def _freeze_cost(self, dropped: set[int]) -> int:
-        """Operations of a masked-freeze step with a frozen trunk: its backward ends in the lowest block that trains."""
+        """Operations of a masked-freeze step with a frozen trunk; backward ends in the lowest block that trains."""
         lowest = min(dropped)
         cost = sum(self.trunk) + sum(block.resting for block in self.blocks[:lowest]) + self.blocks[lowest].lowest
         for index in range(lowest + 1, len(self.blocks)):
@@ -106,8 +106,8 @@ def measure_step_costs(
 ) -> StepCosts:
     """Count the arithmetic of a forward and backward of a small batch, block by block.
 
-    Costs about two forwards and backwards of the batch, and four of each block of a new shape. The model stays as it is, gradients included; a model on the
-    meta device is counted without any arithmetic.
+    Costs about one forward and backward of the batch, and four of each block of a new shape. The model stays as it is,
+    gradients included; a model on the meta device is counted without any arithmetic.
 
     Args:
         model (`torch.nn.Module`): the model, not wrapped yet.

@@ -21,7 +21,7 @@ from hf_featreuse.errors import ConfigurationError
 DropRateSchedule = Literal["linear", "uniform"]
 
 
-class StepKind(str, enum.Enum):
+class StepKind(enum.StrEnum):
     """Kind of one optimizer step.
 
     Example:
@@ -158,22 +158,20 @@ class FeatureReuseSchedule:
         return tuple(np.flatnonzero(uniforms < self.rates).tolist())
 
     def __repr__(self) -> str:
-        names = (
-            "num_blocks drop_rate drop_rate_schedule stochastic_depth_steps masked_freeze_steps seed first_step last_step"
-        )
-        return f"FeatureReuseSchedule({', '.join(f'{name}={getattr(self, name)!r}' for name in names.split())})"
+        values = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "rates")
+        return f"FeatureReuseSchedule({values})"
 
 
 def check_options(drop_rate: object, drop_rate_schedule: object, depth_steps: object, freeze_steps: object) -> None:
     """Raise `ConfigurationError` unless the options that need no model are usable."""
     if isinstance(drop_rate, bool) or not isinstance(drop_rate, (int, float)) or not 0 < drop_rate < 1:
         raise ConfigurationError(
-            f"`drop_rate={drop_rate!r}` is not a probability above 0 and below 1. Pass for instance `drop_rate=0.5`; to "
-            "drop nothing, set `stochastic_depth_steps=0` and `masked_freeze_steps=0`."
+            f"`drop_rate={drop_rate!r}` is not a probability above 0 and below 1. Pass for instance `drop_rate=0.5`; "
+            "to drop nothing, set `stochastic_depth_steps=0` and `masked_freeze_steps=0`."
         )
     if drop_rate_schedule not in get_args(DropRateSchedule):
         raise ConfigurationError(
-            f"`drop_rate_schedule={drop_rate_schedule!r}` is not known. Pass one of {list(get_args(DropRateSchedule))}."
+            f"`drop_rate_schedule={drop_rate_schedule!r}` is not known. Pass one of {get_args(DropRateSchedule)}."
         )
     _whole_number("stochastic_depth_steps", depth_steps)
     _whole_number("masked_freeze_steps", freeze_steps)
@@ -200,7 +198,7 @@ def window_steps(start: float, end: float, max_steps: int) -> tuple[int, int | N
 
 def _whole_number(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise ConfigurationError(f"`{name}={value!r}` is not a whole number of 0 or more. Pass for instance `{name}=1`.")
+        raise ConfigurationError(f"`{name}={value!r}` is not a whole number from 0 on. Pass for instance `{name}=1`.")
     return int(value)
 
 

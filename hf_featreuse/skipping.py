@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -87,8 +88,8 @@ def check_exact(blocks: Sequence[ResidualBlock]) -> None:
     inexact = [block for block in blocks if not block.exact]
     if inexact:
         raise BlockError(
-            f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: {inexact[0].activation}"
-            f" follows the addition, and the shortcut alone would change its input again ({len(inexact)} of "
+            f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: "
+            f"{inexact[0].activation} follows the addition and would change the input again ({len(inexact)} of "
             f"{len(blocks)} blocks). Use an activation that keeps its own output, such as ReLU, or leave these blocks "
             "out with `target_blocks`."
         )
@@ -116,7 +117,7 @@ def _check(
     probabilities = list(survival or ())
     if len(probabilities) != len(kept):
         raise ConfigurationError(
-            f"`survival` has {len(probabilities)} entries for {len(kept)} kept blocks. Pass one probability a kept block."
+            f"`survival` has {len(probabilities)} entries for {len(kept)} kept blocks. Pass one probability for each."
         )
     wrong = [p for p in probabilities if not 0 < p <= 1]
     if wrong:
@@ -154,7 +155,7 @@ def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
         return _subclasses[plain]
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[_RULE](super(subclass, self).__call__, args, kwargs)
+        return self.__dict__[_RULE](functools.partial(plain.__call__, self), args, kwargs)
 
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         rule = self.__dict__.pop(_RULE)
@@ -176,4 +177,3 @@ def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
     subclass = type(plain.__name__, (plain,), {**names, **methods})
     _subclasses[plain] = subclass
     return subclass
-

@@ -1,0 +1,193 @@
+"""Options of the method, beside TrainingArguments and on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.schedule import FeatureReuseSchedule, check_options, check_seed, window_steps
+
+
+class _OneOrMany(argparse.Action):
+    """One value on the command line is a string, several are a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+@dataclass
+class FeatureReuseArguments:
+    """The options of feature reuse, without those of training; see [`FeatureReuseConfig`].
+
+    Raises:
+        ConfigurationError: an option has a value that cannot be used.
+
+    Example:
+        >>> from hf_featreuse import FeatureReuseArguments
+        >>> FeatureReuseArguments(drop_rate=0.3).schedule(num_blocks=3, max_steps=100, seed=0).rates[-1]
+        0.3
+    """
+
+    drop_rate: float = field(
+        default=0.5,
+        metadata={"help": "Probability, above 0 and below 1, of dropping a residual block in a cycle."},
+    )
+    # A plain string, not a Literal: the error then names the option as it is named in Python.
+    drop_rate_schedule: str = field(
+        default="linear",
+        metadata={
+            "help": "'linear': rising with depth up to drop_rate at the last block; 'uniform': drop_rate for all."
+        },
+    )
+    stochastic_depth_steps: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps of a cycle in which the drawn blocks are left out. 0 skips this kind."},
+    )
+    masked_freeze_steps: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps of a cycle in which only the drawn blocks train. 0 skips this kind."},
+    )
+    scale_kept: bool = field(
+        default=False,
+        metadata={
+            "help": "In stochastic-depth steps, divide the residual increment of each kept block by its survival "
+            "probability."
+        },
+    )
+    train_trunk: bool = field(
+        default=False,
+        metadata={"help": "In masked-freeze steps, train everything outside the residual blocks as well."},
+    )
+    target_blocks: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which residual blocks take part; by default all. One value is a regular expression that must "
+            "match a block's whole name, several values are names or dotted endings of names.",
+            "nargs": "+",
+            "action": _OneOrMany,
+        },
+    )
+    reuse_start: float = field(
+        default=0.0, metadata={"help": "Fraction of training, from 0 to 1, before which steps are vanilla."}
+    )
+    reuse_end: float = field(
+        default=1.0, metadata={"help": "Fraction of training, from 0 to 1, after which steps are vanilla."}
+    )
+    reuse_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the schedule; by default the training seed. 0 is valid."}
+    )
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ConfigurationError` unless every option is usable."""
+        check_options(self.drop_rate, self.drop_rate_schedule, self.stochastic_depth_steps, self.masked_freeze_steps)
+        if self.reuse_seed is not None:
+            check_seed("reuse_seed", self.reuse_seed)
+        for name in ("scale_kept", "train_trunk"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"`{name}={getattr(self, name)!r}` is not a boolean. Pass True or False.")
+        self._check_window()
+        self._check_target()
+
+    def _check_window(self) -> None:
+        for name in ("reuse_start", "reuse_end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ConfigurationError(
+                    f"`{name}={value!r}` is not a fraction of training. Pass a value from 0 to 1."
+                )
+        if self.reuse_start >= self.reuse_end:
+            raise ConfigurationError(
+                f"The window from `reuse_start={self.reuse_start!r}` to `reuse_end={self.reuse_end!r}` is empty. Pass "
+                "a start below the end, for instance 0 and 0.5."
+            )
+
+    def _check_target(self) -> None:
+        target = self.target_blocks
+        if target is None or (isinstance(target, str) and target):
+            return
+        is_list = isinstance(target, Sequence) and not isinstance(target, str)
+        if not is_list or not target or not all(isinstance(name, str) and name for name in target):
+            raise ConfigurationError(
+                f"`target_blocks={target!r}` selects nothing. Pass a regular expression as a string, a list of block "
+                "names, or None for all blocks."
+            )
+
+    @property
+    def alternates(self) -> bool:
+        """Whether any step differs from plain training."""
+        return bool(self.stochastic_depth_steps or self.masked_freeze_steps)
+
+    def schedule(self, num_blocks: int, max_steps: int, seed: int) -> FeatureReuseSchedule:
+        """Build the schedule of a run.
+
+        Args:
+            num_blocks (`int`): number of residual blocks.
+            max_steps (`int`): optimizer steps of the whole run; the window's fractions are of this.
+            seed (`int`): used where `reuse_seed` is `None`.
+
+        Raises:
+            ConfigurationError: an option has a value that cannot be used.
+        """
+        self.check()
+        first_step, last_step = window_steps(self.reuse_start, self.reuse_end, max_steps)
+        return FeatureReuseSchedule(
+            num_blocks,
+            drop_rate=self.drop_rate,
+            drop_rate_schedule=self.drop_rate_schedule,  # pyright: ignore[reportArgumentType]
+            stochastic_depth_steps=self.stochastic_depth_steps,
+            masked_freeze_steps=self.masked_freeze_steps,
+            seed=seed if self.reuse_seed is None else self.reuse_seed,
+            first_step=first_step,
+            last_step=last_step,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The options by name."""
+        return {option.name: getattr(self, option.name) for option in fields(FeatureReuseArguments)}
+
+
+@dataclass
+class FeatureReuseConfig(FeatureReuseArguments, TrainingArguments):
+    """`TrainingArguments` with the options of feature reuse. No default of `TrainingArguments` changes.
+
+    Args:
+        drop_rate (`float`, defaults to 0.5): probability, above 0 and below 1, of dropping a block in a cycle.
+        drop_rate_schedule (`"linear"` or `"uniform"`, defaults to `"linear"`): drop probability rising linearly over
+            depth up to `drop_rate` at the last block (Huang et al. 2016), or the same for every block.
+        stochastic_depth_steps (`int`, defaults to 1): optimizer steps of the first kind in a cycle.
+        masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle. 1 and 0 is plain
+            stochastic depth, 0 and 1 masked freeze alone, 0 and 0 plain training, for which the model needs no
+            residual block.
+        scale_kept (`bool`, defaults to `False`): in stochastic-depth steps, divide the residual increment of each
+            kept block by its survival probability. Refused for blocks with an activation after the addition.
+        train_trunk (`bool`, defaults to `False`): in masked-freeze steps, train everything outside the blocks too.
+        target_blocks (`str` or `list[str]`, *optional*): which residual blocks take part: a regular expression that
+            matches the whole name, or a list of names or dotted endings of names. The others belong to the trunk.
+        reuse_start (`float`, defaults to 0.0): fraction of training before which steps are vanilla.
+        reuse_end (`float`, defaults to 1.0): fraction of training after which steps are vanilla.
+        reuse_seed (`int`, *optional*): seed of the schedule, unchanged; `None` takes `seed`.
+
+    Raises:
+        ConfigurationError: an option has a value that cannot be used.
+
+    Source: the two kinds of step, arXiv 2411.09475 (abstract); rates, schedule, ratio, window, scaling and trunk are
+    choices of this package, not of the paper.
+
+    Example:
+        >>> from hf_featreuse import FeatureReuseConfig
+        >>> args = FeatureReuseConfig(output_dir="outputs/run", drop_rate=0.2, report_to="none")
+        >>> args.masked_freeze_steps
+        1
+    """
+
+    def __post_init__(self) -> None:
+        self.check()
+        TrainingArguments.__post_init__(self)

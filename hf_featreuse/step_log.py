@@ -1,0 +1,64 @@
+"""Losses by kind of step, dropped blocks and share of arithmetic, summed between two logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hf_featreuse.schedule import StepKind, StepPlan
+
+_KINDS = tuple(StepKind)
+
+
+class StepLog:
+    """Sums since the last log. The losses stay on the device: nothing is synchronised until a log is drained.
+
+    Args:
+        device (`torch.device`): where the losses are.
+        skip_non_finite (`bool`, defaults to `False`): replace a NaN or infinite loss by the mean of its kind so far,
+            as Trainer's `logging_nan_inf_filter`.
+    """
+
+    def __init__(self, device: torch.device, skip_non_finite: bool = False) -> None:
+        self.skip_non_finite = skip_non_finite
+        self._losses = torch.zeros(len(_KINDS), device=device)
+        self._steps = [0] * len(_KINDS)
+        self._dropped = 0
+        self._share = 0.0
+        self._global_step: int | None = None
+
+    def add(self, global_step: int, plan: StepPlan, share: float, loss: torch.Tensor) -> None:
+        """Count a micro-batch of an optimizer step; its loss is scaled for accumulation, as Trainer returns it."""
+        kind = _KINDS.index(plan.kind)
+        if global_step != self._global_step:
+            self._global_step = global_step
+            self._steps[kind] += 1
+            self._dropped += len(plan.dropped)
+            self._share += share
+        if self.skip_non_finite:
+            loss = torch.where(torch.isfinite(loss), loss, self._losses[kind] / self._steps[kind])
+        self._losses[kind] += loss
+
+    def drain(self, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Means since the last call, by name of the log; kinds of step that did not occur are left out.
+
+        Args:
+            mean_over_ranks (`Callable`): averages a tensor of shape (3,) over all ranks.
+        """
+        steps = sum(self._steps)
+        if not steps:
+            return {}
+        losses = mean_over_ranks(self._losses).tolist()
+        logs = {
+            f"loss/{kind.value}": loss / count
+            for kind, loss, count in zip(_KINDS, losses, self._steps, strict=True)
+            if count
+        }
+        logs["dropped_blocks"] = self._dropped / steps
+        logs["compute_share"] = self._share / steps
+        # The step that is open stays known: its further micro-batches are no new step.
+        self._losses.zero_()
+        self._steps = [0] * len(_KINDS)
+        self._dropped, self._share = 0, 0.0
+        return logs

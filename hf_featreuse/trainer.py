@@ -1,0 +1,167 @@
+"""A Trainer that alternates stochastic depth and masked freeze."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+from transformers.utils.import_utils import is_peft_available
+
+from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
+from hf_featreuse.checkpoints import check_adapter, load_weights, resolve_checkpoint
+from hf_featreuse.config import FeatureReuseArguments
+from hf_featreuse.cost import StepCosts, measure_step_costs
+from hf_featreuse.engine import FeatureReuse
+from hf_featreuse.errors import StepError
+from hf_featreuse.probing import model_inputs, undisturbed
+from hf_featreuse.schedule import FeatureReuseSchedule
+from hf_featreuse.step_log import StepLog
+
+logger = logging.get_logger(__name__)
+
+
+class FeatureReuseTrainer(Trainer):
+    """A drop-in for `transformers.Trainer` that trains with feature reuse.
+
+    Takes every argument of `Trainer`. With a plain `TrainingArguments` the options of feature reuse have their
+    defaults. Evaluation and prediction use the whole network. Logs gain `loss/stochastic_depth`,
+    `loss/masked_freeze`, `loss/vanilla` (means since the last log of the steps of each kind; absent kinds are left
+    out), `dropped_blocks` (mean size of the drawn set D a step) and `compute_share` (mean arithmetic of a step as a
+    share of a vanilla step's).
+
+    Checkpoints are restored exactly and strictly, for models too whose weights the stock Trainer of transformers 5.23
+    fails to restore (ViT, DeiT, BEiT, Swin, DINOv2); one that is cut short is passed over for the last whole one.
+
+    Attributes:
+        feature_reuse (`FeatureReuse`, *optional*): blocks and schedule, bound when `train()` knows the model that
+            trains and its number of steps.
+        step_costs (`StepCosts`, *optional*): arithmetic of each kind of step.
+
+    Raises:
+        BlockError: in `train()`, the model has no residual block that can be skipped and trained.
+        CheckpointError: in `train()`, no checkpoint is whole or one does not hold every weight.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import FeatureReuseConfig, FeatureReuseTrainer
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=8,
+        ...                    image_size=8, patch_size=4)
+        >>> data = [{"pixel_values": torch.rand(3, 8, 8), "labels": i % 2} for i in range(16)]
+        >>> args = FeatureReuseConfig(output_dir="outputs/run", max_steps=4, use_cpu=True, disable_tqdm=True,
+        ...                           save_strategy="no", report_to="none", logging_steps=2)
+        >>> trainer = FeatureReuseTrainer(ViTForImageClassification(config), args, train_dataset=data)
+        >>> result = trainer.train()  # doctest: +ELLIPSIS
+        {...}
+        >>> result.global_step
+        4
+    """
+
+    feature_reuse: FeatureReuse | None = None
+    step_costs: StepCosts | None = None
+    _step_log: StepLog | None = None
+
+    @property
+    def reuse_args(self) -> FeatureReuseArguments:
+        """The options of feature reuse: those of `args`, or the defaults where it is a plain `TrainingArguments`."""
+        return self.args if isinstance(self.args, FeatureReuseArguments) else FeatureReuseArguments()
+
+    def get_residual_blocks(self, model: nn.Module) -> list[ResidualBlock]:
+        """Choose the blocks b0..b(L-1) of the model that trains; override to choose others.
+
+        Args:
+            model (`torch.nn.Module`): the model, on its device, not wrapped or compiled yet.
+        """
+        blocks = find_residual_blocks(model, self._probe_inputs(model), self.reuse_args.target_blocks)
+        return trainable_blocks(model, blocks)
+
+    def get_schedule(self, num_blocks: int, max_steps: int) -> FeatureReuseSchedule:
+        """Build the schedule; override for another one.
+
+        Args:
+            num_blocks (`int`): number of blocks.
+            max_steps (`int`): optimizer steps of the whole run.
+        """
+        return self.reuse_args.schedule(num_blocks, max_steps, self.args.seed)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward of a micro-batch as the plan of its optimizer step says."""
+        if self.feature_reuse is None or self._step_log is None:
+            raise StepError("`training_step` was called outside `train()`, which binds blocks and schedule. Call it.")
+        step = self.state.global_step
+        with self.feature_reuse.step(step) as plan:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_log.add(step, plan, self.step_costs.share(plan) if self.step_costs else 1.0, loss)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the steps since the last log did, then log as Trainer does."""
+        if "loss" in logs and self._step_log is not None:
+            logs.update(self._step_log.drain(self._mean_over_ranks))
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`. A checkpoint that is cut short is passed over for the last whole one before it."""
+        return super().train(resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir)), *args, **kwargs)
+
+    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
+        self._bind(max_steps)
+        return super()._prepare_for_training(max_steps, *args, **kwargs)
+
+    def _bind(self, max_steps: int) -> None:
+        """Bind blocks, schedule and costs to the model that trains now."""
+        options, model = self.reuse_args, self.model
+        assert model is not None
+        options.check()
+        blocks = self.get_residual_blocks(model) if options.alternates else []
+        schedule = self.get_schedule(len(blocks), max_steps)
+        self.feature_reuse = FeatureReuse(
+            model, blocks, schedule, scale_kept=options.scale_kept, train_trunk=options.train_trunk
+        )
+        self.step_costs = None
+        if blocks:
+            inputs = self._probe_inputs(model)
+            self.step_costs = measure_step_costs(model, blocks, inputs, train_trunk=options.train_trunk)
+            logger.info(f"Feature reuse over {len(blocks)} residual blocks, {blocks[0].name} to {blocks[-1].name}.")
+        self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
+
+    def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
+        """A batch of one to look at the model with: made from its config, or for other models from the data."""
+        if any(isinstance(module, PreTrainedModel) for module in model.modules()) or self.train_dataset is None:
+            return None
+        with undisturbed(model):
+            batch = self.data_collator([self.train_dataset[0]])
+        return model_inputs(model, batch)[1]
+
+    def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.gather(values).view(-1, len(values)).mean(0)  # pyright: ignore
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_exactly(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        folder = self.state.best_model_checkpoint
+        if folder is None or not self._load_exactly(self.model, folder):
+            super()._load_best_model()
+        else:
+            logger.info(f"Loaded the best model from {folder} (score: {self.state.best_metric}).")
+
+    def _load_exactly(self, model: nn.Module | None, folder: str) -> bool:
+        """Load a plain model's weights strictly; check an adapter's and leave the rest to Trainer."""
+        if model is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        if is_peft_available():
+            from peft import PeftModel
+
+            if isinstance(model, PeftModel):
+                check_adapter(model, folder)
+                return False
+        load_weights(model, folder)
+        return True
