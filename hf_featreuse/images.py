@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers import BaseImageProcessor
 
 from .errors import DataError
@@ -30,7 +30,7 @@ def decode_image(source: Mapping[str, Any]) -> Image.Image:
 
     Raises:
         Exception: Whatever Pillow raises for a missing, corrupt, truncated or oversized file;
-            [`ImageSplit`][hf_featreuse.data.ImageSplit] turns it into a `BadImageError` that names the image.
+            [`ImageSplit`][hf_featreuse.image_split.ImageSplit] turns it into a `BadImageError` that names the image.
 
     Example:
         >>> import io
@@ -47,8 +47,7 @@ def decode_image(source: Mapping[str, Any]) -> Image.Image:
         raise ValueError("the row holds no image")
     with Image.open(path if data is None else io.BytesIO(data)) as image:
         image.load()
-        # Reading EXIF costs as much as decoding a small PNG; only TIFF keeps orientation outside `info`.
-        if image.format == "TIFF" or any(key in image.info for key in ("exif", "xmp", "Raw profile type exif")):
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
         return _to_rgb(image)
 
@@ -174,7 +173,7 @@ class ImageCollator:
         return cls((-low * std).tolist(), std.tolist(), 1 / 255, flip_channels)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate items of an [`ImageSplit`][hf_featreuse.data.ImageSplit].
+        """Collate items of an [`ImageSplit`][hf_featreuse.image_split.ImageSplit].
 
         Args:
             features: Items with `pixel_values`, uint8 of shape (3, height, width), and `labels`, an integer.

@@ -1,0 +1,353 @@
+"""Load labelled images from the Hub, from local data or from scikit-learn, as data sets a Trainer takes unchanged.
+
+The examples, the command line and the benchmarks share it. Splitting, shuffling and selecting are done on row numbers,
+so the row of an image in its source is always known.
+"""
+
+import io
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.exceptions import DatasetsError
+from PIL import Image
+
+from .errors import DataError
+from .image_split import ImageSplit
+
+logger = logging.getLogger(__name__)
+
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_DIGITS = "scikit-learn digits"
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """What [`load_image_data`] returns.
+
+    Attributes:
+        splits: The splits asked for that exist, by name: `"train"`, `"validation"`, `"test"`.
+        label_names: Name of each class, in the order of the class ids.
+        name: Name for a model card: that on the Hub, `"scikit-learn digits"`, or `None` for local data.
+
+    Example:
+        >>> from hf_featreuse.data import load_image_data
+        >>> data = load_image_data()
+        >>> data.name, data.label_names[:3], sorted(data.splits)
+        ('scikit-learn digits', ['0', '1', '2'], ['train', 'validation'])
+    """
+
+    splits: dict[str, ImageSplit]
+    label_names: list[str]
+    name: str | None
+
+
+def load_image_data(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    *,
+    train_dir: str | None = None,
+    validation_dir: str | None = None,
+    train_val_split: float | None = 0.15,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    image_column_name: str | None = None,
+    label_column_name: str | None = None,
+    cache_dir: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 42,
+    skip_bad_images: bool = False,
+    splits: Sequence[str] = ("train", "validation"),
+) -> ImageData:
+    """Load the splits of an image-classification data set.
+
+    Without `dataset_name`, `train_dir` and `validation_dir` the 1,797 handwritten digits of scikit-learn are taken,
+    8 x 8 pixels, split by class into 1,437 and 360. Elsewhere a split called validation, valid, val or dev is the
+    validation split; without one, part of the training split is.
+
+    Args:
+        dataset_name: Name on the Hub, or a local folder: whatever `datasets.load_dataset` takes, or `save_to_disk`
+            wrote. Default: none.
+        dataset_config_name: Configuration of the data set. Default: its default.
+        train_dir: Folder with one folder of images for each class. Default: none.
+        validation_dir: The same for validation. Default: none.
+        train_val_split: Fraction of the training rows, in (0, 1), to validate on if the data has no such split;
+            `None` or 0 for no validation then. Default `0.15`.
+        max_train_samples: Number of training images to keep, drawn by `seed`. Default: all.
+        max_eval_samples: The same for validation and test, each. Default: all.
+        image_column_name: Column of the images. Default: `image`, else the only one of type `Image`.
+        label_column_name: Column of the labels. Default: `label`, `labels`, else the only one of type `ClassLabel`.
+            Class labels, integers and strings are understood.
+        cache_dir: Where downloads are kept. Default: the cache of `datasets`.
+        token: Token for private data sets, `True` for the stored one. Default: the stored one where there is one.
+        trust_remote_code: Without effect: `datasets` no longer runs code. Accepted for command lines that pass it.
+        seed: Non-negative integer that decides every split and selection. Default `42`.
+        skip_bad_images: Whether to decode all images of `splits` now and leave out those that fail, with one logged
+            warning. Default `False`: the first bad image read raises `BadImageError`.
+        splits: Which of `"train"`, `"validation"`, `"test"` to return. Default: the first two.
+
+    Returns:
+        [`ImageData`], with those of `splits` that exist.
+
+    Raises:
+        DataError: A folder, data set, split or column is missing, a split is empty, a label is missing or unknown, an
+            argument lies outside its range, or every image is bad.
+
+    Example:
+        >>> from hf_featreuse.data import load_image_data
+        >>> data = load_image_data(max_train_samples=100)
+        >>> {name: len(split) for name, split in data.splits.items()}
+        {'train': 100, 'validation': 360}
+    """
+    _check_arguments(train_val_split, max_train_samples, max_eval_samples, seed, splits)
+    if trust_remote_code:
+        logger.warning("trust_remote_code has no effect: the datasets library no longer runs code of data sets.")
+    if dataset_name is None and train_dir is None and validation_dir is None:
+        raw, parts = _load_digits(seed)
+        name, source = _DIGITS, _DIGITS
+    else:
+        raw, source = _load_source(
+            dataset_name, dataset_config_name, train_dir, validation_dir, cache_dir=cache_dir, token=token
+        )
+        name = None if dataset_name is None or os.path.isdir(dataset_name) else dataset_name
+        parts = _split_rows(raw, source, train_val_split, seed)
+    parts = {part: parts[part] for part in ("train", "validation", "test") if part in parts and part in splits}
+    if "train" in splits and "train" not in parts:
+        raise DataError(f"{_upper(source)} has no split 'train', only {sorted(raw)}.")
+    if not parts:
+        raise DataError(f"{_upper(source)} has none of the splits {list(splits)}, only {sorted(raw)}.")
+
+    reference = "train" if "train" in raw else next(iter(parts.values()))[0]
+    features = raw[reference].features
+    image_column, label_column = _image_column(features, image_column_name), _label_column(features, label_column_name)
+    used = {raw_name for raw_name, _ in parts.values()}
+    _check_splits({raw_name: raw[raw_name] for raw_name in sorted(used)}, features, image_column, label_column, source)
+    values = {raw_name: _column_values(raw[raw_name], label_column) for raw_name in used | {reference}}
+    labels = _Labels(features[label_column], values[reference], label_column, source)
+
+    result = {}
+    for part, (raw_name, rows) in parts.items():
+        if len(rows) == 0:
+            raise DataError(f"Split '{raw_name}' of {source} is empty: it has no rows.")
+        flag = "max_train_samples" if part == "train" else "max_eval_samples"
+        limit = max_train_samples if part == "train" else max_eval_samples
+        if limit is not None and limit > len(rows):
+            logger.warning("%s=%d, but split '%s' has %d images: all are taken.", flag, limit, part, len(rows))
+        if limit is not None:
+            stream = 1 + ("train", "validation", "test").index(part)
+            rows = np.random.default_rng([seed, stream]).permutation(rows)[:limit]
+        images = _images_only(raw[raw_name], image_column)
+        ids = labels.encode(values[raw_name], rows, raw_name)
+        split = ImageSplit(images, rows, ids, raw_name, source)
+        result[part] = split.without_bad_images() if skip_bad_images else split
+    return ImageData(result, labels.names, name)
+
+
+def _check_arguments(
+    train_val_split: float | None, max_train: int | None, max_eval: int | None, seed: int, splits: Sequence[str]
+) -> None:
+    """Refuse arguments outside their range before anything is downloaded."""
+    if train_val_split is not None and not 0 <= train_val_split < 1:
+        raise DataError(f"train_val_split={train_val_split!r} must be a fraction from 0 to below 1, or None.")
+    for flag, limit in (("max_train_samples", max_train), ("max_eval_samples", max_eval)):
+        if limit is not None and limit < 1:
+            raise DataError(f"{flag}={limit!r} must be a positive number of images, or None for all.")
+    if seed < 0:
+        raise DataError(f"seed={seed!r} must not be negative.")
+    known = ("train", "validation", "test")
+    if isinstance(splits, str) or not splits or not set(splits) <= set(known):
+        raise DataError(f"splits={splits!r} must be a sequence of names among {known}.")
+
+
+def _load_digits(seed: int) -> tuple[dict[str, datasets.Dataset], dict[str, tuple[str, np.ndarray]]]:
+    """Build scikit-learn's handwritten digits and their stratified split."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError(
+            "No data set was named, and the default, the handwritten digits, needs scikit-learn, which is not "
+            "installed: pip install 'hf_featreuse[examples]', or pass dataset_name (--dataset_name) or train_dir "
+            "(--train_dir)."
+        ) from error
+    digits: Any = load_digits()
+    stored = []
+    for pixels in np.rint(digits.images * (255 / 16)).astype(np.uint8):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        stored.append({"bytes": file.getvalue(), "path": None})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    dataset = datasets.Dataset.from_dict({"image": stored, "label": digits.target.tolist()}, features=features)
+    rows = np.arange(len(dataset))
+    halves = train_test_split(rows, test_size=360, stratify=digits.target, random_state=seed % 2**32)
+    train, validation = (("train", np.asarray(half)) for half in halves)
+    return {"train": dataset}, {"train": train, "validation": validation}
+
+
+def _load_source(
+    dataset_name: str | None,
+    config_name: str | None,
+    train_dir: str | None,
+    validation_dir: str | None,
+    **options: Any,
+) -> tuple[dict[str, datasets.Dataset], str]:
+    """Load every split of a named data set or of image folders; return them with a name for messages."""
+    folders = {"train": train_dir, "validation": validation_dir}
+    folders = {split: folder for split, folder in folders.items() if folder is not None}
+    if dataset_name is not None and folders:
+        raise DataError(
+            f"Both dataset_name={dataset_name!r} and {', '.join(f'{s}_dir={f!r}' for s, f in folders.items())} were "
+            "passed. Pass the one or the other."
+        )
+    for split, folder in folders.items():
+        if not os.path.isdir(folder):
+            raise DataError(f"{split}_dir={folder!r} (--{split}_dir) is no folder.")
+    source = f"data set '{dataset_name}'" if dataset_name is not None else f"folders {folders}"
+    try:
+        if dataset_name is None:
+            files = {split: os.path.join(folder, "**") for split, folder in folders.items()}
+            loaded = datasets.load_dataset("imagefolder", data_files=files, **options)
+        elif any(os.path.isfile(os.path.join(dataset_name, f)) for f in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(dataset_name)
+        else:
+            loaded = datasets.load_dataset(dataset_name, config_name, **options)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise DataError(f"Cannot load {source}: {reason}") from error
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {"train": loaded}
+    raw = {str(split): dataset for split, dataset in loaded.items()}
+    return raw, source
+
+
+def _split_rows(
+    raw: Mapping[str, datasets.Dataset], source: str, train_val_split: float | None, seed: int
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Say for train, validation and test which split of the source, and which of its rows, they are."""
+    parts = {part: (part, np.arange(len(raw[part]))) for part in ("train", "test") if part in raw}
+    validation = next((name for name in _VALIDATION_NAMES if name in raw), None)
+    if validation is not None:
+        parts["validation"] = (validation, np.arange(len(raw[validation])))
+    elif train_val_split and len(raw.get("train", ())):
+        rows = np.random.default_rng([seed, 0]).permutation(len(raw["train"]))
+        held_out = math.ceil(train_val_split * len(rows))
+        if held_out == len(rows):
+            raise DataError(
+                f"train_val_split={train_val_split} of the {len(rows)} rows of split 'train' of {source} leaves none "
+                "to train on. Pass a smaller one, or a validation split."
+            )
+        parts["train"] = ("train", np.sort(rows[held_out:]))
+        parts["validation"] = ("train", np.sort(rows[:held_out]))
+    return parts
+
+
+def _image_column(features: datasets.Features, passed: str | None) -> str:
+    """Find the column of the images."""
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    return _column(features, passed, ["image"], typed, "image", "an Image")
+
+
+def _label_column(features: datasets.Features, passed: str | None) -> str:
+    """Find the column of the labels."""
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return _column(features, passed, ["label", "labels"], typed, "label", "a ClassLabel")
+
+
+def _column(
+    features: datasets.Features, passed: str | None, usual: list[str], typed: list[str], kind: str, type_name: str
+) -> str:
+    """Take the column passed, else one of the usual name, else the only one of the usual type."""
+    columns = f"The columns are {list(features)}."
+    flag = f"{kind}_column_name"
+    if passed is not None:
+        if passed not in features:
+            raise DataError(f"{flag}={passed!r} (--{flag}) is no column of the data. {columns}")
+        return passed
+    for name in usual:
+        if name in features:
+            return name
+    if len(typed) != 1:
+        count = "several columns are" if typed else "no column is"
+        raise DataError(
+            f"Found no {kind} column: none is called {' or '.join(map(repr, usual))}, and {count} of type "
+            f"{type_name}. {columns} Name one with {flag} (--{flag})."
+        )
+    return typed[0]
+
+
+def _check_splits(
+    used: Mapping[str, datasets.Dataset],
+    features: datasets.Features,
+    image_column: str,
+    label_column: str,
+    source: str,
+) -> None:
+    """Refuse splits whose columns differ from the training split's; their labels would mean other classes."""
+    for name, dataset in used.items():
+        for column in (image_column, label_column):
+            if dataset.features.get(column) != features[column]:
+                raise DataError(
+                    f"Column {column!r} of split '{name}' of {source} is {dataset.features.get(column)}; the training "
+                    f"split has {features[column]}. Give all splits the same columns."
+                )
+
+
+def _images_only(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Keep the image column, undecoded."""
+    try:
+        return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DataError(
+            f"Column {column!r} holds {dataset.features[column]}, not images. Name the column of the images with "
+            "image_column_name (--image_column_name)."
+        ) from error
+
+
+def _column_values(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    """Read a whole column as Python objects."""
+    table: Any = dataset.select_columns([column]).with_format("arrow")[:]
+    values = np.empty(len(dataset), dtype=object)
+    values[:] = table.column(0).to_pylist()
+    return values
+
+
+class _Labels:
+    """The classes of a data set: their names, and the id of each value in the label column."""
+
+    def __init__(self, feature: Any, train_values: np.ndarray, column: str, source: str):
+        self._column, self._source = column, source
+        if isinstance(feature, datasets.ClassLabel):
+            self.names = list(feature.names)
+            self._ids: dict[Any, int] = {i: i for i in range(len(self.names))}
+            return
+        dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
+        if not dtype.startswith(("int", "uint", "bool", "string", "large_string")):
+            raise DataError(
+                f"Column {column!r} of {source} holds {feature}; labels are class labels, integers or strings. Name "
+                "the column of the labels with label_column_name (--label_column_name)."
+            )
+        known = sorted(set(train_values.tolist()) - {None, -1})
+        self.names = [str(value) for value in known]
+        self._ids = {value: i for i, value in enumerate(known)}
+
+    def encode(self, values: np.ndarray, rows: np.ndarray, split: str) -> np.ndarray:
+        """Turn the labels of some rows into class ids."""
+        ids = np.array([self._ids.get(value, -1) for value in values[rows]], dtype=np.int64)
+        if (ids < 0).any():
+            row = int(rows[ids.argmin()])
+            where = f"row {row} of split '{split}' of {self._source} (column {self._column!r})"
+            if values[row] is None or values[row] == -1:
+                raise DataError(f"{_upper(where)} has no label: {values[row]}. Leave such rows out of the data.")
+            raise DataError(f"{_upper(where)} has the label {values[row]!r}, which is none of the training labels.")
+        return ids
+
+
+def _upper(text: str) -> str:
+    """Make the first letter a capital."""
+    return text[:1].upper() + text[1:]
