@@ -14,7 +14,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, ViTImageProcessorPil
@@ -104,6 +104,7 @@ def small_config(
             f"transformers refuses the configuration of `{model_type}` with {_shown(given)}: {_last_line(error)} "
             "Change the values in `overrides`."
         ) from error
+    _check_heads(config)
     _check_taken(config, given)
     return config
 
@@ -281,7 +282,7 @@ def _labels(num_labels: int, label_names: Sequence[str] | None) -> dict[int, str
 
 def _fixed(model_type: str, labels: dict[int, str], default: PreTrainedConfig) -> Settings:
     """Give the settings that are arguments or follow from the model type."""
-    classes = dict[str, Any](MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)[model_type]
+    classes = cast(Any, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)[model_type]
     fixed: Settings = {
         # AutoModel fails on types with several classes, such as DeiT, when the configuration names none.
         "architectures": [classes if isinstance(classes, str) else classes[0]],
@@ -324,8 +325,6 @@ def _as_option(name: str, value: Any, default: PreTrainedConfig) -> Any:
         raise ConfigurationError(f"`overrides` sets `{name}={value!r}`. Pass a whole number, as the default {before}.")
     if isinstance(before, float) and _is_whole(value):
         return float(value)
-    if isinstance(before, list | tuple) and isinstance(value, list | tuple):
-        return type(before)(value)
     return value
 
 
@@ -364,11 +363,24 @@ def _with_image_size(default: PreTrainedConfig, image_size: int) -> Settings:
 def _check_stages(model_type: str, settings: Settings) -> None:
     """Refuse per-stage lists of different lengths, which some models would silently cut to the shortest."""
     lengths = {name: len(settings[name]) for name in _PER_STAGE if isinstance(settings.get(name), list | tuple)}
-    if len(set(lengths.values())) > 1:
+    counts = {name: settings[name] for name in _STAGE_COUNTS if lengths and name in settings}
+    if len({*lengths.values(), *counts.values()}) > 1:
         raise ConfigurationError(
-            f"`{model_type}` has one entry a stage in each of its lists, but their lengths are {_shown(lengths)}. "
-            "Give all of them in `overrides`."
+            f"`{model_type}` has one entry a stage in each of its lists, but the numbers of stages are "
+            f"{_shown({**lengths, **counts})}. Give all of them in `overrides`."
         )
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    """Refuse widths that the heads do not divide, which some models notice only when they are built."""
+    options = config.to_dict()
+    for name, inner in [("", options), ("vision_config.", options.get("vision_config", {}))]:
+        width, heads = inner.get("hidden_size"), inner.get("num_attention_heads")
+        if _is_whole(width) and _is_whole(heads) and (heads < 1 or width % heads):
+            raise ConfigurationError(
+                f"`{name}hidden_size={width}` is not a multiple of `{name}num_attention_heads={heads}`. Change one of "
+                "them in `overrides`."
+            )
 
 
 def _check_taken(config: PreTrainedConfig, given: Settings) -> None:
@@ -421,6 +433,11 @@ def _heads(width: int, channels: int = 32) -> int:
     return max(count for count in range(1, max(1, width // channels) + 1) if width % count == 0)
 
 
+def _initial_deviation(width: int) -> float:
+    """Standard deviation of new weights; the usual 0.02 is for 768 channels and too small to start from below."""
+    return round(0.02 * math.sqrt(768 / width), 3)
+
+
 def _patch(image_size: int) -> int:
     """Side of a ViT patch in pixels: 2, 4 or 8 by the image's size, or one off where that divides it evenly."""
     target = 2 if image_size <= _TINY_IMAGE else 4 if image_size <= 40 else 8
@@ -428,13 +445,13 @@ def _patch(image_size: int) -> int:
 
 
 def _stride(image_size: int) -> int:
-    """Stride of a stem that leaves 8 to 16 positions a side for the first stage."""
-    return 1 if image_size < _TINY_IMAGE else 2 if image_size <= 32 else 4
+    """Stride of a stem that leaves a first stage of 8 to 27 positions a side, and Swin a last one of 4 or more."""
+    return max(1, image_size // 14)
 
 
 def _stages(image_size: int) -> tuple[list[int], list[int]]:
     """Depths and widths of the stages, the side halving from one to the next."""
-    return ([4, 4], [64, 128]) if image_size <= _TINY_IMAGE else ([3, 6, 3], [64, 128, 256])
+    return ([3, 3], [48, 96]) if image_size <= _TINY_IMAGE else ([3, 6, 3], [64, 128, 256])
 
 
 def _tokens(image_size: int, given: Mapping[str, Any]) -> Settings:
@@ -447,8 +464,7 @@ def _tokens(image_size: int, given: Mapping[str, Any]) -> Settings:
         "hidden_size": width,
         "num_hidden_layers": 6 if tiny else 12,
         "num_attention_heads": _heads(width),
-        # The usual 0.02 is for 768 channels; narrower, it starts so small that training idles for epochs.
-        "initializer_range": round(0.02 * math.sqrt(768 / width), 3),
+        "initializer_range": _initial_deviation(width),
     }
 
 
@@ -488,6 +504,7 @@ def _swin(image_size: int, given: Mapping[str, Any]) -> Settings:
         "depths": depths,
         "num_heads": [_heads(first) * 2**stage for stage in range(stages)],
         "window_size": 4,
+        "initializer_range": _initial_deviation(first),
         "drop_path_rate": 0.0,
     }
 
@@ -503,6 +520,7 @@ def _focalnet(image_size: int, given: Mapping[str, Any]) -> Settings:
         "depths": depths,
         "focal_levels": [2] * stages,
         "focal_windows": [3] * stages,
+        "initializer_range": _initial_deviation(widths[0]),
         "drop_path_rate": 0.0,
     }
 
@@ -522,6 +540,7 @@ def _convnextv2(image_size: int, given: Mapping[str, Any]) -> Settings:
         "num_stages": len(given.get("hidden_sizes", widths)),
         "depths": depths,
         "hidden_sizes": widths,
+        "initializer_range": _initial_deviation(widths[0]),
     }
 
 
@@ -571,6 +590,7 @@ def _poolformer(image_size: int, given: Mapping[str, Any]) -> Settings:
         "patch_sizes": [2 * stride - 1] + [3] * (stages - 1),
         "strides": [stride] + [2] * (stages - 1),
         "padding": [stride - 1] + [1] * (stages - 1),
+        "initializer_range": _initial_deviation(widths[0]),
         "layer_scale_init_value": 0.1,
     }
 
@@ -588,6 +608,7 @@ def _pyramid(image_size: int, given: Mapping[str, Any]) -> Settings:
         "strides": [stride] + [2] * (stages - 1),
         "num_attention_heads": [_heads(width) for width in widths],
         "mlp_ratios": [4] * stages,
+        "initializer_range": _initial_deviation(widths[0]),
     }
 
 
@@ -634,6 +655,7 @@ _BUILDERS: dict[str, Callable[[int, Mapping[str, Any]], Settings]] = {
     "vit_msn": _vit,
 }
 SMALL_FAMILIES = tuple(_BUILDERS)
+_STAGE_COUNTS = ("num_encoder_blocks", "num_layers", "num_stages")
 # Lists with one entry a stage.
 _PER_STAGE = (
     "depths",
