@@ -219,9 +219,11 @@ def _load_source(
             loaded = datasets.load_from_disk(dataset_name)
         else:
             loaded = datasets.load_dataset(dataset_name, config_name, **options)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, IndexError, DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise DataError(f"Cannot load {source}: {reason}") from error
+        # What datasets says of a split without rows, from files and from `save_to_disk`.
+        empty = " Is a split empty?" if "no data" in reason or isinstance(error, IndexError) else ""
+        raise DataError(f"Cannot load {source}: {reason}{empty}") from error
     if isinstance(loaded, datasets.Dataset):
         loaded = {"train": loaded}
     raw = {str(split): dataset for split, dataset in loaded.items()}
