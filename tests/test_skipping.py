@@ -1,0 +1,534 @@
+"""Skipping equals removing the blocks, to the bit, and leaves no trace."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, NUM_LABELS, batch, build, snapshot
+from torch import nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
+from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification
+
+from hf_featreuse import (
+    BlockError,
+    ConfigurationError,
+    ResidualBlock,
+    StepError,
+    find_residual_blocks,
+    skip_blocks,
+)
+from hf_featreuse.skipping import check_exact, check_scalable
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Every architecture has at least four blocks; -1 is the last one.
+DROPPED = [(0,), (1,), (-1,), (0, 2), (1, 2, -1), "all"]
+
+
+class Shortcut(nn.Module):
+    """What is left of a block that was cut out: its input, in the form that the block returns."""
+
+    def __init__(self, num_outputs: int | None) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+
+    def forward(self, x: torch.Tensor, *_: object, **__: object) -> object:
+        return x if self.num_outputs is None else (x, *(None,) * (self.num_outputs - 1))
+
+
+def chosen(blocks: list[ResidualBlock], indices: object) -> list[ResidualBlock]:
+    return list(blocks) if indices == "all" else [blocks[index] for index in indices]
+
+
+def without(model: nn.Module, blocks: list[ResidualBlock]) -> nn.Module:
+    """A copy of the model from which the blocks were cut out."""
+    model = copy.deepcopy(model)
+    for block in blocks:
+        parent, _, child = block.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Shortcut(block.num_outputs))
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    """Forward and backward in training mode; the logits."""
+    output = model.train()(**batch())
+    output.loss.backward()
+    return output.logits
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+def inexact_model() -> PreTrainedModel:
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8], depths=[2], layer_type="basic", hidden_act="gelu", num_labels=NUM_LABELS
+    )
+    return ResNetForImageClassification(config)
+
+
+# Skipping equals removing
+
+
+@every_architecture
+@pytest.mark.parametrize("indices", DROPPED)
+def test_skipping_equals_removing_logits_gradients_and_statistics(architecture, indices):
+    model = build(architecture)
+    blocks = find_residual_blocks(model)
+    dropped = chosen(blocks, indices)
+    reference = without(model, dropped)
+    with skip_blocks(dropped):
+        logits = run(model)
+    assert torch.equal(logits, run(reference))
+    expected = gradients(reference)
+    assert len(expected) < len(gradients(model))
+    in_dropped = tuple(f"{block.name}." for block in dropped)
+    for name, gradient in gradients(model).items():
+        if name.startswith(in_dropped):
+            assert gradient is None, name
+        else:
+            assert same(gradient, expected[name]), name
+            assert gradient is not None or "mask_token" in name, name
+    statistics = dict(model.named_buffers())
+    assert all(torch.equal(statistics[name], buffer) for name, buffer in reference.named_buffers())
+
+
+@every_architecture
+def test_every_single_block_does_something_so_that_skipping_shows(architecture):
+    model = build(architecture).eval()
+    plain = model(**batch()).logits
+    for block in find_residual_blocks(model):
+        with skip_blocks([block]):
+            assert not torch.allclose(model(**batch()).logits, plain, atol=1e-4), block.name
+
+
+@every_architecture
+def test_skipping_nothing_is_a_plain_step(architecture):
+    model, plain = build(architecture), build(architecture)
+    with skip_blocks([]):
+        logits = run(model)
+    assert torch.equal(logits, run(plain))
+    assert all(map(same, gradients(model).values(), gradients(plain).values()))
+
+
+@every_architecture
+def test_evaluation_after_skipping_uses_the_whole_network(architecture):
+    model = build(architecture).eval()
+    plain = model(**batch()).logits
+    with skip_blocks(find_residual_blocks(model)):
+        model(**batch())
+    assert torch.equal(model(**batch()).logits, plain)
+
+
+@every_architecture
+def test_dropped_block_and_its_hooks_never_run(architecture):
+    model = build(architecture)
+    blocks = find_residual_blocks(model)
+    dropped, calls = blocks[1:3], []
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a dropped block was computed")
+
+    for block in blocks:
+        for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+            register = getattr(block.module, f"register_{kind}_hook")
+            register(lambda *_, name=block.name, kind=kind: calls.append((name, kind)) or None)
+    for block in dropped:
+        block.module.forward = forbidden
+        for module in list(block.module.modules())[1:]:
+            module.register_forward_pre_hook(forbidden)
+    with skip_blocks(dropped):
+        run(model)
+    called = {name for name, _ in calls}
+    assert called == {block.name for block in blocks} - {block.name for block in dropped}
+    assert {kind for _, kind in calls} == {"forward", "forward_pre", "full_backward", "full_backward_pre"}
+    with pytest.raises(AssertionError, match="a dropped block was computed"):
+        run(model)
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, scale: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        branch = self.linear(stream) * scale
+        return stream + branch, branch, scale
+
+
+class Custom(nn.Module):
+    def __init__(self, by_keyword: bool) -> None:
+        super().__init__()
+        self.by_keyword = by_keyword
+        self.stem = nn.Linear(4, 4)
+        self.body = nn.ModuleList([Branch(), Branch()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, scale = self.stem(x), torch.ones(())
+        for block in self.body:
+            x = (block(scale, stream=x) if self.by_keyword else block(scale, x))[0]
+        return x
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_stream_may_be_another_argument_or_a_keyword(by_keyword):
+    model, x = Custom(by_keyword), torch.randn(2, 4)
+    with skip_blocks(find_residual_blocks(model, x)):
+        assert torch.equal(model(x), model.stem(x))
+        assert model.body[0](torch.ones(()), stream=x)[1:] == (None, None)
+
+
+# No trace
+
+
+@every_architecture
+@pytest.mark.parametrize("fails", [False, True])
+def test_context_leaves_no_trace(architecture, fails):
+    model = build(architecture)
+    blocks = find_residual_blocks(model)
+    scalable = architecture != "resnet"
+    run(model)  # Swin's first forward fits its windows to the input.
+    before = snapshot(model)
+    classes = [type(module) for module in model.modules()]
+    attributes = [{key: id(value) for key, value in vars(module).items()} for module in model.modules()]
+    try:
+        with skip_blocks(blocks[:2], kept=blocks[2:] if scalable else (), survival=[0.5] * 2 if scalable else ()):
+            inside = snapshot(model)
+            run(model)
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    assert snapshot(model) == before
+    assert all(type(module) is plain for module, plain in zip(model.modules(), classes, strict=True))
+    assert [{key: id(value) for key, value in vars(module).items()} for module in model.modules()] == attributes
+    for key in ("keys", "requires_grad", "modes", "hooks"):
+        assert inside[key] == before[key], key
+    assert inside["classes"] != before["classes"]
+
+
+@every_architecture
+def test_class_inside_keeps_its_name_and_is_still_the_plain_class_to_isinstance(architecture):
+    model = build(architecture)
+    block = find_residual_blocks(model)[0]
+    plain, text = type(block.module), repr(model)
+    with skip_blocks([block]):
+        bound = type(block.module)
+        assert bound is not plain
+        assert isinstance(block.module, plain)
+        assert (bound.__name__, bound.__qualname__, bound.__module__) == (
+            plain.__name__,
+            plain.__qualname__,
+            plain.__module__,
+        )
+        assert repr(model) == text
+
+
+def test_subclass_is_made_once_a_class():
+    model = build("vit")
+    blocks, seen = find_residual_blocks(model), set()
+    for _ in range(3):
+        with skip_blocks(blocks):
+            seen |= {type(block.module) for block in blocks}
+    assert len(seen) == 1
+
+
+def copies(model: nn.Module):
+    """Every way of copying a model, by name."""
+    yield "deepcopy", copy.deepcopy(model)
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        yield f"pickle {protocol}", pickle.loads(pickle.dumps(model, protocol))
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    yield "torch.save", torch.load(stream, weights_only=False)
+
+
+@every_architecture
+def test_copies_made_inside_are_plain_and_whole(architecture):
+    model = build(architecture).eval()
+    blocks = find_residual_blocks(model)
+    expected, before = model(**batch()).logits, snapshot(model)
+    with skip_blocks(blocks[:3]):
+        skipped = model(**batch()).logits
+        for way, other in copies(model):
+            assert snapshot(other) == before, way
+            assert torch.equal(other(**batch()).logits, expected), way
+            assert next(other.parameters()) is not next(model.parameters()), way
+            found = find_residual_blocks(other)
+            assert [block.name for block in found] == [block.name for block in blocks], way
+            with skip_blocks(found[:3]):
+                assert torch.equal(other(**batch()).logits, skipped), way
+        # The original goes on skipping.
+        assert torch.equal(model(**batch()).logits, skipped)
+    assert snapshot(model) == before
+
+
+def test_copies_of_scaled_blocks_are_plain():
+    model = build("vit").eval()
+    blocks, before, expected = find_residual_blocks(model), snapshot(model), model(**batch()).logits
+    with skip_blocks([], kept=blocks, survival=[0.5] * 4):
+        assert not torch.equal(model(**batch()).logits, expected)
+        for way, other in copies(model):
+            assert snapshot(other) == before, way
+            assert torch.equal(other(**batch()).logits, expected), way
+
+
+def test_copy_of_a_bound_block_alone_is_plain():
+    block = find_residual_blocks(build("vit"))[0]
+    plain = type(block.module)
+    with skip_blocks([block]):
+        for way, other in copies(block.module):
+            assert type(other) is plain, way
+        assert type(copy.copy(block.module)) is plain
+
+
+# Scaling
+
+
+@pytest.mark.parametrize("architecture", ["vit", "convnext", "swin"])
+def test_kept_increments_are_divided_by_their_survival_probability(architecture):
+    model = build(architecture)
+    blocks = find_residual_blocks(model)
+    dropped, kept, survival = [blocks[1]], [blocks[0], blocks[2], blocks[3]], [0.9, 0.5, 0.25]
+    reference = without(model, dropped)
+    for block, probability in zip(kept, survival, strict=True):
+
+        def scale(_module, args, output, probability=probability):
+            first = output if isinstance(output, torch.Tensor) else output[0]
+            scaled = args[0] + (first - args[0]) / probability
+            return scaled if isinstance(output, torch.Tensor) else (scaled, *output[1:])
+
+        reference.get_submodule(block.name).register_forward_hook(scale)
+    with skip_blocks(dropped, kept=kept, survival=survival):
+        logits = run(model)
+    assert torch.equal(logits, run(reference))
+    expected = gradients(reference)
+    for name, gradient in gradients(model).items():
+        assert gradient is None if name.startswith(f"{blocks[1].name}.") else same(gradient, expected[name]), name
+
+
+def test_scaling_multiplies_branch_and_its_gradient_and_not_the_shortcut():
+    model, x = Custom(False).double(), torch.randn(2, 4, dtype=torch.double)
+    blocks = find_residual_blocks(model, x)
+    stream = model.stem(x)
+    branch = model.body[0].linear(stream)
+    with skip_blocks(blocks[1:], kept=blocks[:1], survival=[0.25]):
+        output = model(x)
+    assert torch.allclose(output, stream + 4 * branch, rtol=1e-12)
+    weight = model.body[0].linear.weight
+    (found,) = torch.autograd.grad(output.sum(), weight, retain_graph=True)
+    (expected,) = torch.autograd.grad(branch.sum(), weight, retain_graph=True)
+    assert torch.allclose(found, 4 * expected, rtol=1e-12)
+
+
+def test_scaled_step_equals_the_plain_one_in_expectation():
+    """The mean over all sets D, weighted by probability, of a one-block output is the plain output."""
+    model, x = Custom(False).double(), torch.randn(2, 4, dtype=torch.double)
+    first, second = find_residual_blocks(model, x)
+    with skip_blocks([second]):
+        plain = model(x)
+        with skip_blocks([first]):
+            without_first = model(x)
+        with skip_blocks([], kept=[first], survival=[0.3]):
+            with_first = model(x)
+    assert torch.allclose(0.7 * without_first + 0.3 * with_first, plain, rtol=1e-12)
+
+
+def test_survival_of_one_changes_nothing():
+    model, plain = build("vit"), build("vit")
+    blocks = find_residual_blocks(model)
+    classes = [type(block.module) for block in blocks]
+    with skip_blocks([], kept=blocks, survival=[1.0] * 4):
+        assert [type(block.module) for block in blocks] == classes
+        logits = run(model)
+    assert torch.equal(logits, run(plain))
+
+
+def test_scaling_keeps_the_type_of_the_stream():
+    model = build("vit").bfloat16()
+    blocks, types = find_residual_blocks(model), []
+    blocks[1].module.register_forward_pre_hook(lambda _module, args: types.append(args[0].dtype))
+    with skip_blocks([], kept=blocks, survival=[0.7] * 4):
+        model(batch()["pixel_values"].bfloat16())
+    assert types == [torch.bfloat16]
+
+
+# Checkpointing
+
+
+# ConvNeXt and ResNet of transformers have no activation checkpointing.
+@pytest.mark.parametrize("architecture", ["vit", "swin"])
+@pytest.mark.parametrize("indices", [(0,), (1, 2), "all"])
+def test_checkpointing_gives_the_same_gradients(architecture, indices):
+    model, checkpointed = build(architecture), build(architecture)
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    for each in (model, checkpointed):
+        with skip_blocks(chosen(find_residual_blocks(each), indices)):
+            run(each)
+    assert all(map(same, gradients(checkpointed).values(), gradients(model).values()))
+
+
+@pytest.mark.parametrize("architecture", ["vit", "swin"])
+def test_checkpointing_gives_the_same_gradients_with_scaling(architecture):
+    model, checkpointed = build(architecture), build(architecture)
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    for each in (model, checkpointed):
+        blocks = find_residual_blocks(each)
+        with skip_blocks(blocks[:1], kept=blocks[1:], survival=[0.5] * 3):
+            run(each)
+    assert all(map(same, gradients(checkpointed).values(), gradients(model).values()))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+class CheckpointedStage(nn.Module):
+    """Checkpointing around a whole stage: the forward of every block of it runs again in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(4, 4)
+        self.stage = nn.Sequential(Block(), Block(), Block())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.stage, self.stem(x), use_reentrant=False) if self.training else self.stage(self.stem(x))
+
+
+def stage_gradients(hold: bool, dropped: slice) -> list[torch.Tensor | None]:
+    model, x = CheckpointedStage().train(), torch.ones(2, 4)
+    blocks = find_residual_blocks(model, x)
+    assert [block.name for block in blocks] == ["stage.0", "stage.1", "stage.2"]
+    with skip_blocks(blocks[dropped]):
+        loss = model(x).square().sum()
+        if hold:
+            loss.backward()
+    if not hold:
+        loss.backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("dropped", [slice(0, 1), slice(1, 2), slice(1, 3)])
+def test_context_held_through_backward_is_right_under_stage_checkpointing(dropped):
+    model, x = CheckpointedStage().eval(), torch.ones(2, 4)
+    with skip_blocks(find_residual_blocks(model, x)[dropped]):
+        model(x).square().sum().backward()
+    assert all(map(same, stage_gradients(True, dropped), [parameter.grad for parameter in model.parameters()]))
+
+
+# Recomputation ends with the last tensor it needs, so blocks dropped at the end of a stage would not show.
+@pytest.mark.parametrize("dropped", [slice(0, 1), slice(1, 2), slice(0, 2)])
+def test_leaving_the_context_before_backward_shows_under_stage_checkpointing(dropped):
+    """Why the context must hold through backward: the recomputation would run what was skipped."""
+    try:
+        early = stage_gradients(False, dropped)
+    except CheckpointError:
+        return
+    assert not all(map(same, early, stage_gradients(True, dropped)))
+
+
+@pytest.mark.parametrize("indices", [(0,), (1, 2), "all"])
+def test_leaving_the_context_before_backward_shows_where_a_model_checkpoints_its_stages(indices):
+    """Swin does; ViT checkpoints inside each block, so that a dropped block is not computed again there."""
+    model = build("swin").train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with skip_blocks(chosen(find_residual_blocks(model), indices)):
+        loss = model(**batch()).loss
+    with pytest.raises(CheckpointError):
+        loss.backward()
+
+
+# Errors: each before anything is changed
+
+
+def test_inexact_blocks_are_refused():
+    model = inexact_model()
+    blocks, before = find_residual_blocks(model), snapshot(model)
+    with pytest.raises(BlockError, match=r"resnet\.encoder\.stages\.0\.layers\.1 .*Gelu follows the addition"):
+        with skip_blocks(blocks[1:]):
+            pass
+    assert snapshot(model) == before
+    with pytest.raises(BlockError, match=r"\(2 of 2 blocks\)"):
+        check_exact(blocks)
+
+
+def test_blocks_with_an_activation_after_the_addition_cannot_be_scaled():
+    model = build("resnet")
+    blocks, before = find_residual_blocks(model), snapshot(model)
+    with pytest.raises(ConfigurationError, match=rf"{blocks[1].name}: Relu follows its addition"):
+        with skip_blocks(blocks[:1], kept=blocks[1:2], survival=[0.5]):
+            pass
+    assert snapshot(model) == before
+    with pytest.raises(ConfigurationError, match="scale_kept"):
+        check_scalable(blocks)
+
+
+def test_block_in_both_lists_is_refused():
+    blocks = find_residual_blocks(build("vit"))
+    with pytest.raises(BlockError, match=r"vit\.layers\.1 is in `dropped` and in `kept`"):
+        with skip_blocks(blocks[:2], kept=blocks[1:], survival=[0.5] * 3):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("survival", "message"),
+    [
+        (None, "0 entries for 2 kept blocks"),
+        ([0.5], "1 entries for 2 kept blocks"),
+        ([0.5] * 3, "3 entries for 2 kept blocks"),
+        ([0.5, 0.0], "`survival` holds 0.0"),
+        ([-0.1, 0.5], "`survival` holds -0.1"),
+        ([0.5, 1.5], "`survival` holds 1.5"),
+        ([0.5, float("nan")], "`survival` holds nan"),
+    ],
+)
+def test_survival_must_fit_the_kept_blocks(survival, message):
+    model = build("vit")
+    blocks, before = find_residual_blocks(model), snapshot(model)
+    with pytest.raises(ConfigurationError, match=message):
+        with skip_blocks(blocks[2:], kept=blocks[:2], survival=survival):
+            pass
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("again", ["dropped", "kept", "twice"])
+def test_block_that_is_skipped_already_is_refused(again):
+    model = build("vit")
+    blocks, before = find_residual_blocks(model), snapshot(model)
+    with skip_blocks(blocks[1:2]):
+        inside = [type(block.module) for block in blocks]
+        with pytest.raises(StepError, match=r"vit\.layers\.\d is being skipped or scaled already"):
+            if again == "dropped":
+                with skip_blocks(blocks[:2]):
+                    pass
+            elif again == "kept":
+                with skip_blocks(blocks[:1], kept=blocks[1:2], survival=[0.5]):
+                    pass
+            else:
+                with skip_blocks([blocks[0], blocks[0]]):
+                    pass
+        # The outer context is whole and the inner one left nothing.
+        assert [type(block.module) for block in blocks] == inside
+    assert snapshot(model) == before
+
+
+def test_contexts_over_different_blocks_nest():
+    model = build("vit")
+    blocks, before = find_residual_blocks(model), snapshot(model)
+    reference = without(model, blocks[:2])
+    with skip_blocks(blocks[:1]), skip_blocks(blocks[1:2]):
+        logits = run(model)
+    assert torch.equal(logits, run(reference))
+    assert snapshot(model) == before
