@@ -168,7 +168,7 @@ def test_parse_overrides_values():
         ("convnext", "hidden_sizes=[32,64]", ["hidden_sizes=2", "depths=3", "Give all of them"]),
         ("convnext", "depths=3", ["depths"]),
         ("convnext", "num_stages=2", ["num_stages=2", "depths=3"]),
-        ("convnext", "stage_names=[a,b]", ["stage_names", "computes it", "stage3"]),
+        ("efficientnet", "num_hidden_layers=5", ["num_hidden_layers=5", "computes it", "64"]),
         ("swin", "embed_dim=wide", ["embed_dim"]),
     ],
 )

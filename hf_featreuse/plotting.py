@@ -1,0 +1,283 @@
+"""Draw what happened in a training run: losses of each kind of step, accuracy, and which blocks were dropped when.
+
+The colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers. matplotlib is imported when
+a figure is drawn, and drawn without pyplot, so that an application's figures and backend stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_featreuse.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from hf_featreuse.schedule import FeatureReuseSchedule
+
+LogHistory = Sequence[Mapping[str, Any]]
+# (steps, values), name in the legend, colour, line style.
+_Curve = tuple[tuple[list[int], list[float]], str, str, str]
+
+_BLUE, _ORANGE, _GREEN, _GREY, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#666666", "#CC79A7"
+# Key in the log, name in the legend, colour, line style.
+_KIND_LOSSES = (
+    ("loss/stochastic_depth", "stochastic depth", _BLUE, "-"),
+    ("loss/masked_freeze", "masked freeze", _ORANGE, "-"),
+    ("loss/vanilla", "vanilla", _GREY, "-"),
+)
+_OVERALL_LOSS = (("loss", "training", _GREY, "-"),)
+_EVALUATION_LOSS = (("eval_loss", "evaluation", _GREEN, "--"),)
+_ACCURACIES = (("eval_accuracy", "top-1", _GREEN, "-"), ("eval_top5_accuracy", "top-5", _PURPLE, "--"))
+_WIDTH_INCHES, _DOTS_PER_INCH = 10.0, 120
+# About three pixels each; narrower ones blur into one another.
+_MAX_COLUMNS = 300
+_MAX_ROW_LABELS = 16
+_SMOOTH_FROM = 150
+
+
+def plot_training(
+    log_history: LogHistory,
+    schedule: FeatureReuseSchedule,
+    path: str | Path,
+    *,
+    block_names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write a PNG of a run: losses, evaluation accuracy and a raster of the dropped blocks, over the optimizer steps.
+
+    Panels without data are left out. Needs matplotlib, which comes with `pip install "hf_featreuse[examples]"`.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`. Entries with `loss`,
+            `loss/stochastic_depth`, `loss/masked_freeze`, `loss/vanilla` or `eval_loss` give the first panel,
+            `eval_accuracy` and `eval_top5_accuracy`, from 0 to 1, the second.
+        schedule (`FeatureReuseSchedule`): says for each step which blocks were dropped, the third panel.
+        path (`str` or `Path`): the file to write; its folder is made if missing.
+        block_names (`Sequence[str]`, *optional*): name of each block in forward order; block numbers by default.
+        title (`str`, *optional*): printed above the panels.
+
+    Returns:
+        `Path`: the file, 1200 pixels wide.
+
+    Raises:
+        ConfigurationError: the log has no step, the names do not fit the blocks, or matplotlib is missing.
+
+    Example:
+        >>> from hf_featreuse import FeatureReuseSchedule
+        >>> from hf_featreuse.plotting import plot_training
+        >>> log = [{"step": 10, "loss/stochastic_depth": 2.3}, {"step": 20, "loss/stochastic_depth": 1.9}]
+        >>> plot_training(log, FeatureReuseSchedule(4), "training.png").name  # doctest: +SKIP
+        'training.png'
+    """
+    last_step = max((int(entry["step"]) for entry in log_history if "step" in entry), default=0)
+    if last_step < 1:
+        raise ConfigurationError(
+            f"`log_history` has {len(log_history)} entries and none at a step of 1 or more, so there is nothing to "
+            "plot. Call this after `trainer.train()`, with `logging_steps` at most the number of steps."
+        )
+    if block_names is not None and len(block_names) != schedule.num_blocks:
+        raise ConfigurationError(
+            f"`block_names` has {len(block_names)} names, but the schedule has {schedule.num_blocks} blocks. Pass the "
+            "names of the blocks that the schedule was made for, in forward order."
+        )
+    # A plain Trainer logs no kinds of step, only the overall training loss.
+    has_kinds = bool(_curves(log_history, _KIND_LOSSES))
+    losses = _curves(log_history, (*(_KIND_LOSSES if has_kinds else _OVERALL_LOSS), *_EVALUATION_LOSS))
+    accuracies = _curves(log_history, _ACCURACIES)
+    shares = dropped_shares(schedule, last_step)
+    panels = [bool(losses), bool(accuracies), bool(shares.any())]
+    if not any(panels):
+        raise ConfigurationError(
+            f"`log_history` has no loss and no accuracy up to step {last_step}, and the schedule drops no block: "
+            "there is nothing to plot. Pass `trainer.state.log_history` of a finished run."
+        )
+    figure, axes = _new_figure(panels, schedule.num_blocks, title)
+    if losses:
+        _draw_curves(axes[0], losses, "loss")
+    if accuracies:
+        _draw_curves(axes[int(panels[0])], accuracies, "accuracy (%)", factor=100.0)
+    if shares.any():
+        _draw_raster(axes[-1], shares, last_step, block_names)
+    axes[-1].set_xlabel("optimizer step")
+    axes[-1].set_xlim(0, last_step)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
+    return path
+
+
+def dropped_shares(schedule: FeatureReuseSchedule, num_steps: int, max_columns: int = _MAX_COLUMNS) -> np.ndarray:
+    """Count how often each block was in D, for each kind of step and each column of the raster.
+
+    Args:
+        schedule (`FeatureReuseSchedule`): the schedule of the run.
+        num_steps (`int`): optimizer steps of the run, at least 1.
+        max_columns (`int`, defaults to 300): most columns to share the steps among. Columns hold equal numbers of
+            steps, a multiple of 12 where above 12; the last one holds what is left.
+
+    Returns:
+        `numpy.ndarray`: shape (2, num_blocks, columns): of the steps of a column, the share that was a
+        stochastic-depth step, then a masked-freeze step, with this block in D.
+
+    Example:
+        >>> from hf_featreuse import FeatureReuseSchedule
+        >>> from hf_featreuse.plotting import dropped_shares
+        >>> dropped_shares(FeatureReuseSchedule(2, drop_rate=0.9, drop_rate_schedule="uniform"), 4, 2).shape
+        (2, 2, 2)
+    """
+    steps_per_column = _column_width(num_steps, max_columns)
+    columns = math.ceil(num_steps / steps_per_column)
+    counts = np.zeros((2, schedule.num_blocks, columns))
+    kinds = {"stochastic_depth": 0, "masked_freeze": 1}
+    for step in range(num_steps):
+        plan = schedule.plan(step)
+        if plan.dropped:
+            counts[kinds[plan.kind.value], list(plan.dropped), step // steps_per_column] += 1
+    steps = np.full(columns, steps_per_column)
+    steps[-1] = num_steps - steps_per_column * (columns - 1)
+    return counts / steps
+
+
+def _curves(log_history: LogHistory, keys: Sequence[tuple[str, str, str, str]]) -> list[_Curve]:
+    """Collect the finite points of each key that the log has."""
+    curves = []
+    for key, name, colour, style in keys:
+        points = [(int(entry["step"]), float(entry[key])) for entry in log_history if key in entry and "step" in entry]
+        # A key may be logged as None, and a loss may be infinite: neither has a place on the axis.
+        points = [(step, value) for step, value in points if math.isfinite(value)]
+        if points:
+            steps, values = zip(*points, strict=True)
+            curves.append(((list(steps), list(values)), name, colour, style))
+    return curves
+
+
+def _column_width(num_steps: int, max_columns: int) -> int:
+    """Give the steps in a column: a number that whole cycles of 2, 3, 4 or 6 steps fill, or stripes would appear."""
+    least = math.ceil(num_steps / max_columns)
+    return next((width for width in (1, 2, 4, 6, 12) if width >= least), 12 * math.ceil(least / 12))
+
+
+def _new_figure(panels: Sequence[bool], num_blocks: int, title: str | None) -> tuple[Figure, list[Axes]]:
+    """Make the figure and one axes for each panel that has data, over one step axis."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigurationError(
+            'Plotting needs matplotlib, which is not installed. Run `pip install "hf_featreuse[examples]"`, or leave '
+            "the plot out."
+        ) from error
+    heights = [2.6, 2.0, min(5.0, max(1.6, 0.2 * num_blocks))]
+    heights = [height for height, has_data in zip(heights, panels, strict=True) if has_data]
+    # Each panel needs half an inch more, for its legend.
+    figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5 * len(heights) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, fontsize=13)
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
+    return figure, list(axes[:, 0])
+
+
+def _draw_curves(axes: Axes, curves: Sequence[_Curve], label: str, factor: float = 1.0) -> None:
+    """Draw one line a curve; long ones faintly, with their running mean on top."""
+    longest = max(len(steps) for (steps, _), *_ in curves)
+    for (steps, values), name, colour, style in curves:
+        scaled = factor * np.asarray(values)
+        if style == "-" and len(steps) < longest / 2:
+            # A kind of step that few logs have: a line would suggest values in between.
+            axes.plot(steps, scaled, ".", color=colour, markersize=6, label=name, clip_on=False)
+        elif len(steps) >= _SMOOTH_FROM:
+            axes.plot(steps, scaled, color=colour, linewidth=0.6, alpha=0.3)
+            window = len(steps) // 50
+            smooth = np.convolve(scaled, np.ones(window) / window, mode="valid")
+            centres = steps[(window - 1) // 2 :][: len(smooth)]
+            axes.plot(centres, smooth, style, color=colour, linewidth=1.6, label=f"{name} (running mean)")
+        else:
+            marker = "o" if len(steps) <= 30 else ""
+            axes.plot(
+                steps,
+                scaled,
+                style,
+                color=colour,
+                linewidth=1.6,
+                marker=marker,
+                markersize=3.5,
+                label=name,
+                clip_on=False,
+            )
+    axes.set_ylabel(label)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend_above(axes)
+
+
+def _draw_raster(axes: Axes, shares: np.ndarray, last_step: int, block_names: Sequence[str] | None) -> None:
+    """Draw which blocks were in D: one cell a step, or two half rows of shares where steps share a column."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+
+    _, num_blocks, columns = shares.shape
+    width = _column_width(last_step, _MAX_COLUMNS)
+    blue, orange = np.array(to_rgb(_BLUE)), np.array(to_rgb(_ORANGE))
+    depth, freeze = shares[..., None]
+    handles = [
+        Patch(color=_BLUE, label="stochastic depth: dropped"),
+        Patch(color=_ORANGE, label="masked freeze: trained"),
+    ]
+    if width == 1:
+        image = 1 + depth * (blue - 1) + freeze * (orange - 1)
+    else:
+        # The darkest shade is the largest share, so that low drop rates show too.
+        most = shares.max()
+        halves = [1 + depth / most * (blue - 1), 1 + freeze / most * (orange - 1)]
+        image = np.stack(halves, axis=1).reshape(2 * num_blocks, columns, 3)
+        handles.append(Patch(alpha=0, label=f"shade: share of each {width} steps, darkest {most:.0%}"))
+    axes.imshow(
+        image,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, columns * width, -0.5, num_blocks - 0.5),
+    )
+    if num_blocks <= 2 * _MAX_ROW_LABELS:
+        for edge in range(1, num_blocks):
+            axes.axhline(edge - 0.5, color="white", linewidth=1.5)
+    names = [str(block) for block in range(num_blocks)] if block_names is None else list(block_names)
+    prefix = _common_prefix(names) if block_names is not None else ""
+    shown = range(0, num_blocks, math.ceil(num_blocks / _MAX_ROW_LABELS))
+    axes.set_yticks(list(shown), [names[block].removeprefix(prefix) for block in shown], fontsize=8)
+    axes.set_ylabel(f"block of\n{prefix.rstrip('.')}" if prefix else "block")
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend_above(axes, handles)
+
+
+def _legend_above(axes: Axes, handles: list[Any] | None = None) -> None:
+    """Put the legend over the panel, where it hides nothing."""
+    axes.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=5,
+        frameon=False,
+        fontsize=9,
+        borderaxespad=0.2,
+        handlelength=1.8,
+    )
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """Give the dotted prefix that all names share, with its last dot; empty if they share none."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared) + "." if shared else ""
