@@ -67,7 +67,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensors(images: Sequence[Image.Image]) -> list[torch.Tensor]:
-    """Copy RGB images into uint8 tensors of shape (3, height, width)."""
+    """Copy RGB images into tensors.
+
+    Args:
+        images: PIL images of mode `RGB`, at least one; their sizes may differ.
+
+    Returns:
+        A uint8 tensor of shape (3, height, width) for each image.
+
+    Example:
+        >>> from PIL import Image
+        >>> from hf_featreuse.images import to_tensors
+        >>> to_tensors([Image.new("RGB", (4, 3), (7, 8, 9))])[0].shape
+        torch.Size([3, 3, 4])
+    """
     if len({image.size for image in images}) > 1:
         return [tensor for image in images for tensor in to_tensors([image])]
     width, height = images[0].size

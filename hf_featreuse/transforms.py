@@ -28,6 +28,17 @@ class ImageTransform:
     """Base of the transforms: an RGB image in, a uint8 tensor of shape (3, height, width) out.
 
     A subclass defines `__call__`; it may define `batch` where a whole batch can be done faster.
+
+    Example:
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> from hf_featreuse.images import to_tensors
+        >>> from hf_featreuse.transforms import ImageTransform
+        >>> class Halve(ImageTransform):
+        ...     def __call__(self, image, row=0, epoch=0):
+        ...         return to_tensors([image.reduce(2)])[0]
+        >>> Halve().batch([Image.new("RGB", (8, 6))], np.array([0]), epoch=0)[0].shape
+        torch.Size([3, 3, 4])
     """
 
     def __call__(self, image: Image.Image, row: int = 0, epoch: int = 0) -> torch.Tensor:
