@@ -70,10 +70,12 @@ def plot_training(
         ConfigurationError: the log has no step, the names do not fit the blocks, or matplotlib is missing.
 
     Example:
+        >>> import tempfile
         >>> from hf_featreuse import FeatureReuseSchedule
         >>> from hf_featreuse.plotting import plot_training
         >>> log = [{"step": 10, "loss/stochastic_depth": 2.3}, {"step": 20, "loss/stochastic_depth": 1.9}]
-        >>> plot_training(log, FeatureReuseSchedule(4), "training.png").name  # doctest: +SKIP
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_training(log, FeatureReuseSchedule(4), f"{folder}/training.png").name
         'training.png'
     """
     last_step = max((int(entry["step"]) for entry in log_history if "step" in entry), default=0)
@@ -240,7 +242,7 @@ def _draw_raster(axes: Axes, shares: np.ndarray, last_step: int, block_names: Se
         image = np.stack(halves, axis=1).reshape(2 * num_blocks, columns, 3)
         handles.append(Patch(alpha=0, label=f"shade: share of each {width} steps, darkest {most:.0%}"))
     axes.imshow(
-        image,
+        np.round(255 * image).astype(np.uint8),
         origin="lower",
         aspect="auto",
         interpolation="nearest",
