@@ -31,13 +31,19 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_featreuse import ConfigurationError, FeatureReuseConfig, FeatureReuseError, FeatureReuseTrainer
-from hf_featreuse.data import ImageData, load_image_data
-from hf_featreuse.image_split import ImageSplit
-from hf_featreuse.images import ImageCollator
+from hf_featreuse.data import (
+    EvalTransform,
+    ImageCollator,
+    ImageData,
+    ImageSplit,
+    TrainTransform,
+    default_crop_scale,
+    image_size,
+    load_image_data,
+)
 from hf_featreuse.metrics import build_compute_metrics, rank_top_k
 from hf_featreuse.plotting import plot_training
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
-from hf_featreuse.transforms import EvalTransform, TrainTransform, default_crop_scale, image_size
 
 logger = logging.getLogger("run_image_classification")
 

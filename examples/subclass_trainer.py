@@ -8,11 +8,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification
 
 from hf_featreuse import FeatureReuseConfig, FeatureReuseTrainer
-from hf_featreuse.data import load_image_data
-from hf_featreuse.images import ImageCollator
+from hf_featreuse.data import EvalTransform, ImageCollator, load_image_data
 from hf_featreuse.metrics import build_compute_metrics, rank_top_k
 from hf_featreuse.small_models import small_config, small_image_processor
-from hf_featreuse.transforms import EvalTransform
 
 
 class FocalLossTrainer(FeatureReuseTrainer):

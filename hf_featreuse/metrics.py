@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from .errors import DataError
+from hf_featreuse.errors import DataError
 
 _DESCRIPTION = "Fraction of the samples whose label is among the k classes ranked first."
 _INPUTS = """

@@ -12,10 +12,10 @@ from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 
 from hf_featreuse.data import load_image_data
+from hf_featreuse.data.image_split import ImageSplit
+from hf_featreuse.data.images import ImageCollator
+from hf_featreuse.data.transforms import TrainTransform
 from hf_featreuse.errors import BadImageError, DataError
-from hf_featreuse.image_split import ImageSplit
-from hf_featreuse.images import ImageCollator
-from hf_featreuse.transforms import TrainTransform
 
 COLLATOR = ImageCollator((0, 0, 0), (1, 1, 1))
 

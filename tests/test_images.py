@@ -14,8 +14,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from hf_featreuse.data.images import ImageCollator, decode_image, to_tensors
 from hf_featreuse.errors import DataError
-from hf_featreuse.images import ImageCollator, decode_image, to_tensors
 
 
 def stored(image: Image.Image, format: str = "PNG", **options) -> dict:

@@ -15,9 +15,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from hf_featreuse.data.images import ImageCollator
+from hf_featreuse.data.transforms import EvalTransform, TrainTransform, default_crop_scale, image_size
 from hf_featreuse.errors import DataError
-from hf_featreuse.images import ImageCollator
-from hf_featreuse.transforms import EvalTransform, TrainTransform, default_crop_scale, image_size
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:

@@ -17,9 +17,17 @@ import numpy as np
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
-from .columns import Labels, capitalised, check_splits, column_values, image_column, images_only, label_column
-from .errors import DataError
-from .image_split import ImageSplit
+from hf_featreuse.data.columns import (
+    Labels,
+    capitalised,
+    check_splits,
+    column_values,
+    image_column,
+    images_only,
+    label_column,
+)
+from hf_featreuse.data.image_split import ImageSplit
+from hf_featreuse.errors import DataError
 
 logger = logging.getLogger(__name__)
 

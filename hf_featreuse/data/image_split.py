@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .errors import BadImageError, DataError
-from .images import decode_image, to_tensors
-from .transforms import ImageTransform
+from hf_featreuse.data.images import decode_image, to_tensors
+from hf_featreuse.data.transforms import ImageTransform
+from hf_featreuse.errors import BadImageError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class ImageSplit(torch.utils.data.Dataset):
         labels: Class ids in the order of `rows`, int64 of shape (n,).
         name: What messages call the split: its name in the source, such as `"train"`.
         source: What messages call the source, such as `"data set 'beans'"`.
-        transform: An [`ImageTransform`][hf_featreuse.transforms.ImageTransform], or a function from an RGB PIL image
+        transform: An `ImageTransform`, or a function from an RGB PIL image
             to a uint8 tensor. Default: none.
 
     Attributes:
@@ -97,7 +97,7 @@ class ImageSplit(torch.utils.data.Dataset):
 
         Example:
             >>> from hf_featreuse.data import load_image_data
-            >>> from hf_featreuse.transforms import TrainTransform
+            >>> from hf_featreuse.data import TrainTransform
             >>> train = load_image_data().splits["train"].with_transform(TrainTransform((16, 16)))
             >>> train[0]["pixel_values"].shape
             torch.Size([3, 16, 16])

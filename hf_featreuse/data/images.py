@@ -1,6 +1,6 @@
 """From image files to batches: decode to 8-bit RGB, copy into tensors, normalise a whole batch at once.
 
-The work per image stays in 8 bits; floats appear only in [`ImageCollator`].
+The work per image stays in 8 bits; floats appear only in `ImageCollator`.
 """
 
 import io
@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from transformers import BaseImageProcessor
 
-from .errors import DataError
+from hf_featreuse.errors import DataError
 
 
 def decode_image(source: Mapping[str, Any]) -> Image.Image:
@@ -30,12 +30,12 @@ def decode_image(source: Mapping[str, Any]) -> Image.Image:
 
     Raises:
         Exception: Whatever Pillow raises for a missing, corrupt, truncated or oversized file;
-            [`ImageSplit`][hf_featreuse.image_split.ImageSplit] turns it into a `BadImageError` that names the image.
+            `ImageSplit` turns it into a `BadImageError` that names the image.
 
     Example:
         >>> import io
         >>> from PIL import Image
-        >>> from hf_featreuse.images import decode_image
+        >>> from hf_featreuse.data import decode_image
         >>> file = io.BytesIO()
         >>> Image.new("L", (4, 3), 7).save(file, "PNG")
         >>> image = decode_image({"bytes": file.getvalue(), "path": None})
@@ -77,7 +77,7 @@ def to_tensors(images: Sequence[Image.Image]) -> list[torch.Tensor]:
 
     Example:
         >>> from PIL import Image
-        >>> from hf_featreuse.images import to_tensors
+        >>> from hf_featreuse.data import to_tensors
         >>> to_tensors([Image.new("RGB", (4, 3), (7, 8, 9))])[0].shape
         torch.Size([3, 3, 4])
     """
@@ -114,7 +114,7 @@ class ImageCollator:
 
     Example:
         >>> import torch
-        >>> from hf_featreuse.images import ImageCollator
+        >>> from hf_featreuse.data import ImageCollator
         >>> collator = ImageCollator(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
         >>> image = torch.full((3, 2, 2), 255, dtype=torch.uint8)
         >>> batch = collator([{"pixel_values": image, "labels": 3}])
@@ -147,7 +147,7 @@ class ImageCollator:
 
         Example:
             >>> from transformers import ViTImageProcessorPil
-            >>> from hf_featreuse.images import ImageCollator
+            >>> from hf_featreuse.data import ImageCollator
             >>> ImageCollator.from_processor(ViTImageProcessorPil()).mean.flatten()
             tensor([0.5000, 0.5000, 0.5000])
         """
@@ -186,7 +186,7 @@ class ImageCollator:
         return cls((-low * std).tolist(), std.tolist(), 1 / 255, flip_channels)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate items of an [`ImageSplit`][hf_featreuse.image_split.ImageSplit].
+        """Collate items of an `ImageSplit`.
 
         Args:
             features: Items with `pixel_values`, uint8 of shape (3, height, width), and `labels`, an integer.

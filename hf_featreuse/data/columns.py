@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .errors import DataError
+from hf_featreuse.errors import DataError
 
 
 def image_column(features: datasets.Features, passed: str | None) -> str:

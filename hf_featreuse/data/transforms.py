@@ -15,8 +15,8 @@ from PIL import Image
 from PIL.Image import Resampling, Transpose
 from transformers import BaseImageProcessor
 
-from .errors import DataError
-from .images import to_tensors
+from hf_featreuse.data.images import to_tensors
+from hf_featreuse.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ class ImageTransform:
     Example:
         >>> import numpy as np
         >>> from PIL import Image
-        >>> from hf_featreuse.images import to_tensors
-        >>> from hf_featreuse.transforms import ImageTransform
+        >>> from hf_featreuse.data import to_tensors
+        >>> from hf_featreuse.data import ImageTransform
         >>> class Halve(ImageTransform):
         ...     def __call__(self, image, row=0, epoch=0):
         ...         return to_tensors([image.reduce(2)])[0]
@@ -64,7 +64,7 @@ def default_crop_scale(size: tuple[int, int]) -> tuple[float, float]:
         `(0.6, 1.0)`.
 
     Example:
-        >>> from hf_featreuse.transforms import default_crop_scale
+        >>> from hf_featreuse.data import default_crop_scale
         >>> default_crop_scale((224, 224)), default_crop_scale((32, 32))
         ((0.08, 1.0), (0.6, 1.0))
     """
@@ -95,7 +95,7 @@ class TrainTransform(ImageTransform):
     Example:
         >>> import torch
         >>> from PIL import Image
-        >>> from hf_featreuse.transforms import TrainTransform
+        >>> from hf_featreuse.data import TrainTransform
         >>> image = Image.radial_gradient("L").convert("RGB")
         >>> transform = TrainTransform((32, 32), seed=1)
         >>> transform(image, row=3, epoch=0).shape
@@ -199,7 +199,7 @@ class EvalTransform(ImageTransform):
     Example:
         >>> from PIL import Image
         >>> from transformers import CLIPImageProcessorPil
-        >>> from hf_featreuse.transforms import EvalTransform
+        >>> from hf_featreuse.data import EvalTransform
         >>> transform = EvalTransform(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32))
         >>> transform(Image.new("RGB", (60, 40))).shape
         torch.Size([3, 32, 32])
@@ -286,7 +286,7 @@ def image_size(processor: BaseImageProcessor) -> tuple[int, int]:
 
     Example:
         >>> from transformers import ViTImageProcessorPil
-        >>> from hf_featreuse.transforms import image_size
+        >>> from hf_featreuse.data import image_size
         >>> image_size(ViTImageProcessorPil(size={"height": 32, "width": 48}))
         (32, 48)
     """

@@ -1,0 +1,20 @@
+"""Labelled images for training and evaluation: load, decode, transform, collate, and the policy on bad images."""
+
+from hf_featreuse.data.image_split import ImageSplit
+from hf_featreuse.data.images import ImageCollator, decode_image, to_tensors
+from hf_featreuse.data.loading import ImageData, load_image_data
+from hf_featreuse.data.transforms import EvalTransform, ImageTransform, TrainTransform, default_crop_scale, image_size
+
+__all__ = [
+    "EvalTransform",
+    "ImageCollator",
+    "ImageData",
+    "ImageSplit",
+    "ImageTransform",
+    "TrainTransform",
+    "decode_image",
+    "default_crop_scale",
+    "image_size",
+    "load_image_data",
+    "to_tensors",
+]
