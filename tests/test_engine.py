@@ -1,0 +1,493 @@
+"""FeatureReuse around a plain training loop."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, NUM_LABELS, WITHOUT_BATCH_NORM, batch, build, snapshot
+from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+from hf_featreuse import (
+    BlockError,
+    ConfigurationError,
+    FeatureReuse,
+    FeatureReuseSchedule,
+    ResidualBlock,
+    StepError,
+    StepKind,
+    find_residual_blocks,
+    skip_blocks,
+    train_only,
+    trainable_blocks,
+)
+
+VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+# A single kind of step over a set that is never empty in the first cycles.
+ALWAYS = {"drop_rate": 0.5, "drop_rate_schedule": "uniform", "seed": 0}
+ONLY = {
+    DEPTH: {**ALWAYS, "masked_freeze_steps": 0},
+    FREEZE: {**ALWAYS, "stochastic_depth_steps": 0},
+    VANILLA: {**ALWAYS, "stochastic_depth_steps": 0, "masked_freeze_steps": 0},
+}
+
+
+def engine(model: nn.Module, *, scale_kept: bool = False, train_trunk: bool = False, **options) -> FeatureReuse:
+    blocks = trainable_blocks(model, find_residual_blocks(model))
+    schedule = FeatureReuseSchedule(len(blocks), **{**ALWAYS, **options})
+    return FeatureReuse(model, blocks, schedule, scale_kept=scale_kept, train_trunk=train_trunk)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def backward(model: nn.Module, seed: int = 1) -> torch.Tensor:
+    loss = model.train()(**batch(seed=seed)).loss
+    loss.backward()
+    return loss.detach()
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        state |= {f"{name}|{key}": value.clone() for key, value in optimizer.state.get(parameter, {}).items()}
+    return state
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, value in after.items() if name not in before or not torch.equal(before[name], value)}
+
+
+def inside(name: str, blocks: list[ResidualBlock]) -> bool:
+    return name.startswith(tuple(f"{block.name}." for block in blocks)) if blocks else False
+
+
+# The loop
+
+
+def test_kinds_alternate_and_the_plan_is_that_of_the_schedule():
+    model = build("vit")
+    reuse, optimizer, plans = engine(model), adamw(model), []
+    for step in range(8):
+        assert reuse.current_plan is None
+        with reuse.step(step) as plan:
+            assert reuse.current_plan is plan
+            backward(model)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        plans.append(plan)
+    assert plans == [reuse.schedule.plan(step) for step in range(8)]
+    assert {plan.kind for plan in plans} >= {DEPTH, FREEZE}
+    assert [plan.kind for plan in plans[:2]] == [DEPTH, FREEZE]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scale_kept"),
+    # Scaling is refused for ResNet: ReLU follows the addition.
+    [*((name, False) for name in ARCHITECTURES), *((name, True) for name in WITHOUT_BATCH_NORM)],
+)
+@pytest.mark.parametrize("train_trunk", [False, True])
+@pytest.mark.parametrize("step_inside", [False, True])
+def test_resting_parts_do_not_move_in_training(architecture, scale_kept, train_trunk, step_inside):
+    """Over six steps, in each of them: what must rest does so to the bit, moments and statistics included."""
+    model = build(architecture)
+    reuse = engine(model, scale_kept=scale_kept, train_trunk=train_trunk, seed=5)
+    optimizer = adamw(model)
+    for seed in range(2):  # Warm the moments.
+        backward(model, seed)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    before_training, seen = snapshot(model), set()
+    for step in range(6):
+        before = state_of(model, optimizer)
+        with reuse.step(step) as plan:
+            backward(model, 10 + step)
+            if step_inside:
+                optimizer.step()
+        if not step_inside:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert snapshot(model) == before_training
+        assert reuse.current_plan is None
+        changed, drawn = moved(before, state_of(model, optimizer)), [reuse.blocks[index] for index in plan.dropped]
+        rest = [block for block in reuse.blocks if block not in drawn]
+        if plan.kind is DEPTH:
+            assert not any(inside(name, drawn) for name in changed)
+            assert all(f"{block.name}." in "\n".join(changed) for block in rest)
+            assert any(name.startswith("classifier") for name in changed)
+        elif plan.kind is FREEZE:
+            trunk = {name for name in changed if not inside(name, reuse.blocks)}
+            assert not any(inside(name, rest) for name in changed)
+            assert all(f"{block.name}." in "\n".join(changed) for block in drawn)
+            assert bool(trunk) == train_trunk
+        seen.add(plan.kind)
+    assert seen >= {DEPTH, FREEZE}
+
+
+@every_architecture
+def test_depth_step_is_skipping_and_freeze_step_is_freezing(architecture):
+    for kind in (DEPTH, FREEZE):
+        model, reference = build(architecture), build(architecture)
+        reuse, blocks = engine(model, **ONLY[kind]), find_residual_blocks(reference)
+        with reuse.step(0) as plan:
+            loss = backward(model)
+        assert plan.kind is kind
+        drawn = [blocks[index] for index in plan.dropped]
+        with skip_blocks(drawn) if kind is DEPTH else train_only(reference, drawn):
+            assert torch.equal(backward(reference), loss)
+        for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert (parameter.grad is None) == (other.grad is None), name
+            assert parameter.grad is None or torch.equal(parameter.grad, other.grad), name
+
+
+@pytest.mark.parametrize("architecture", WITHOUT_BATCH_NORM)
+def test_kept_blocks_are_scaled_by_one_minus_their_own_rate(architecture):
+    model, reference = build(architecture), build(architecture)
+    reuse = engine(model, scale_kept=True, masked_freeze_steps=0, drop_rate_schedule="linear", seed=3)
+    with reuse.step(0) as plan:
+        loss = backward(model)
+    assert 0 < len(plan.dropped) < 4
+    blocks = find_residual_blocks(reference)
+    kept = [index for index in range(4) if index not in plan.dropped]
+    survival = [1 - 0.5 * (index + 1) / 4 for index in kept]
+    with skip_blocks(
+        [blocks[index] for index in plan.dropped], kept=[blocks[index] for index in kept], survival=survival
+    ):
+        assert torch.equal(backward(reference), loss)
+
+
+@pytest.mark.parametrize("architecture", WITHOUT_BATCH_NORM)
+def test_freeze_steps_do_not_scale(architecture):
+    model, plain = build(architecture), build(architecture)
+    if architecture == "swin":  # Its fused attention picks a kernel by what requires gradients.
+        model.set_attn_implementation("eager")
+        plain.set_attn_implementation("eager")
+    with engine(model, scale_kept=True, **ONLY[FREEZE]).step(0) as plan:
+        loss = backward(model)
+    assert plan.kind is FREEZE
+    assert torch.equal(loss, backward(plain))
+
+
+@every_architecture
+@pytest.mark.parametrize("why", ["no kinds", "window", "empty set"])
+def test_vanilla_step_is_a_plain_step(architecture, why):
+    options = {
+        "no kinds": ONLY[VANILLA],
+        "window": {"first_step": 100},
+        "empty set": {"drop_rate": 1e-9},
+    }[why]
+    model, plain = build(architecture), build(architecture)
+    reuse = engine(model, **options)
+    optimizers = adamw(model), adamw(plain)
+    for step in range(3):
+        with reuse.step(step) as plan:
+            loss = backward(model, step)
+        assert plan.kind is VANILLA
+        assert torch.equal(loss, backward(plain, step))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    assert not moved(state_of(plain, optimizers[1]), state_of(model, optimizers[0]))
+
+
+def test_vanilla_schedule_needs_no_block():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    schedule = FeatureReuseSchedule(0, stochastic_depth_steps=0, masked_freeze_steps=0)
+    with FeatureReuse(model, [], schedule).step(0) as plan:
+        model(torch.ones(1, 4)).sum().backward()
+    assert plan.kind is VANILLA
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@every_architecture
+@pytest.mark.parametrize("kind", [DEPTH, FREEZE])
+def test_micro_batches_enter_the_step_in_turn(architecture, kind):
+    """The gradients that the first micro-batch left are those of active parameters: no error, and they add up."""
+    model = build(architecture)
+    reuse = engine(model, **ONLY[kind])
+    for micro in range(4):
+        with reuse.step(0) as plan:
+            backward(model, micro)
+    drawn = [reuse.blocks[index] for index in plan.dropped]
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    expected = {name for name, _ in model.named_parameters() if inside(name, drawn) == (kind is FREEZE)}
+    assert with_gradient == {name for name in expected if "mask_token" not in name}
+
+
+@pytest.mark.parametrize("kind", [DEPTH, FREEZE, VANILLA])
+def test_plan_is_visible_in_backward(kind):
+    model = build("vit")
+    reuse, seen = engine(model, **ONLY[kind]), []
+    model.classifier.register_forward_hook(
+        lambda _module, _args, output: output.register_hook(lambda _gradient: seen.append(reuse.current_plan)) and None
+    )
+    with reuse.step(0) as plan:
+        backward(model)
+    assert seen == [plan]
+    assert plan.kind is kind
+    assert reuse.current_plan is None
+
+
+def test_single_block_model_works():
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+        num_labels=NUM_LABELS,
+    )
+    model = ViTForImageClassification(config)
+    reuse, optimizer, kinds = engine(model), adamw(model), []
+    before = snapshot(model)
+    for step in range(12):
+        with reuse.step(step) as plan:
+            backward(model)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        kinds.append(plan.kind)
+    assert set(kinds) == {VANILLA, DEPTH, FREEZE}
+    assert snapshot(model) == before
+
+
+def test_blocks_left_out_belong_to_the_trunk():
+    model = build("vit")
+    blocks = find_residual_blocks(model, target_blocks=["layers.1", "layers.2"])
+    schedule = FeatureReuseSchedule(2, **{**ALWAYS, "drop_rate": 0.999})
+    for train_trunk in (False, True):
+        with FeatureReuse(model, blocks, schedule, train_trunk=train_trunk).step(1) as plan:
+            assert (plan.kind, plan.dropped) == (FREEZE, (0, 1))
+            backward(model)
+        outside = [p for name, p in model.named_parameters() if not inside(name, blocks)]
+        assert all((parameter.grad is not None) == train_trunk for parameter in outside)
+        model.zero_grad(set_to_none=True)
+    with FeatureReuse(model, blocks, schedule).step(0):
+        backward(model)
+    assert all(parameter.grad is None for block in blocks for parameter in block.module.parameters())
+    assert all(parameter.grad is not None for parameter in model.vit.layers[0].parameters())
+
+
+def test_what_the_user_froze_stays_frozen():
+    model = build("vit")
+    model.vit.embeddings.requires_grad_(False)
+    model.vit.layers[0].requires_grad_(False)
+    fixed = [*model.vit.embeddings.parameters(), *model.vit.layers[0].parameters()]
+    reuse = engine(model, train_trunk=True)
+    assert [block.name for block in reuse.blocks] == [f"vit.layers.{index}" for index in (1, 2, 3)]
+    for step in range(6):
+        with reuse.step(step):
+            assert not any(parameter.requires_grad for parameter in fixed)
+            backward(model)
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in fixed)
+        model.zero_grad(set_to_none=True)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+def test_shared_weight_trains_with_any_part_that_trains():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Block(), Block()))
+    model[1][1].linear.weight = model[1][0].linear.weight
+    blocks = find_residual_blocks(model, torch.zeros(1, 4))
+    schedule = FeatureReuseSchedule(2, **ONLY[FREEZE])
+    step = next(step for step in range(50) if schedule.plan(step).dropped == (0,))
+    with FeatureReuse(model, blocks, schedule).step(step):
+        model(torch.ones(1, 4)).sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {"1.0.linear.weight", "1.0.linear.bias"}
+
+
+# Entering a step
+
+
+@every_architecture
+@pytest.mark.parametrize("kind", [DEPTH, FREEZE])
+@pytest.mark.parametrize("zeroed", [False, True], ids=["kept", "zeroed"])
+def test_stale_gradient_is_an_error_and_nothing_changes(architecture, kind, zeroed):
+    model = build(architecture)
+    reuse = engine(model, **ONLY[kind])
+    backward(model)
+    if zeroed:  # A zero gradient moves weights too, by momentum and weight decay.
+        model.zero_grad(set_to_none=False)
+    before, gradients = snapshot(model), [parameter.grad for parameter in model.parameters()]
+    with pytest.raises(StepError, match=r"zero_grad\(set_to_none=True\)") as caught:
+        with reuse.step(0):
+            raise AssertionError("entered")
+    drawn = [reuse.blocks[index] for index in reuse.schedule.plan(0).dropped]
+    name = str(caught.value).split("`")[1]
+    assert name in dict(model.named_parameters())
+    assert inside(name, drawn) == (kind is DEPTH)
+    assert kind.value in str(caught.value)
+    assert isinstance(caught.value, RuntimeError)
+    assert snapshot(model) == before
+    assert all(parameter.grad is gradient for parameter, gradient in zip(model.parameters(), gradients, strict=True))
+    assert reuse.current_plan is None
+    model.zero_grad(set_to_none=True)
+    with reuse.step(0):
+        backward(model)
+
+
+@pytest.mark.parametrize("kind", [DEPTH, FREEZE])
+def test_every_inactive_parameter_is_checked(kind):
+    model = build("resnet")
+    reuse = engine(model, **ONLY[kind])
+    drawn = [reuse.blocks[index] for index in reuse.schedule.plan(0).dropped]
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        if inside(name, drawn) == (kind is DEPTH):
+            with pytest.raises(StepError, match=rf"`{name}`"):
+                with reuse.step(0):
+                    pass
+        else:
+            with reuse.step(0):
+                pass
+        parameter.grad = None
+
+
+def test_gradients_may_be_there_in_a_vanilla_step():
+    model = build("vit")
+    backward(model)
+    with engine(model, **ONLY[VANILLA]).step(0):
+        backward(model)
+
+
+@pytest.mark.parametrize("outer", [DEPTH, FREEZE, VANILLA])
+def test_nesting_is_an_error_and_the_outer_step_goes_on(outer):
+    model = build("vit")
+    reuse, before = engine(model, **ONLY[outer]), snapshot(model)
+    with reuse.step(0) as plan:
+        inside_step = snapshot(model)
+        with pytest.raises(StepError, match=rf"`step\(1\)` was entered inside another step \({outer.value}\)"):
+            with reuse.step(1):
+                raise AssertionError("entered")
+        assert snapshot(model) == inside_step
+        assert reuse.current_plan is plan
+        backward(model)
+    assert snapshot(model) == before
+
+
+@every_architecture
+@pytest.mark.parametrize("kind", [DEPTH, FREEZE])
+@pytest.mark.parametrize("where", ["before forward", "in a block", "in backward", "after backward"])
+def test_exception_in_a_step_restores_everything_and_the_engine_goes_on(architecture, kind, where):
+    model = build(architecture)
+    reuse, before = engine(model, **ONLY[kind]), snapshot(model)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        with reuse.step(0):
+            if where == "before forward":
+                fail()
+            if where == "in a block":
+                model.classifier.register_forward_pre_hook(fail)
+            output = model.train()(**batch())
+            if where == "in backward":
+                output.logits.register_hook(fail)
+            output.loss.backward()
+            fail()
+    model.classifier._forward_pre_hooks.clear()
+    assert snapshot(model) == before
+    assert reuse.current_plan is None
+    model.zero_grad(set_to_none=True)
+    with reuse.step(0) as plan:
+        backward(model)
+    assert plan.kind is kind
+    assert snapshot(model) == before
+
+
+# Construction: each error before anything is changed
+
+
+def test_number_of_blocks_must_be_that_of_the_schedule():
+    model = build("vit")
+    blocks = find_residual_blocks(model)
+    with pytest.raises(BlockError, match=r"for 5 blocks, but 4 were passed.*FeatureReuseSchedule\(4"):
+        FeatureReuse(model, blocks, FeatureReuseSchedule(5))
+
+
+def test_block_of_another_model_is_an_error():
+    model, other = build("vit"), build("vit")
+    blocks = find_residual_blocks(other)
+    with pytest.raises(BlockError, match=r"vit\.layers\.0 is not a part of this ViTForImageClassification"):
+        FeatureReuse(model, blocks, FeatureReuseSchedule(4))
+    mixed = [*find_residual_blocks(model)[:3], blocks[3]]
+    with pytest.raises(BlockError, match=r"vit\.layers\.3 is not a part"):
+        FeatureReuse(model, mixed, FeatureReuseSchedule(4))
+
+
+def test_block_that_was_replaced_since_is_an_error():
+    model = build("vit")
+    blocks = find_residual_blocks(model)
+    model.vit.layers[2] = build("vit", seed=1).vit.layers[2]
+    with pytest.raises(BlockError, match=r"vit\.layers\.2 is not a part"):
+        FeatureReuse(model, blocks, FeatureReuseSchedule(4))
+
+
+def test_block_passed_twice_is_an_error():
+    model = build("vit")
+    blocks = find_residual_blocks(model)
+    with pytest.raises(BlockError, match=r"Blocks vit\.layers\.0 and vit\.layers\.0 share modules"):
+        FeatureReuse(model, [blocks[0], blocks[0]], FeatureReuseSchedule(2))
+
+
+@pytest.mark.parametrize("outer_first", [False, True])
+def test_block_inside_another_is_an_error(outer_first):
+    model = build("convnext")
+    inner = find_residual_blocks(model)[0]
+    stage = dataclasses.replace(
+        inner, name="convnext.encoder.stages.0", module=model.get_submodule("convnext.encoder.stages.0")
+    )
+    pair = [stage, inner] if outer_first else [inner, stage]
+    with pytest.raises(BlockError, match="share modules"):
+        FeatureReuse(model, pair, FeatureReuseSchedule(2))
+
+
+def gelu_resnet() -> nn.Module:
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8], depths=[2], layer_type="basic", hidden_act="gelu", num_labels=NUM_LABELS
+    )
+    return ResNetForImageClassification(config)
+
+
+def test_inexact_blocks_are_an_error_unless_nothing_is_skipped_or_frozen():
+    model = gelu_resnet()
+    blocks = find_residual_blocks(model)
+    with pytest.raises(BlockError, match="cannot be skipped exactly"):
+        FeatureReuse(model, blocks, FeatureReuseSchedule(2))
+    FeatureReuse(model, blocks, FeatureReuseSchedule(2, stochastic_depth_steps=0, masked_freeze_steps=0))
+
+
+def test_block_with_nothing_to_train_is_an_error():
+    model = build("vit")
+    blocks = find_residual_blocks(model)
+    blocks[1].module.requires_grad_(False)
+    with pytest.raises(BlockError, match=r"vit\.layers\.1 holds no parameter.*trainable_blocks\(model, blocks\)"):
+        FeatureReuse(model, blocks, FeatureReuseSchedule(4))
+
+
+def test_scaling_blocks_that_end_in_an_activation_is_an_error():
+    model = build("resnet")
+    blocks, before = find_residual_blocks(model), snapshot(model)
+    with pytest.raises(ConfigurationError, match="`scale_kept=True` cannot scale block"):
+        FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)), scale_kept=True)
+    assert snapshot(model) == before
+
+
+@every_architecture
+def test_construction_changes_nothing(architecture):
+    model = build(architecture)
+    before, weights = snapshot(model), {name: value.clone() for name, value in model.state_dict().items()}
+    engine(model)
+    assert snapshot(model) == before
+    assert not moved(weights, model.state_dict())
