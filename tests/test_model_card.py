@@ -1,0 +1,168 @@
+"""The model card says what was stated, parses back and invents nothing."""
+
+import os
+import socket
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.model_card import build_model_card
+
+TAGS = ["hf_featreuse", "feature-reuse", "stochastic-depth", "image-classification"]
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder_and_no_network(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the card touched the network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def results(card: ModelCard) -> list[EvalResult]:
+    """Results in the metadata of the card's text."""
+    return cast(ModelCardData, ModelCard(str(card)).data).eval_results or []
+
+
+def build(**changes: Any) -> ModelCard:
+    arguments: dict[str, Any] = {
+        "model_name": "ada/vit-digits",
+        "settings": {"drop_rate": 0.5, "drop_rate_schedule": "linear", "target_blocks": None},
+        "metrics": {},
+        "architecture": "ViTForImageClassification",
+        "block_names": ["vit.layers.0", "vit.layers.1"],
+        "training": {"learning_rate": 1e-3, "optim": "adamw_torch"},
+    }
+    return build_model_card(**{**arguments, **changes})
+
+
+METRICS = {"eval_loss": 0.25, "eval_accuracy": 0.975, "eval_top5_accuracy": 1.0, "eval_runtime": 3.5, "epoch": 2.0}
+
+
+def test_card_of_a_named_data_set_parses_back():
+    card = build(
+        dataset_name="uoft-cs/cifar10",
+        dataset_split="test",
+        metrics=METRICS,
+        license="apache-2.0",
+        base_model="google/vit-base-patch16-224",
+        plot_file="training plot.png",
+    )
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == card.data.to_dict()
+    assert str(again) == str(card)
+    metadata = again.data.to_dict()
+    assert metadata["tags"] == TAGS
+    assert (metadata["pipeline_tag"], metadata["library_name"]) == ("image-classification", "transformers")
+    assert (metadata["license"], metadata["base_model"]) == ("apache-2.0", "google/vit-base-patch16-224")
+    assert (metadata["datasets"], metadata["metrics"]) == (["uoft-cs/cifar10"], ["accuracy"])
+    assert metadata["model-index"][0]["name"] == "vit-digits"
+    found = {result.metric_type: result.metric_value for result in results(again)}
+    assert found == {"loss": 0.25, "accuracy": 0.975, "top5_accuracy": 1.0}
+    for result in results(again):
+        assert (result.task_type, result.dataset_type, result.dataset_split) == (
+            "image-classification",
+            "uoft-cs/cifar10",
+            "test",
+        )
+    for words in (
+        "fine-tuned from [google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224)",
+        "on [uoft-cs/cifar10](https://huggingface.co/datasets/uoft-cs/cifar10)",
+        "the `test` split",
+        "| Accuracy (top-1) | 97.50 % |",
+        "| Loss | 0.25 |",
+        "](training%20plot.png)",
+        'pipeline("image-classification", model="ada/vit-digits")',
+        "| `drop_rate` | 0.5 | probability",
+        "| `target_blocks` | none given |",
+        "| `learning_rate` | 0.001 |",
+        "`vit.layers.0`, `vit.layers.1`",
+        "2411.09475",
+        "- transformers ",
+    ):
+        assert words in card.text
+    assert "runtime" not in str(card) and "epoch" not in str(card)
+
+
+def test_training_from_scratch_on_a_folder_invents_nothing(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for dataset_name in (None, "", str(tmp_path), "./photos", "photos", "../photos", r"C:\photos"):
+        card = build(dataset_name=dataset_name, metrics=METRICS)
+        metadata = card.data.to_dict()
+        assert not {"model-index", "datasets", "base_model", "license", "model_name"} & set(metadata)
+        assert "trained from scratch on a local data set" in card.text
+        assert "| Accuracy (top-1) | 97.50 % |" in card.text
+        assert "photos" not in str(card) and str(tmp_path) not in str(card)
+        assert "]()" not in str(card) and "None" not in str(card) and "co/)" not in str(card)
+
+
+def test_plain_name_is_not_linked():
+    card = build(dataset_name="handwritten digits of scikit-learn", metrics={"accuracy": 0.9})
+    assert "from scratch on handwritten digits of scikit-learn with" in card.text
+    assert "datasets" not in card.data.to_dict()
+    assert [result.dataset_name for result in results(card)] == ["handwritten digits of scikit-learn"]
+
+
+def test_local_weights_are_not_named(tmp_path):
+    card = build(base_model=str(tmp_path / "weights"))
+    assert "fine-tuned from local weights" in card.text
+    assert "base_model" not in card.data.to_dict() and str(tmp_path) not in str(card)
+
+
+def test_name_of_a_path_is_its_last_part(tmp_path):
+    card = build(model_name=str(tmp_path / "vit-digits") + os.sep, plot_file=tmp_path / "training.png")
+    assert "# vit-digits\n" in card.text
+    assert 'model="vit-digits"' in card.text and "](training.png)" in card.text
+    assert str(tmp_path) not in str(card)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tags", "present", "absent"),
+    [
+        ({}, TAGS, ["two kinds of step", "*stochastic-depth*", "*masked-freeze*"], ["outside"]),
+        ({"train_trunk": True}, TAGS, ["of that set and the layers outside the residual blocks are trained"], []),
+        ({"masked_freeze_steps": 0}, [TAGS[0], *TAGS[2:]], ["In each *stochastic-depth*"], ["*masked-freeze*"]),
+        ({"stochastic_depth_steps": 0}, [TAGS[0], TAGS[3]], ["In each *masked-freeze*"], ["*stochastic-depth*"]),
+        (
+            {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
+            [TAGS[0], TAGS[3]],
+            ["trained in the usual way"],
+            ["*stochastic-depth*", "*masked-freeze*"],
+        ),
+    ],
+)
+def test_method_tells_which_steps_took_place(settings, tags, present, absent):
+    card = build(settings=settings)
+    assert card.data.to_dict()["tags"] == tags
+    assert [words for words in present if words not in card.text] == []
+    assert [words for words in absent if words in card.text] == []
+
+
+def test_values_that_would_break_the_card_are_tamed():
+    card = build(
+        dataset_name="ada/digits",
+        metrics={"eval_accuracy": np.float32(0.5), "eval_loss": float("nan")},
+        training={"note": "a|b\nc", "template": "{{ card_data }}"},
+    )
+    again = ModelCard(str(card))
+    assert [result.metric_type for result in results(again)] == ["accuracy"]
+    assert "| Loss | nan |" in card.text
+    assert "| `note` | a\\|b c |" in card.text and "| `template` | {{ card_data }} |" in card.text
+
+
+def test_empty_parts_are_left_out():
+    card = build(settings={}, block_names=[], training={})
+    assert "No evaluation was recorded." in card.text and "No hyperparameters were recorded." in card.text
+    assert "<details>" not in card.text and "![" not in card.text and "| setting |" not in card.text
+
+
+def test_unusable_arguments_are_refused():
+    with pytest.raises(ConfigurationError, match="names no model"):
+        build(model_name=" ")
+    with pytest.raises(ConfigurationError, match="eval_accuracy='high'"):
+        build(metrics={"eval_accuracy": "high"})
