@@ -474,7 +474,8 @@ def test_plain_network_has_no_residual_block():
     with pytest.raises(BlockError, match="Sequential has no residual block") as caught:
         find_residual_blocks(model, torch.zeros(1, 3, 8, 8))
     assert "stochastic_depth_steps=0" in str(caught.value)
-    assert isinstance(caught.value, (FeatureReuseError, ValueError))
+    assert isinstance(caught.value, FeatureReuseError)
+    assert isinstance(caught.value, ValueError)
 
 
 def test_mobilenet_v1_has_no_residual_block():
