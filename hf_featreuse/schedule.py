@@ -47,7 +47,7 @@ class StepPlan:
     Example:
         >>> from hf_featreuse import FeatureReuseSchedule
         >>> FeatureReuseSchedule(4, drop_rate=0.5, drop_rate_schedule="uniform", seed=0).plan(0).dropped
-        (0, 3)
+        (0, 1, 2)
     """
 
     kind: StepKind
