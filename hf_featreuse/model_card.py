@@ -267,9 +267,9 @@ def _method(settings: Mapping[str, Any], num_blocks: int) -> str:
         kinds = (
             f"Training repeats a cycle of two kinds of step. In a *stochastic-depth* step {blocks} is dropped: left "
             "out and not computed. In a *masked-freeze* step, which follows, the whole network runs, but only the "
-            f"blocks of that set{outside} are trained. A cycle whose set is empty trains in the usual way. The "
-            "two kinds of step follow the abstract of [ResidualDroppath](https://arxiv.org/abs/2411.09475); the settings "
-            "are of this run, not the paper's."
+            f"blocks of that set{outside} are trained. A cycle whose set is empty trains in the usual way. "
+            "The two kinds of step follow the abstract of [ResidualDroppath](https://arxiv.org/abs/2411.09475); the "
+            "settings are of this run, not the paper's."
         )
     elif depth:
         kinds = f"In each *stochastic-depth* step {blocks} is dropped: left out and not computed."
