@@ -416,3 +416,17 @@ def test_training_step_outside_train_says_what_to_call(tmp_path: Path) -> None:
     trainer = FeatureReuseTrainer(build("vit"), config(tmp_path), train_dataset=examples())
     with pytest.raises(StepError, match=r"outside `train\(\)`"):
         trainer.training_step(trainer.model, batch())
+
+
+@pytest.mark.parametrize("kind", ["stochastic_depth", "masked_freeze"])
+def test_a_gradient_that_was_kept_from_the_step_before_is_refused(kind: str, tmp_path: Path) -> None:
+    class Keeping(RecordingTrainer):
+        def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(model, *args, **kwargs)
+            model.zero_grad = lambda set_to_none=True: nn.Module.zero_grad(model, set_to_none=False)
+            return loss
+
+    arguments = config(tmp_path, **{"stochastic_depth_steps": 0, "masked_freeze_steps": 0, f"{kind}_steps": 1})
+    trainer = Keeping(build("vit"), arguments, train_dataset=examples())
+    with pytest.raises(StepError, match=rf"this {kind} step .* `optimizer\.zero_grad\(set_to_none=True\)`"):
+        trainer.train()
