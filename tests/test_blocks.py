@@ -337,7 +337,21 @@ class Scaled(nn.Module):
         return 0.5 * x + self.branch(x)
 
 
-@pytest.mark.parametrize("other", [Projected, Scaled, lambda: nn.Linear(4, 4), nn.Identity, lambda: nn.LayerNorm(4)])
+class PassedOn(nn.Module):
+    """The input itself, reshaped, while the parameters serve something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.side(x)
+        return x.unsqueeze(0).squeeze(0)
+
+
+@pytest.mark.parametrize(
+    "other", [Projected, Scaled, PassedOn, lambda: nn.Linear(4, 4), nn.Identity, lambda: nn.LayerNorm(4)]
+)
 def test_modules_that_are_no_residual_blocks_are_not_found(other):
     model = nn.Sequential(nn.Linear(4, 4), other(), InPlace(False), other())
     assert names(find_residual_blocks(model, torch.randn(2, 4))) == ["2"]
