@@ -42,6 +42,7 @@ from hf_featreuse.data import (
     load_image_data,
 )
 from hf_featreuse.metrics import build_compute_metrics, rank_top_k
+from hf_featreuse.model_card import PLOT_FILE
 from hf_featreuse.plotting import plot_training
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
 
@@ -353,7 +354,7 @@ def publish(trainer: FeatureReuseTrainer, model_args: ModelArguments, data: Imag
         plot_training(
             trainer.state.log_history,
             trainer.feature_reuse.schedule,
-            Path(str(trainer.args.output_dir)) / "training.png",
+            Path(str(trainer.args.output_dir)) / PLOT_FILE,
             block_names=[block.name for block in trainer.feature_reuse.blocks],
         )
     card = {"finetuned_from": model_args.model_name_or_path, "dataset": data.name}

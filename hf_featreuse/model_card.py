@@ -13,12 +13,15 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_featreuse.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from hf_featreuse.trainer import FeatureReuseTrainer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("transformers", "torch", "datasets", "huggingface_hub")
@@ -37,6 +40,13 @@ _MEANINGS = {
     "reuse_end": "fraction of training after which steps are plain",
     "reuse_seed": "seed of the random sets of blocks; none given: the training seed",
 }
+
+# Name of the training plot beside the model.
+PLOT_FILE = "training.png"
+_LISTED_ARGUMENTS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "num_train_epochs", "seed",
+)  # fmt: skip
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -210,6 +220,38 @@ def build_model_card(
         training=[(key, _cell(value)) for key, value in training.items()],
         versions=_versions(),
     )
+
+
+def write_model_card(
+    trainer: FeatureReuseTrainer,
+    *,
+    license: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    dataset: str | Sequence[str] | None = None,
+) -> None:
+    """Write the card of a trainer's run beside its model; see `FeatureReuseTrainer.create_model_card`."""
+    args, folder = trainer.args, Path(str(trainer.args.output_dir))
+    # Plain values for enums.
+    values = args.to_dict()
+    evaluations = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+    card = build_model_card(
+        model_name=model_name or args.hub_model_id or folder.resolve().name,
+        base_model=finetuned_from,
+        dataset_name=dataset if dataset is None or isinstance(dataset, str) else ", ".join(dataset),
+        settings=trainer.reuse_args.settings(),
+        metrics={key: value for key, value in (evaluations or [{}])[-1].items() if key.startswith("eval_")},
+        license=license,
+        plot_file=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
+        architecture=type(trainer.accelerator.unwrap_model(trainer.model)).__name__,
+        block_names=[block.name for block in trainer.feature_reuse.blocks] if trainer.feature_reuse else [],
+        training={name: values[name] for name in _LISTED_ARGUMENTS}
+        | {"processes": args.world_size, "mixed_precision": args.mixed_precision, "steps": trainer.state.global_step},
+    )
+    own: list[str] = card.data["tags"]
+    card.data["tags"] = own + [tag for tag in ([tags] if isinstance(tags, str) else tags or ()) if tag not in own]
+    card.save(folder / "README.md")
 
 
 def _is_path(name: str) -> bool:

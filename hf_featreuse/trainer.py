@@ -16,6 +16,7 @@ from hf_featreuse.config import FeatureReuseArguments
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.errors import StepError
+from hf_featreuse.model_card import write_model_card
 from hf_featreuse.probing import model_inputs, undisturbed
 from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.step_log import StepLog
@@ -104,6 +105,28 @@ class FeatureReuseTrainer(Trainer):
         if "loss" in logs and self._step_log is not None:
             logs.update(self._step_log.drain(self._mean_over_ranks))
         super().log(logs, start_time)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the model card of the run to `output_dir/README.md`, with the method and its settings.
+
+        Takes the arguments of `Trainer.create_model_card`; `language`, `tasks`, `dataset_tags` and `dataset_args` have
+        no place in the card of an image classifier.
+        """
+        if self.is_world_process_zero():
+            write_model_card(
+                self, license=license, tags=tags, model_name=model_name, finetuned_from=finetuned_from, dataset=dataset
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train`. A checkpoint that is cut short is passed over for the last whole one before it."""
