@@ -288,6 +288,28 @@ def test_copy_of_a_bound_block_alone_is_plain():
         assert type(copy.copy(block.module)) is plain
 
 
+class CopiesItself(nn.Linear):
+    """A block that has a deep copy of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        other = type(self)(4, 4)
+        other.load_state_dict(self.state_dict())
+        return other
+
+
+def test_deep_copy_of_a_block_s_own_is_used_and_plain():
+    module, x = CopiesItself(4, 4), torch.ones(2, 4)
+    expected = module(x)
+    with skip_blocks([ResidualBlock("block", module)]):
+        other = copy.deepcopy(module)
+        assert type(other) is CopiesItself
+        assert torch.equal(other(x), expected)
+        assert torch.equal(module(x), x)
+
+
 # Scaling
 
 
@@ -350,13 +372,16 @@ def test_survival_of_one_changes_nothing():
     assert torch.equal(logits, run(plain))
 
 
-def test_scaling_keeps_the_type_of_the_stream():
-    model = build("vit").bfloat16()
-    blocks, types = find_residual_blocks(model), []
-    blocks[1].module.register_forward_pre_hook(lambda _module, args: types.append(args[0].dtype))
-    with skip_blocks([], kept=blocks, survival=[0.7] * 4):
-        model(batch()["pixel_values"].bfloat16())
-    assert types == [torch.bfloat16]
+def test_scaled_output_has_the_type_of_the_block_s_own():
+    class Halved(nn.Linear):
+        """Casts its output, as blocks do whose residual stream is kept in half precision."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + super().forward(x)).bfloat16()
+
+    module = Halved(4, 4)
+    with skip_blocks([], kept=[ResidualBlock("block", module)], survival=[0.7]):
+        assert module(torch.ones(2, 4)).dtype == torch.bfloat16
 
 
 # Checkpointing
