@@ -86,6 +86,17 @@ def checkpoint_fault(folder: str | Path) -> str | None:
     for path in sorted(folder.rglob("*.safetensors")):
         if not _is_whole_safetensors(path):
             return f"{path.name} is cut short"
+    for path in sorted(folder.rglob("*.index.json")):
+        try:
+            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except ValueError:
+            return f"{path.name} is cut short"
+        missing = sorted(shard for shard in shards if not (path.parent / shard).is_file())
+        if missing:
+            return f"{missing[0]} is missing"
+    # With `save_only_model` there is neither; sharded engines write the optimizer under other names.
+    if (folder / "scheduler.pt").is_file() and not [*folder.glob("optimizer*"), *folder.glob("global_step*")]:
+        return "optimizer.pt is missing"
     for path in sorted(path for ending in ("*.pt", "*.bin", "*.pth") for path in folder.rglob(ending)):
         if not zipfile.is_zipfile(path):
             return f"{path.name} is cut short"
@@ -181,13 +192,21 @@ def _read_converted(model: PreTrainedModel, folder: str | Path) -> dict[str, tor
     is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
-        loaded: Any = type(model).from_pretrained(
-            folder,
-            config=copy.deepcopy(model.config),
-            dtype=torch.float64 if is_double else torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        try:
+            loaded: Any = type(model).from_pretrained(
+                folder,
+                config=copy.deepcopy(model.config),
+                dtype=torch.float64 if is_double else torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                # Reported like a missing weight, and refused below.
+                ignore_mismatched_sizes=True,
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]} Nothing was loaded. Resume from "
+                "another checkpoint."
+            ) from error
     twin, report = loaded
     # `from_pretrained` would fill these at random and go on.
     problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}

@@ -12,8 +12,9 @@ Recomputation by activation checkpointing is not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_featreuse.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError
-from hf_featreuse.freezing import freeze
+from hf_featreuse.freezing import freeze, own_parameters, trunk_modules
 from hf_featreuse.probing import model_inputs, undisturbed
 from hf_featreuse.schedule import StepKind, StepPlan
 
@@ -36,30 +37,42 @@ class BlockCost:
         lowest (`int`): when it trains and nothing below it does.
         frozen (`int`): when only the gradient of its input is needed.
         resting (`int`): when nothing in it or below it trains: its forward alone.
-        vanilla (`int`): in a plain step, `trained` or `lowest`.
+
+    Example:
+        >>> from hf_featreuse import BlockCost
+        >>> BlockCost(trained=300, lowest=200, frozen=200, resting=100).resting
+        100
     """
 
     trained: int
     lowest: int
     frozen: int
     resting: int
-    vanilla: int
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Cost of the kinds of step of one model.
+    """Cost of the kinds of step of one model, from [`measure_step_costs`].
 
     Args:
         vanilla (`int`): floating-point operations of forward and backward of a plain step.
         blocks (`tuple[BlockCost, ...]`): of the residual blocks in forward order.
-        trunk (`tuple[int, ...]`): forward operations of the trunk, from before the first block to after the last.
+        trunk (`tuple[int, ...]`): forward operations of the parts of the trunk: before, between and after the blocks.
+        trunk_trains (`tuple[bool, ...]`): whether each of these parts holds parameters that train.
         train_trunk (`bool`): whether the trunk trains in masked-freeze steps.
+
+    Example:
+        >>> from hf_featreuse import BlockCost, StepCosts, StepKind, StepPlan
+        >>> block = BlockCost(trained=300, lowest=200, frozen=200, resting=100)
+        >>> costs = StepCosts(vanilla=600, blocks=(block, block), trunk=(0, 0, 0), trunk_trains=(True, True, True))
+        >>> costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (0,)))
+        0.5
     """
 
     vanilla: int
     blocks: tuple[BlockCost, ...]
     trunk: tuple[int, ...]
+    trunk_trains: tuple[bool, ...]
     train_trunk: bool = False
 
     def share(self, plan: StepPlan) -> float:
@@ -69,32 +82,47 @@ class StepCosts:
             plan (`StepPlan`): of the step.
 
         Example:
-            >>> from transformers import ViTConfig, ViTForImageClassification
-            >>> from hf_featreuse import StepKind, StepPlan, find_residual_blocks, measure_step_costs
-            >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
-            >>> model = ViTForImageClassification(config)
-            >>> costs = measure_step_costs(model, find_residual_blocks(model))
-            >>> costs.share(StepPlan(StepKind.VANILLA))
-            1.0
+            >>> from hf_featreuse import BlockCost, StepCosts, StepKind, StepPlan
+            >>> block = BlockCost(trained=300, lowest=200, frozen=200, resting=100)
+            >>> costs = StepCosts(vanilla=600, blocks=(block, block), trunk=(0, 0, 0), trunk_trains=(True, True, True))
+            >>> costs.share(StepPlan(StepKind.MASKED_FREEZE, (1,)))
+            0.5
         """
         if not self.vanilla or plan.kind is StepKind.VANILLA:
             return 1.0
-        dropped = set(plan.dropped)
+        everything = set(range(len(self.blocks)))
         if plan.kind is StepKind.STOCHASTIC_DEPTH:
-            return 1.0 - sum(self.blocks[index].vanilla for index in dropped) / self.vanilla
-        if self.train_trunk:
-            frozen = [block for index, block in enumerate(self.blocks) if index not in dropped]
-            return 1.0 - sum(block.vanilla - block.frozen for block in frozen) / self.vanilla
-        return self._freeze_cost(dropped) / self.vanilla
+            return self._cost(everything - set(plan.dropped), trunk=True, skipped=set(plan.dropped)) / self.vanilla
+        return self._cost(set(plan.dropped), trunk=self.train_trunk) / self.vanilla
 
-    def _freeze_cost(self, dropped: set[int]) -> int:
-        """Operations of a masked-freeze step with a frozen trunk; backward ends in the lowest block that trains."""
-        lowest = min(dropped)
-        cost = sum(self.trunk) + sum(block.resting for block in self.blocks[:lowest]) + self.blocks[lowest].lowest
-        for index in range(lowest + 1, len(self.blocks)):
-            cost += self.blocks[index].trained if index in dropped else self.blocks[index].frozen
-        # The trunk above, linear or convolutional, needs as much for its input gradient as for its forward.
-        return cost + sum(self.trunk[lowest + 1 :])
+    def _cost(self, training: set[int], trunk: bool, skipped: Collection[int] = ()) -> int:
+        return self._sum(training, trunk, skipped) + (self._stem_rest if trunk else 0)
+
+    def _sum(self, training: set[int], trunk: bool, skipped: Collection[int] = ()) -> int:
+        """Operations of a step, from the input upwards: below the lowest part that trains there is no backward."""
+        count, gradient_goes_on = 0, False
+        for index, forward in enumerate(self.trunk):
+            trains = trunk and self.trunk_trains[index]
+            # Linear or convolutional: the gradients of input and of weights cost as much as the forward each. Between
+            # and after the blocks a norm comes first, whose weights need the gradient of the layer above it.
+            count += forward * (1 + (gradient_goes_on or (trains and index > 0)) + trains)
+            gradient_goes_on |= trains
+            if index == len(self.blocks) or index in skipped:
+                continue
+            block = self.blocks[index]
+            if index in training:
+                count += block.trained if gradient_goes_on else block.lowest
+                gradient_goes_on = True
+            else:
+                count += block.frozen if gradient_goes_on else block.resting
+        return count
+
+    @cached_property
+    def _stem_rest(self) -> int:
+        """What a plain step costs beyond the sum: gradients inside a first part of the trunk of several layers."""
+        if not self.trunk_trains[0]:
+            return 0
+        return self.vanilla - self._sum(set(range(len(self.blocks))), trunk=True)
 
 
 def measure_step_costs(
@@ -122,7 +150,7 @@ def measure_step_costs(
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> from hf_featreuse import StepKind, StepPlan, find_residual_blocks, measure_step_costs
-        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+        >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
         >>> model = ViTForImageClassification(config)
         >>> costs = measure_step_costs(model, find_residual_blocks(model))
         >>> 0 < costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (0, 1))) < costs.share(
@@ -130,7 +158,7 @@ def measure_step_costs(
         True
     """
     args, kwargs = model_inputs(model, inputs)
-    recorder = _Recorder(blocks)
+    recorder = _Recorder(model, blocks)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with undisturbed(model):
         handles = recorder.attach()
@@ -145,14 +173,17 @@ def measure_step_costs(
                 handle.remove()
         costs = recorder.replay_all()
     trunk = (*recorder.before, forward - recorder.ended)
-    return StepCosts(total, tuple(costs), trunk, train_trunk)
+    return StepCosts(total, tuple(costs), trunk, tuple(recorder.trunk_trains), train_trunk)
 
 
 class _Recorder:
     """Hooks that split the forward's operations by block and keep each block's arguments."""
 
-    def __init__(self, blocks: Sequence[ResidualBlock]) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         self.blocks = blocks
+        self.trunk = [m for m in trunk_modules(model, blocks) if any(p.requires_grad for p in own_parameters([m]))]
+        self.trunk_trains = [False] * (len(blocks) + 1)
+        self.next_block = 0
         self.counter = FlopCounterMode(display=False)
         self.before = [0] * len(blocks)
         self.calls: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
@@ -163,12 +194,17 @@ class _Recorder:
         for index, block in enumerate(self.blocks):
             handles.append(block.module.register_forward_pre_hook(self._enter(index), with_kwargs=True))
             handles.append(block.module.register_forward_hook(self._leave))
+        handles += [module.register_forward_pre_hook(self._enter_trunk) for module in self.trunk]
         return handles
+
+    def _enter_trunk(self, _module: nn.Module, _args: tuple) -> None:
+        self.trunk_trains[self.next_block] = True
 
     def _enter(self, index: int):
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self.before[index] += self.counter.get_total_flops() - self.ended
             self.calls[index].append((args, kwargs))
+            self.next_block = index + 1
 
         return hook
 
@@ -180,7 +216,7 @@ class _Recorder:
         known: dict[Any, list[int]] = {}
         costs = []
         for block, calls in zip(self.blocks, self.calls, strict=True):
-            totals, gradient_goes_on = [0] * 4, False
+            totals = [0] * 4
             for args, kwargs in calls:
                 stream = block.stream(args, kwargs)
                 shapes = [(tuple(p.shape), p.requires_grad) for p in block.module.parameters()]
@@ -188,8 +224,7 @@ class _Recorder:
                 if key not in known:
                     known[key] = [_replay(block, args, kwargs, *state) for state in _STATES]
                 totals = [total + count for total, count in zip(totals, known[key], strict=True)]
-                gradient_goes_on |= stream.requires_grad
-            costs.append(BlockCost(*totals, vanilla=totals[0] if gradient_goes_on else totals[1]))
+            costs.append(BlockCost(*totals))
         return costs
 
 

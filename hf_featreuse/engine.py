@@ -10,7 +10,7 @@ from torch import nn
 from hf_featreuse.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError, StepError
 from hf_featreuse.freezing import freeze, norm_layers, own_parameters, trunk_modules
-from hf_featreuse.schedule import FeatureReuseSchedule, StepKind, StepPlan
+from hf_featreuse.schedule import VANILLA_PLAN, FeatureReuseSchedule, StepKind, StepPlan
 from hf_featreuse.skipping import check_exact, check_scalable, skip_blocks
 
 
@@ -79,6 +79,19 @@ class FeatureReuse:
         parts = [list(block.module.modules()) for block in blocks] + [trunk]
         self._parameters = [list(own_parameters(part)) for part in parts]
         self._norms = [norm_layers(part) for part in parts]
+        self._trunk_trains = any(parameter.requires_grad for parameter in self._parameters[-1])
+
+    def plan(self, global_step: int) -> StepPlan:
+        """Give the plan of an optimizer step: the schedule's, except where it would leave nothing to train.
+
+        Where the user froze the whole trunk, as with adapters in the blocks alone, a cycle that drops every block is
+        vanilla.
+
+        Args:
+            global_step (`int`): number of optimizer steps taken before this one.
+        """
+        plan = self.schedule.plan(global_step)
+        return plan if self._trunk_trains or len(plan.dropped) < len(self.blocks) else VANILLA_PLAN
 
     @contextlib.contextmanager
     def step(self, global_step: int) -> Iterator[StepPlan]:
@@ -101,7 +114,7 @@ class FeatureReuse:
                 f"`step({global_step})` was entered inside another step ({self.current_plan.kind.value}). Leave the "
                 "first one before entering the next; micro-batches of one optimizer step enter it in turn."
             )
-        plan = self.schedule.plan(global_step)
+        plan = self.plan(global_step)
         with contextlib.ExitStack() as stack:
             if plan.kind is StepKind.STOCHASTIC_DEPTH:
                 self._check_gradients(plan, [p for index in plan.dropped for p in self._parameters[index]])

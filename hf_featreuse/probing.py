@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     autocast_device = "cpu" if device.type == "meta" else device.type
     try:
         with torch.random.fork_rng(forked), torch.enable_grad(), torch.autocast(autocast_device, enabled=False):
+            for module in modules:
+                # accelerate leaves autocast around the forward of a model it has prepared.
+                if "_original_forward" in module.__dict__:
+                    module.__dict__["forward"] = module.__dict__["_original_forward"]
             model.eval()
             yield
     finally:
@@ -50,7 +55,7 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -> tuple[tuple, dict[str, Any]]:
-    """Positional and keyword arguments of a forward without labels, from a batch, a tensor or the model's config."""
+    """Positional and keyword arguments of a forward, without labels unless it insists, from a batch, a tensor or the model's config."""
     if isinstance(inputs, torch.Tensor):
         return (inputs,), {}
     batch = dummy_inputs(model) if inputs is None else inputs
@@ -59,11 +64,11 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | No
             f"`inputs` is a {type(inputs).__name__}. Pass a batch as a dictionary of tensors, as the model's forward "
             "takes it, or one tensor."
         )
-    device = model_device(model)
+    device, parameters = model_device(model), inspect.signature(model.forward).parameters
     moved = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
-        if key not in ("labels", "label")
+        if key not in ("labels", "label") or (key in parameters and parameters[key].default is inspect.Parameter.empty)
     }
     return (), moved
 

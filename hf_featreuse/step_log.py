@@ -16,8 +16,8 @@ class StepLog:
 
     Args:
         device (`torch.device`): where the losses are.
-        skip_non_finite (`bool`, defaults to `False`): replace a NaN or infinite loss by the mean of its kind so far,
-            as Trainer's `logging_nan_inf_filter`.
+        skip_non_finite (`bool`, defaults to `False`): add, for a NaN or infinite loss, the sum of its kind so far
+            divided by the steps of its kind, this one included, as Trainer's `logging_nan_inf_filter`.
     """
 
     def __init__(self, device: torch.device, skip_non_finite: bool = False) -> None:

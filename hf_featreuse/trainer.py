@@ -15,9 +15,9 @@ from hf_featreuse.checkpoints import check_adapter, load_weights, resolve_checkp
 from hf_featreuse.config import FeatureReuseArguments
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
-from hf_featreuse.errors import StepError
+from hf_featreuse.errors import BlockError, StepError
 from hf_featreuse.model_card import write_model_card
-from hf_featreuse.probing import model_inputs, undisturbed
+from hf_featreuse.probing import undisturbed
 from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.step_log import StepLog
 
@@ -156,11 +156,15 @@ class FeatureReuseTrainer(Trainer):
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
         """A batch of one to look at the model with: made from its config, or for other models from the data."""
-        if any(isinstance(module, PreTrainedModel) for module in model.modules()) or self.train_dataset is None:
+        if any(isinstance(module, PreTrainedModel) for module in model.modules()):
             return None
+        if self.train_dataset is None:
+            raise BlockError(
+                f"{type(model).__name__} is not a transformers model and the trainer has no `train_dataset` to look "
+                "at it with. Override `get_residual_blocks` and pass `find_residual_blocks` a small batch as `inputs`."
+            )
         with undisturbed(model):
-            batch = self.data_collator([self.train_dataset[0]])
-        return model_inputs(model, batch)[1]
+            return self.data_collator([next(iter(self.train_dataset))])
 
     def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(values).view(-1, len(values)).mean(0)  # pyright: ignore

@@ -113,9 +113,6 @@ def reshape_one(tensors: dict[str, torch.Tensor]) -> None:
 def test_a_checkpoint_that_does_not_fit_is_refused_whole(
     architecture: str, write: Callable, change: Callable, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    if change is reshape_one and write is legacy_names and architecture in ("vit", "swin"):
-        reason = "from_pretrained raises RuntimeError unless ignore_mismatched_sizes is set"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
     write(build(architecture), tmp_path / "saved")
     edit(tmp_path / "saved", change)
     model = build(architecture, seed=9)
@@ -125,7 +122,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_whole(
     assert same_bits(state_of(model), before)
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="the error of from_pretrained comes through")
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
     shards(build("vit"), tmp_path / "saved")
     sorted((tmp_path / "saved").glob("model-*.safetensors"))[1].unlink()
@@ -133,7 +129,6 @@ def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
         load_weights(build("vit"), tmp_path / "saved")
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="the error of from_pretrained comes through")
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load_weights(build("vit"), tmp_path)

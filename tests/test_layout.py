@@ -193,16 +193,7 @@ def is_child_error(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, FeatureReuseError) and value is not FeatureReuseError
 
 
-_NO_EXAMPLE = pytest.mark.xfail(strict=True, reason="its docstring has no example yet")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=_NO_EXAMPLE if name in ("BlockCost", "StepCosts") else ())
-        for name in hf_featreuse.__all__
-    ],
-)
+@pytest.mark.parametrize("name", hf_featreuse.__all__)
 def test_public_name_is_documented(name):
     value = getattr(hf_featreuse, name)
     text = value.__doc__
@@ -242,14 +233,8 @@ def test_every_argument_of_a_public_class_is_documented(name):
 
 # Examples
 
-_WRONG = {
-    "hf_featreuse.cost": pytest.mark.xfail(
-        strict=True, reason="the model of the example is so small that its stem costs more than its blocks"
-    )
-}
 
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_WRONG.get(name, ())) for name in MODULES])
+@pytest.mark.parametrize("name", MODULES)
 def test_examples_of_the_docstrings_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)

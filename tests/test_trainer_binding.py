@@ -156,10 +156,6 @@ def test_auto_find_batch_size_starts_again_after_running_out_of_memory(architect
     assert traces(model) == before
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="accelerate leaves an autocast wrapper around forward, in which ConvNeXt loses blocks and costs fail",
-)
 @pytest.mark.parametrize("first", ["train", "evaluate"])
 @pytest.mark.parametrize("architecture", ["convnext", "resnet", "swin"])
 def test_mixed_precision_finds_the_same_blocks_once_the_model_was_used(
@@ -226,7 +222,6 @@ def test_blocks_without_an_adapter_belong_to_the_trunk(tmp_path: Path) -> None:
     assert [name[-8:] for name in names(trainer)] == ["layers.1", "layers.3"]
 
 
-@pytest.mark.xfail(strict=True, reason="with a frozen trunk, leaving out every block leaves backward nothing to do")
 def test_dropping_every_block_above_a_frozen_trunk_does_not_end_the_run(tmp_path: Path) -> None:
     trainer = FeatureReuseTrainer(lora(), config(tmp_path, drop_rate=0.99), train_dataset=examples())
     assert trainer.train().global_step == 6
@@ -333,7 +328,6 @@ def test_a_model_that_is_not_of_transformers_is_probed_with_its_data(tmp_path: P
     assert traces(model) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the probe takes train_dataset[0], which a stream does not have")
 def test_a_model_that_is_not_of_transformers_trains_on_a_stream(tmp_path: Path) -> None:
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Any:
