@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_featreuse import FeatureReuse, FeatureReuseConfig, FeatureReuseTrainer
 from hf_featreuse.small_models import small_config
@@ -119,6 +119,7 @@ def measure(options: argparse.Namespace) -> dict:
             for trainer in (plain, reusing) if index % 2 == 0 else (reusing, plain):
                 timers[trainer] = timer = StepTimer()
                 trainer.add_callback(timer)
+                trainer.remove_callback(PrinterCallback)
                 trainer.train()
             base = statistics.mean(timers[plain].seconds.values())
             seconds["Trainer"] += timers[plain].seconds.values()

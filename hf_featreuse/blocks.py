@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from hf_featreuse.errors import BlockError
+from hf_featreuse.errors import BlockError, ConfigurationError
 from hf_featreuse.probing import model_inputs, undisturbed
 
 _ADDITIONS = ("Add", "Sub")
@@ -167,6 +167,28 @@ def trainable_blocks(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[
             "with `target_blocks`, or set `stochastic_depth_steps=0` and `masked_freeze_steps=0`."
         )
     return trainable
+
+
+def check_exact(blocks: Sequence[ResidualBlock]) -> None:
+    """Raise `BlockError` if skipping one of the blocks would not equal a zero residual branch."""
+    inexact = [block for block in blocks if not block.exact]
+    if inexact:
+        raise BlockError(
+            f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: "
+            f"{inexact[0].activation} follows the addition and would change the input again ({len(inexact)} of "
+            f"{len(blocks)} blocks). Use an activation that keeps its own output, such as ReLU, or leave these blocks "
+            "out with `target_blocks`."
+        )
+
+
+def check_scalable(blocks: Sequence[ResidualBlock]) -> None:
+    """Raise `ConfigurationError` if the increment of one of the blocks has no meaning after an activation."""
+    with_activation = [block for block in blocks if block.activation is not None]
+    if with_activation:
+        raise ConfigurationError(
+            f"`scale_kept=True` cannot scale block {with_activation[0].name}: {with_activation[0].activation} follows "
+            "its addition, so output minus input is not the residual branch. Set `scale_kept=False`."
+        )
 
 
 def _trace(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -> list[ResidualBlock]:

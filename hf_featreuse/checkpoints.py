@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, logging
+from transformers.utils.import_utils import is_peft_available
 
 from hf_featreuse.errors import CheckpointError
 
@@ -53,6 +54,20 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         state = _read_converted(model, folder) if isinstance(model, PreTrainedModel) else state or {}
     _check_state(model, own, state, folder)
     model.load_state_dict(state, strict=True)
+
+
+def load_exactly(model: nn.Module | None, folder: str | Path) -> bool:
+    """Load a plain model's weights strictly; of an adapter, check the file alone and return False: Trainer loads it."""
+    if model is None:
+        return False
+    if is_peft_available():
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            check_adapter(model, folder)
+            return False
+    load_weights(model, folder)
+    return True
 
 
 def check_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -204,8 +219,8 @@ def _read_converted(model: PreTrainedModel, folder: str | Path) -> dict[str, tor
             )
         except OSError as error:
             raise CheckpointError(
-                f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]} Nothing was loaded. Resume from "
-                "another checkpoint."
+                f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]} Nothing was loaded. Resume "
+                "from another checkpoint."
             ) from error
     twin, report = loaded
     # `from_pretrained` would fill these at random and go on.

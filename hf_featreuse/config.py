@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.schedule import FeatureReuseSchedule, check_options, check_seed, window_steps
+from hf_featreuse.schedule import FeatureReuseSchedule, check_options, check_seed
 
 
 class _OneOrMany(argparse.Action):
@@ -191,3 +192,14 @@ class FeatureReuseConfig(FeatureReuseArguments, TrainingArguments):
     def __post_init__(self) -> None:
         self.check()
         TrainingArguments.__post_init__(self)
+
+
+def window_steps(start: float, end: float, max_steps: int) -> tuple[int, int | None]:
+    """First and last optimizer step of the window [start, end], given as fractions of `max_steps`.
+
+    A step s lies in the window when `start <= s / max_steps <= end`. An end of 1 has no last step, so that training
+    can be extended.
+    """
+    # A whole number of steps can come out a rounding error off: 0.07 * 100 is 7.000000000000001.
+    first = math.ceil(round(start * max_steps, 6))
+    return first, None if end == 1 else math.floor(round(end * max_steps, 6))

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.blocks import ResidualBlock, check_exact, check_scalable
 from hf_featreuse.errors import BlockError, StepError
 from hf_featreuse.freezing import freeze, norm_layers, own_parameters, trunk_modules
 from hf_featreuse.schedule import VANILLA_PLAN, FeatureReuseSchedule, StepKind, StepPlan
-from hf_featreuse.skipping import check_exact, check_scalable, skip_blocks
+from hf_featreuse.skipping import skip_blocks
 
 
 class FeatureReuse:

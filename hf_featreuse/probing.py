@@ -55,7 +55,7 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -> tuple[tuple, dict[str, Any]]:
-    """Positional and keyword arguments of a forward, without labels unless it insists, from a batch, a tensor or the model's config."""
+    """Arguments of a forward, from a batch, a tensor or the model's config; without labels unless it insists."""
     if isinstance(inputs, torch.Tensor):
         return (inputs,), {}
     batch = dummy_inputs(model) if inputs is None else inputs

@@ -10,7 +10,6 @@ Sources: the two kinds of step, arXiv 2411.09475 (abstract); linear survival pro
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -183,17 +182,6 @@ def check_seed(name: str, seed: object) -> int:
     if value >= 2**64:
         raise ConfigurationError(f"`{name}={seed!r}` does not fit 64 bits. Pass a whole number from 0 to 2**64 - 1.")
     return value
-
-
-def window_steps(start: float, end: float, max_steps: int) -> tuple[int, int | None]:
-    """First and last optimizer step of the window [start, end], given as fractions of `max_steps`.
-
-    A step s lies in the window when `start <= s / max_steps <= end`. An end of 1 has no last step, so that training
-    can be extended.
-    """
-    # A whole number of steps can come out a rounding error off: 0.07 * 100 is 7.000000000000001.
-    first = math.ceil(round(start * max_steps, 6))
-    return first, None if end == 1 else math.floor(round(end * max_steps, 6))
 
 
 def _whole_number(name: str, value: object) -> int:

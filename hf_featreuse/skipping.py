@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.blocks import ResidualBlock, check_exact, check_scalable
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 
 _RULE = "_feature_reuse_rule"
@@ -81,28 +81,6 @@ def skip_blocks(
         for module, plain in reversed(bound):
             module.__class__ = plain
             module.__dict__.pop(_RULE, None)
-
-
-def check_exact(blocks: Sequence[ResidualBlock]) -> None:
-    """Raise `BlockError` if skipping one of the blocks would not equal a zero residual branch."""
-    inexact = [block for block in blocks if not block.exact]
-    if inexact:
-        raise BlockError(
-            f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: "
-            f"{inexact[0].activation} follows the addition and would change the input again ({len(inexact)} of "
-            f"{len(blocks)} blocks). Use an activation that keeps its own output, such as ReLU, or leave these blocks "
-            "out with `target_blocks`."
-        )
-
-
-def check_scalable(blocks: Sequence[ResidualBlock]) -> None:
-    """Raise `ConfigurationError` if the increment of one of the blocks has no meaning after an activation."""
-    with_activation = [block for block in blocks if block.activation is not None]
-    if with_activation:
-        raise ConfigurationError(
-            f"`scale_kept=True` cannot scale block {with_activation[0].name}: {with_activation[0].activation} follows "
-            "its addition, so output minus input is not the residual branch. Set `scale_kept=False`."
-        )
 
 
 def _check(

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
-from transformers.utils.import_utils import is_peft_available
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
-from hf_featreuse.checkpoints import check_adapter, load_weights, resolve_checkpoint
+from hf_featreuse.checkpoints import load_exactly, resolve_checkpoint
 from hf_featreuse.config import FeatureReuseArguments
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
@@ -169,26 +168,18 @@ class FeatureReuseTrainer(Trainer):
     def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(values).view(-1, len(values)).mean(0)  # pyright: ignore
 
+    @property
+    def _shards(self) -> bool:
+        """Whether an engine keeps the weights in shards and loads them itself."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_exactly(self.model if model is None else model, resume_from_checkpoint):
+        if self._shards or not load_exactly(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint
-        if folder is None or not self._load_exactly(self.model, folder):
+        if folder is None or self._shards or not load_exactly(self.model, folder):
             super()._load_best_model()
         else:
             logger.info(f"Loaded the best model from {folder} (score: {self.state.best_metric}).")
-
-    def _load_exactly(self, model: nn.Module | None, folder: str) -> bool:
-        """Load a plain model's weights strictly; check an adapter's and leave the rest to Trainer."""
-        if model is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
-        if is_peft_available():
-            from peft import PeftModel
-
-            if isinstance(model, PeftModel):
-                check_adapter(model, folder)
-                return False
-        load_weights(model, folder)
-        return True

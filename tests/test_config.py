@@ -1,13 +1,16 @@
 """Options: validated at construction, beside TrainingArguments, and on the command line."""
 
 import dataclasses
+import itertools
 import json
 import math
+from fractions import Fraction
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_featreuse import ConfigurationError, FeatureReuseArguments, FeatureReuseConfig, FeatureReuseSchedule
+from hf_featreuse.config import window_steps
 
 DEFAULTS = {
     "drop_rate": 0.5,
@@ -245,3 +248,33 @@ def test_alternates_unless_both_kinds_have_no_steps(depth, freeze, expected):
     assert options.alternates is expected
     if not expected:
         assert options.schedule(0, 10, 0).rates == ()
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "max_steps", "expected"),
+    [
+        (0.0, 1.0, 100, (0, None)),
+        (0, 1, 7, (0, None)),
+        (0.25, 0.75, 100, (25, 75)),
+        (0.25, 0.75, 10, (3, 7)),
+        (0.0, 0.5, 3, (0, 1)),
+        (0.5, 1.0, 3, (2, None)),
+        # Products that come out a rounding error above or below a whole number.
+        (0.07, 1.0, 100, (7, None)),
+        (0.0, 0.29, 100, (0, 29)),
+        (0.1, 0.3, 10, (1, 3)),
+        (0.55, 0.57, 100, (55, 57)),
+        (1 / 3, 2 / 3, 3, (1, 2)),
+        (1 / 3, 2 / 3, 300_000, (100_000, 200_000)),
+    ],
+)
+def test_window_steps_are_those_within_the_fractions(start, end, max_steps, expected):
+    assert window_steps(start, end, max_steps) == expected
+
+
+@pytest.mark.parametrize("max_steps", [1, 7, 10, 64, 99, 100, 1000])
+def test_window_steps_equal_exact_arithmetic(max_steps):
+    for start, end in itertools.combinations(range(0, 100, 3), 2):
+        first, last = window_steps(start / 100, end / 100, max_steps)
+        assert first == math.ceil(Fraction(start, 100) * max_steps)
+        assert last == math.floor(Fraction(end, 100) * max_steps)
