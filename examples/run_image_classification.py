@@ -258,6 +258,16 @@ def load_model(model_args: ModelArguments, data: ImageData) -> tuple[PreTrainedM
         "trust_remote_code": model_args.trust_remote_code,
     }
     source = model_args.model_name_or_path or model_args.config_name
+    try:
+        return load_pretrained(model_args, labels, str(source), common)
+    except OSError as error:
+        raise ConfigurationError(f"`{source}` cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_pretrained(
+    model_args: ModelArguments, labels: list[str], source: str, common: dict[str, Any]
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load a checkpoint, or new weights for its config, with a head for the labels."""
     config = AutoConfig.from_pretrained(
         model_args.config_name or source,
         num_labels=len(labels),

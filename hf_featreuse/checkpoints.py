@@ -57,17 +57,23 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_exactly(model: nn.Module | None, folder: str | Path) -> bool:
-    """Load a plain model's weights strictly; of an adapter, check the file alone and return False: Trainer loads it."""
+    """Load a plain model's weights strictly; check an adapter's file and return False: Trainer loads it."""
     if model is None:
         return False
-    if is_peft_available():
-        from peft import PeftModel
-
-        if isinstance(model, PeftModel):
-            check_adapter(model, folder)
-            return False
+    if is_adapter(model):
+        check_adapter(model, folder)
+        return False
     load_weights(model, folder)
     return True
+
+
+def is_adapter(model: nn.Module | None) -> bool:
+    """Whether a model is wrapped by PEFT, which saves and loads its adapters alone."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
 
 
 def check_adapter(model: nn.Module, folder: str | Path) -> None:

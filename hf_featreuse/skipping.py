@@ -45,8 +45,8 @@ def skip_blocks(
             block's output becomes `x + (block(x) - x) / survival`.
 
     Raises:
-        BlockError: a block is inexact, stands in both lists, or cannot be scaled (an activation follows its addition).
-        ConfigurationError: `survival` does not fit `kept`.
+        BlockError: a block is inexact or stands in both lists; when called, a scaled block changes its input in place.
+        ConfigurationError: `survival` does not fit `kept`, or an activation follows the addition of a block in `kept`.
         StepError: a block is being skipped already.
 
     Example:
@@ -117,9 +117,14 @@ def _scaled(block: ResidualBlock, survival: float) -> Callable:
     """What a kept block does when called: its increment divided by its survival probability."""
 
     def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        # In the walk that found the block, `stream` was its input before any addition in place.
         stream = block.stream(args, kwargs)
+        version = stream._version
         output = call(*args, **kwargs)
+        if stream._version != version:
+            raise BlockError(
+                f"Block {block.name} changes its input in place, so what it adds cannot be scaled. Set "
+                "`scale_kept=False`."
+            )
         first = output if isinstance(output, torch.Tensor) else output[0]
         scaled = (stream + (first - stream) / survival).to(first.dtype)
         return scaled if isinstance(output, torch.Tensor) else (scaled, *output[1:])

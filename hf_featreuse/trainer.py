@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
-from hf_featreuse.checkpoints import load_exactly, resolve_checkpoint
+from hf_featreuse.checkpoints import is_adapter, load_exactly, resolve_checkpoint
 from hf_featreuse.config import FeatureReuseArguments
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
@@ -120,9 +120,13 @@ class FeatureReuseTrainer(Trainer):
         """Write the model card of the run to `output_dir/README.md`, with the method and its settings.
 
         Takes the arguments of `Trainer.create_model_card`; `language`, `tasks`, `dataset_tags` and `dataset_args` have
-        no place in the card of an image classifier.
+        no place in the card of an image classifier. For adapters PEFT's card and Trainer's are kept.
         """
-        if self.is_world_process_zero():
+        if is_adapter(self.model):
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
+        elif self.is_world_process_zero():
             write_model_card(
                 self, license=license, tags=tags, model_name=model_name, finetuned_from=finetuned_from, dataset=dataset
             )

@@ -557,3 +557,18 @@ def test_contexts_over_different_blocks_nest():
         logits = run(model)
     assert torch.equal(logits, run(reference))
     assert snapshot(model) == before
+
+
+def test_a_block_that_changes_its_input_in_place_is_not_scaled():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x.add_(self.linear(x.clone()))
+
+    layers = nn.ModuleList([InPlace()])
+    block = ResidualBlock(name="0", module=layers[0])
+    with skip_blocks([], kept=[block], survival=[0.5]), pytest.raises(BlockError, match="in place"):
+        layers[0](torch.ones(1, 4))
