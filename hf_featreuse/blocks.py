@@ -176,8 +176,8 @@ def check_exact(blocks: Sequence[ResidualBlock]) -> None:
         raise BlockError(
             f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: "
             f"{inexact[0].activation} follows the addition and would change the input again ({len(inexact)} of "
-            f"{len(blocks)} blocks). Use an activation that keeps its own output, such as ReLU, or leave these blocks "
-            "out with `target_blocks`."
+            f"{len(blocks)} blocks). Use an activation that keeps its own output, such as ReLU, leave these blocks "
+            "out with `target_blocks`, or set `allow_inexact_skip=True` to drop them all the same."
         )
 
 

@@ -6,11 +6,12 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
 from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.freezing import FrozenBatchNorm
 from hf_featreuse.schedule import FeatureReuseSchedule, check_options, check_seed
 
 
@@ -64,6 +65,17 @@ class FeatureReuseArguments:
         default=False,
         metadata={"help": "In masked-freeze steps, train everything outside the residual blocks as well."},
     )
+    frozen_batch_norm: str = field(
+        default="batch",
+        metadata={
+            "help": "In masked-freeze steps frozen BatchNorm layers use 'batch' statistics, as in plain training, or "
+            "those of 'inference'. Their running statistics rest either way."
+        },
+    )
+    allow_inexact_skip: bool = field(
+        default=False,
+        metadata={"help": "Drop blocks too whose shortcut is no identity, as with GELU after the addition."},
+    )
     target_blocks: list[str] | str | None = field(
         default=None,
         metadata={
@@ -91,7 +103,11 @@ class FeatureReuseArguments:
         check_options(self.drop_rate, self.drop_rate_schedule, self.stochastic_depth_steps, self.masked_freeze_steps)
         if self.reuse_seed is not None:
             check_seed("reuse_seed", self.reuse_seed)
-        for name in ("scale_kept", "train_trunk"):
+        if self.frozen_batch_norm not in get_args(FrozenBatchNorm):
+            raise ConfigurationError(
+                f"`frozen_batch_norm={self.frozen_batch_norm!r}` is unknown. Pass one of {get_args(FrozenBatchNorm)}."
+            )
+        for name in ("scale_kept", "train_trunk", "allow_inexact_skip"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"`{name}={getattr(self, name)!r}` is not a boolean. Pass True or False.")
         self._check_window()
@@ -170,6 +186,10 @@ class FeatureReuseConfig(FeatureReuseArguments, TrainingArguments):
         scale_kept (`bool`, defaults to `False`): in stochastic-depth steps, divide the residual increment of each
             kept block by its survival probability. Refused for blocks with an activation after the addition.
         train_trunk (`bool`, defaults to `False`): in masked-freeze steps, train everything outside the blocks too.
+        frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
+            layers normalise in masked-freeze steps; their running statistics rest either way.
+        allow_inexact_skip (`bool`, defaults to `False`): drop blocks too whose shortcut is no identity to the bit,
+            such as those with GELU after the addition.
         target_blocks (`str` or `list[str]`, *optional*): which residual blocks take part: a regular expression that
             matches the whole name, or a list of names or dotted endings of names. The others belong to the trunk.
         reuse_start (`float`, defaults to 0.0): fraction of training before which steps are vanilla.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from hf_featreuse.blocks import ResidualBlock, check_exact, check_scalable
-from hf_featreuse.errors import BlockError, StepError
-from hf_featreuse.freezing import freeze, norm_layers, own_parameters, trunk_modules
+from hf_featreuse.errors import BlockError, ConfigurationError, StepError
+from hf_featreuse.freezing import FrozenBatchNorm, freeze, norm_layers, own_parameters, trunk_modules
 from hf_featreuse.schedule import VANILLA_PLAN, FeatureReuseSchedule, StepKind, StepPlan
 from hf_featreuse.skipping import skip_blocks
 
@@ -25,6 +26,9 @@ class FeatureReuse:
         scale_kept (`bool`, defaults to `False`): in stochastic-depth steps, divide the residual increment of each kept
             block by its survival probability.
         train_trunk (`bool`, defaults to `False`): in masked-freeze steps, let the trunk train as well.
+        frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
+            layers normalise in masked-freeze steps; their running statistics rest either way.
+        allow_inexact_skip (`bool`, defaults to `False`): take blocks too whose shortcut is no identity to the bit.
 
     Attributes:
         current_plan (`StepPlan`, *optional*): the plan of the step that is open now.
@@ -32,7 +36,7 @@ class FeatureReuse:
     Raises:
         BlockError: a block is not part of the model, inexact, inside another, or holds nothing that trains; or the
             schedule is for another number of blocks.
-        ConfigurationError: `scale_kept` with blocks that end in an activation.
+        ConfigurationError: `scale_kept` with blocks that end in an activation, or reentrant activation checkpointing.
 
     Example:
         >>> import torch
@@ -62,10 +66,14 @@ class FeatureReuse:
         *,
         scale_kept: bool = False,
         train_trunk: bool = False,
+        frozen_batch_norm: FrozenBatchNorm = "batch",
+        allow_inexact_skip: bool = False,
     ) -> None:
         _check_blocks(model, blocks, schedule)
         if schedule.steps_per_cycle:
-            check_exact(blocks)
+            check_checkpointing(model)
+            if not allow_inexact_skip:
+                check_exact(blocks)
             if scale_kept:
                 check_scalable(blocks)
         self.model = model
@@ -73,6 +81,8 @@ class FeatureReuse:
         self.schedule = schedule
         self.scale_kept = scale_kept
         self.train_trunk = train_trunk
+        self.frozen_batch_norm: FrozenBatchNorm = frozen_batch_norm
+        self.allow_inexact_skip = allow_inexact_skip
         self.current_plan: StepPlan | None = None
         # Walking the modules once keeps the work of a step to a few attribute writes a parameter.
         trunk = trunk_modules(model, blocks)
@@ -122,7 +132,7 @@ class FeatureReuse:
             elif plan.kind is StepKind.MASKED_FREEZE:
                 parameters, norms = self._frozen(plan)
                 self._check_gradients(plan, parameters)
-                stack.enter_context(freeze(parameters, norms))
+                stack.enter_context(freeze(parameters, norms, self.frozen_batch_norm))
             self.current_plan = plan
             try:
                 yield plan
@@ -132,10 +142,15 @@ class FeatureReuse:
     def _skip(self, plan: StepPlan) -> contextlib.AbstractContextManager[None]:
         dropped = [self.blocks[index] for index in plan.dropped]
         if not self.scale_kept:
-            return skip_blocks(dropped)
+            return skip_blocks(dropped, allow_inexact=self.allow_inexact_skip)
         kept = [index for index in range(len(self.blocks)) if index not in plan.dropped]
         survival = [1 - self.schedule.rates[index] for index in kept]
-        return skip_blocks(dropped, kept=[self.blocks[index] for index in kept], survival=survival)
+        return skip_blocks(
+            dropped,
+            kept=[self.blocks[index] for index in kept],
+            survival=survival,
+            allow_inexact=self.allow_inexact_skip,
+        )
 
     def _frozen(self, plan: StepPlan) -> tuple[list[nn.Parameter], list]:
         """Parameters and normalisation layers that rest in a masked-freeze step."""
@@ -154,6 +169,18 @@ class FeatureReuse:
             raise StepError(
                 f"`{name}` must not move in this {plan.kind.value} step but holds a gradient from before, which the "
                 "optimizer would apply. Call `optimizer.zero_grad(set_to_none=True)` after every optimizer step."
+            )
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Raise `ConfigurationError` if the model uses reentrant activation checkpointing."""
+    for name, module in model.named_modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
+            raise ConfigurationError(
+                f"{name or type(model).__name__} uses reentrant activation checkpointing, which fails or loses "
+                "gradients where the input of a checkpointed part is frozen. Set "
+                '`activation_checkpointing_kwargs={"use_reentrant": False}`.'
             )
 
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hf_featreuse.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError
+
+FrozenBatchNorm = Literal["batch", "inference"]
 
 
 @contextlib.contextmanager
@@ -26,18 +30,20 @@ def train_only(
     *,
     train_trunk: bool = False,
     all_blocks: Sequence[ResidualBlock] = (),
+    frozen_batch_norm: FrozenBatchNorm = "batch",
 ) -> Iterator[None]:
     """Let only some blocks train in every backward inside the context.
 
-    Parameters that required no gradient before never thaw. Normalisation layers of the frozen part use batch
-    statistics as in training, but their running statistics rest; a `model.train()` inside changes nothing about that.
-    On exit every `requires_grad` and every layer is as before.
+    Parameters that required no gradient before never thaw. The running statistics of frozen BatchNorm layers rest; a
+    `model.train()` inside changes nothing about that. On exit every `requires_grad` and every layer is as before.
 
     Args:
         model (`torch.nn.Module`): the model.
         blocks (`list[ResidualBlock]`): the blocks that train.
         train_trunk (`bool`, defaults to `False`): let everything outside `all_blocks` train too.
         all_blocks (`list[ResidualBlock]`): all blocks of the model; needed with `train_trunk`, to know the trunk.
+        frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): whether frozen BatchNorm layers use the
+            statistics of the batch, as in a plain step, or their running ones, as in evaluation.
 
     Raises:
         BlockError: nothing would train, or `all_blocks` is missing.
@@ -68,25 +74,41 @@ def train_only(
         )
     # A parameter shared with a block that trains, trains.
     parameters = [p for p in own_parameters(frozen) if p.requires_grad and id(p) not in active]
-    with freeze(parameters, norm_layers(frozen)):
+    with freeze(parameters, norm_layers(frozen), frozen_batch_norm):
         yield
 
 
 @contextlib.contextmanager
-def freeze(parameters: Sequence[nn.Parameter], norms: Sequence[_NormBase]) -> Iterator[None]:
+def freeze(
+    parameters: Sequence[nn.Parameter], norms: Sequence[_NormBase], frozen_batch_norm: FrozenBatchNorm = "batch"
+) -> Iterator[None]:
     """Freeze parameters that require gradients now, and running statistics that move now, until the exit."""
+    inference = [norm for norm in norms if norm.training] if frozen_batch_norm == "inference" else []
+    moving = norms if frozen_batch_norm == "batch" else []
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
-        for norm in norms:
+        for norm in moving:
             # In training mode this flag alone decides whether the statistics move, and `train()` does not touch it.
             norm.track_running_stats = False
+        for norm in inference:
+            norm.eval()
+            # `model.train()`, which Trainer calls in every step, would undo that.
+            norm.__dict__["train"] = partial(_stay, norm)
         yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        for norm in norms:
+        for norm in moving:
             norm.track_running_stats = True
+        for norm in inference:
+            norm.__dict__.pop("train", None)
+            norm.train()
+
+
+def _stay(norm: _NormBase, _mode: bool = True) -> _NormBase:
+    """What `norm.train()` does while the layer is held in inference mode."""
+    return norm
 
 
 def norm_layers(modules: Iterable[nn.Module]) -> list[_NormBase]:

@@ -32,6 +32,7 @@ def skip_blocks(
     *,
     kept: Sequence[ResidualBlock] = (),
     survival: Sequence[float] | None = None,
+    allow_inexact: bool = False,
 ) -> Iterator[None]:
     """Leave out residual blocks in every forward and backward inside the context.
 
@@ -43,6 +44,8 @@ def skip_blocks(
         kept (`list[ResidualBlock]`, defaults to none): blocks whose residual increment is scaled.
         survival (`list[float]`, *optional*): survival probability, above 0 and up to 1, of each block of `kept`; a
             block's output becomes `x + (block(x) - x) / survival`.
+        allow_inexact (`bool`, defaults to `False`): skip blocks too whose shortcut is no identity to the bit. They
+            return their input as it is, without the activation that follows the addition.
 
     Raises:
         BlockError: a block is inexact or stands in both lists; when called, a scaled block changes its input in place.
@@ -64,7 +67,7 @@ def skip_blocks(
     rules: list[tuple[ResidualBlock, Callable]] = [(block, _shortcut(block)) for block in dropped]
     rules += [
         (block, _scaled(block, probability))
-        for block, probability in zip(kept, _check(dropped, kept, survival), strict=True)
+        for block, probability in zip(kept, _check(dropped, kept, survival, allow_inexact), strict=True)
         if probability != 1
     ]
     bound: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -84,9 +87,13 @@ def skip_blocks(
 
 
 def _check(
-    dropped: Sequence[ResidualBlock], kept: Sequence[ResidualBlock], survival: Sequence[float] | None
+    dropped: Sequence[ResidualBlock],
+    kept: Sequence[ResidualBlock],
+    survival: Sequence[float] | None,
+    allow_inexact: bool,
 ) -> Sequence[float]:
-    check_exact(dropped)
+    if not allow_inexact:
+        check_exact(dropped)
     check_scalable(kept)
     both = {id(block.module) for block in dropped} & {id(block.module) for block in kept}
     if both:

@@ -148,7 +148,13 @@ class FeatureReuseTrainer(Trainer):
         blocks = self.get_residual_blocks(model) if options.alternates else []
         schedule = self.get_schedule(len(blocks), max_steps)
         self.feature_reuse = FeatureReuse(
-            model, blocks, schedule, scale_kept=options.scale_kept, train_trunk=options.train_trunk
+            model,
+            blocks,
+            schedule,
+            scale_kept=options.scale_kept,
+            train_trunk=options.train_trunk,
+            frozen_batch_norm=options.frozen_batch_norm,  # pyright: ignore[reportArgumentType]
+            allow_inexact_skip=options.allow_inexact_skip,
         )
         self.step_costs = None
         if blocks:

@@ -491,3 +491,24 @@ def test_construction_changes_nothing(architecture):
     engine(model)
     assert snapshot(model) == before
     assert not moved(weights, model.state_dict())
+
+
+def test_inexact_blocks_are_taken_when_asked_for():
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[3], layer_type="basic", hidden_act="gelu")
+    model = ResNetForImageClassification(config)
+    blocks = find_residual_blocks(model)
+    schedule = FeatureReuseSchedule(len(blocks), drop_rate=0.9, drop_rate_schedule="uniform")
+    reuse = FeatureReuse(model, blocks, schedule, allow_inexact_skip=True)
+    with reuse.step(0) as plan:
+        model(torch.zeros(1, 3, 32, 32)).logits.sum().backward()
+    assert plan.kind is StepKind.STOCHASTIC_DEPTH
+    assert all(p.grad is None for index in plan.dropped for p in blocks[index].module.parameters())
+
+
+def test_reentrant_activation_checkpointing_is_refused_with_the_setting_to_use():
+    model = build("vit")
+    blocks = find_residual_blocks(model)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ConfigurationError, match=r'activation_checkpointing_kwargs=\{"use_reentrant": False\}'):
+        FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)))
+    FeatureReuse(model, [], FeatureReuseSchedule(0, stochastic_depth_steps=0, masked_freeze_steps=0))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, WITHOUT_BATCH_NORM, batch, build, snapshot
 from torch import nn
+from transformers import EfficientNetConfig, EfficientNetForImageClassification
 from transformers.optimization import Adafactor
 
 from hf_featreuse import BlockError, ResidualBlock, find_residual_blocks, train_only
@@ -383,3 +384,43 @@ def test_trunk_is_every_module_outside_the_blocks():
     trunk = {id(module) for module in trunk_modules(model, blocks)}
     assert {id(model), id(model.vit.layers), id(model.classifier), id(model.vit.embeddings)} <= trunk
     assert not any(id(module) in trunk for block in blocks for module in block.module.modules())
+
+
+def efficientnet() -> EfficientNetForImageClassification:
+    """A tiny EfficientNet: BatchNorm inside blocks and trunk."""
+    torch.manual_seed(0)
+    config = EfficientNetConfig(
+        width_coefficient=0.25, depth_coefficient=0.5, image_size=32, hidden_dim=320, num_labels=3, dropout_rate=0.0,
+        drop_connect_rate=0.0,
+    )  # fmt: skip
+    return EfficientNetForImageClassification(config)
+
+
+@pytest.mark.parametrize("make", [lambda: build("resnet"), efficientnet], ids=["resnet", "efficientnet"])
+@pytest.mark.parametrize("policy", ["batch", "inference"])
+def test_frozen_batch_norm_uses_the_statistics_asked_for_and_never_moves_them(make, policy):
+    model = make()
+    blocks = find_residual_blocks(model)
+    model.train()(batch()["pixel_values"])
+    before = snapshot(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    first = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    seen = []
+    handle = first.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    with train_only(model, blocks[-1:], frozen_batch_norm=policy):
+        model.train()
+        model(**batch(seed=5)).loss.backward()
+    handle.remove()
+    ((taken, given),) = seen
+    is_inference = policy == "inference"
+    expected = nn.functional.batch_norm(
+        taken, first.running_mean.clone(), first.running_var.clone(), first.weight, first.bias,
+        training=not is_inference, eps=first.eps,
+    )  # fmt: skip
+    assert torch.equal(given, expected)
+    trained = {f"{blocks[-1].name}.{name}" for name, _ in blocks[-1].module.named_buffers()}
+    assert trained
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]) == (name not in trained), name
+    assert snapshot(model) == before
+    assert all(module.training for module in model.modules())

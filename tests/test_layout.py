@@ -26,7 +26,7 @@ ALLOWED = {
     "freezing": {"errors", "blocks"},
     "engine": {"errors", "schedule", "blocks", "skipping", "freezing"},
     "cost": {"errors", "schedule", "probing", "blocks", "freezing"},
-    "config": {"errors", "schedule"},
+    "config": {"errors", "schedule", "freezing"},
     "step_log": {"schedule"},
     "checkpoints": {"errors"},
     "trainer": {
