@@ -14,6 +14,7 @@ from hf_featreuse.errors import (
     StepError,
 )
 from hf_featreuse.freezing import train_only
+from hf_featreuse.inspection import BlockReport, ModelReport, inspect_model
 from hf_featreuse.schedule import FeatureReuseSchedule, StepKind, StepPlan
 from hf_featreuse.skipping import skip_blocks
 from hf_featreuse.trainer import FeatureReuseTrainer
@@ -24,6 +25,7 @@ __all__ = [
     "BadImageError",
     "BlockCost",
     "BlockError",
+    "BlockReport",
     "CheckpointError",
     "ConfigurationError",
     "DataError",
@@ -33,12 +35,14 @@ __all__ = [
     "FeatureReuseError",
     "FeatureReuseSchedule",
     "FeatureReuseTrainer",
+    "ModelReport",
     "ResidualBlock",
     "StepCosts",
     "StepError",
     "StepKind",
     "StepPlan",
     "find_residual_blocks",
+    "inspect_model",
     "measure_step_costs",
     "skip_blocks",
     "train_only",

@@ -228,9 +228,7 @@ def inspect_model(
 # The model
 
 
-def _open(
-    name: str, inputs: Inputs | None, notes: list[str]
-) -> tuple[nn.Module, Inputs | None, list[ResidualBlock]]:
+def _open(name: str, inputs: Inputs | None, notes: list[str]) -> tuple[nn.Module, Inputs | None, list[ResidualBlock]]:
     """The model of a name, without its weights, its batch on the same device, and its residual blocks."""
     config = _configuration(name)
     model = _build(name, config, "meta")
@@ -299,6 +297,11 @@ def _one_line(error: Exception) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
+def _sentence(error: Exception) -> str:
+    """The first sentence of an error that goes on at length."""
+    return _one_line(error).partition(". ")[0].rstrip(".") + "."
+
+
 # Blocks and what is none
 
 
@@ -317,7 +320,8 @@ def _note_inexact(blocks: Sequence[ResidualBlock], notes: list[str]) -> None:
     if inexact:
         notes.append(
             f"{len(inexact)} of {len(blocks)} blocks cannot be skipped exactly: {inexact[0].activation} follows the "
-            "addition and would change the input again. Training refuses them as they are."
+            "addition and would change the input again. Training refuses them, unless you leave them out with "
+            "`target_blocks` or set `allow_inexact_skip=True`."
         )
 
 
@@ -402,7 +406,7 @@ def _step_costs(
     except FeatureReuseError:
         raise
     except Exception as error:
-        notes.append(f"The arithmetic could not be counted: {type(error).__name__}: {_one_line(error)}")
+        notes.append(f"The arithmetic could not be counted: {type(error).__name__}: {_sentence(error)}")
         return None
 
 
@@ -523,10 +527,11 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 def _summary(report: ModelReport) -> str:
     options = report.options
     lines = [
-        f"Schedule: drop rate {options['drop_rate']:g}, {options['drop_rate_schedule']}; a cycle is "
-        f"{options['stochastic_depth_steps']} stochastic-depth and {options['masked_freeze_steps']} masked-freeze "
-        f"steps{', in which the trunk trains too' if options['train_trunk'] else ''}; "
-        f"{report.step_shares['vanilla']:.1%} of the steps draw no block and are vanilla."
+        f"Schedule: drop rate {options['drop_rate']:g}, {options['drop_rate_schedule']}; cycles of "
+        f"{_steps(options['stochastic_depth_steps'], 'stochastic-depth')} and "
+        f"{_steps(options['masked_freeze_steps'], 'masked-freeze')}"
+        f"{' in which the trunk trains too' if options['train_trunk'] else ''}; vanilla steps, where a cycle draws no "
+        f"block: {report.step_shares['vanilla']:.1%}."
     ]
     if report.costs:
         depth, freeze, mean = (report.costs[key] for key in ("stochastic_depth", "masked_freeze", "mean"))
@@ -535,6 +540,10 @@ def _summary(report: ModelReport) -> str:
             f"mean {mean:.3f}."
         )
     return "\n".join(textwrap.fill(line, _TABLE_WIDTH) for line in lines)
+
+
+def _steps(count: int, kind: str) -> str:
+    return f"{count} {kind} step{'' if count == 1 else 's'}"
 
 
 def _others(report: ModelReport) -> str:
