@@ -8,6 +8,7 @@ the same name, every TrainingArguments, and the options of feature reuse; or one
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -162,7 +163,14 @@ def parse_arguments(argv: list[str]) -> Arguments:
         model_args, data_args, training_args = parser.parse_dict({**recipe, **given})
     else:
         parser.set_defaults(**recipe)
-        model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+        model_args, data_args, training_args, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True
+        )
+        if rest:
+            options = [option for action in parser._actions for option in action.option_strings]
+            close = difflib.get_close_matches(rest[0], options, n=3)
+            hint = f"Did you mean {' or '.join(close)}?" if close else "`--help` lists the flags."
+            raise ConfigurationError(f"`{' '.join(rest)}` is no flag of this example. {hint}")
     if has_checkpoint and model_args.model_name_or_path is None:
         model_args.model_name_or_path = DEFAULT_CHECKPOINT
     if model_args.model_name_or_path and model_args.model_type:
