@@ -105,7 +105,7 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a local checkpoint folder, a model type of transformers' image classifiers, such as vit, which means its "
+        help="a local checkpoint folder, a model type of transformers' image classifiers, such as vit, meaning its "
         "default configuration, or a Hub id",
     )
     parser.add_argument("--drop_rate", type=float, default=0.5, help="highest probability of dropping a block")
@@ -169,7 +169,7 @@ VERBS = (
         summary="show a model's residual blocks and what training them costs",
         description="Show the residual blocks of an image classifier in forward order, with their parameters, their "
         "share of the arithmetic of a step and their survival probability; the expected cost of each kind of step "
-        "against a vanilla step; and which modules cannot be skipped, and why. Reads the configuration, never weights.",
+        "against a vanilla step; and which modules cannot be skipped, and why. Reads the configuration alone.",
         add_arguments=_add_inspect_arguments,
         run=_inspect,
     ),

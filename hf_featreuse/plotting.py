@@ -1,4 +1,4 @@
-"""Draw what happened in a training run: losses of each kind of step, accuracy, and which blocks were dropped when.
+"""Draw a training run, with losses of each kind of step, accuracy and dropped blocks; or a model before training.
 
 The colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers. matplotlib is imported when
 a figure is drawn, and drawn without pyplot, so that an application's figures and backend stay as they are.
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.inspection.report import common_prefix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from hf_featreuse.inspection.report import ModelReport
     from hf_featreuse.schedule import FeatureReuseSchedule
 
 LogHistory = Sequence[Mapping[str, Any]]
@@ -39,6 +41,8 @@ _WIDTH_INCHES, _DOTS_PER_INCH = 10.0, 120
 # About three pixels each; narrower ones blur into one another.
 _MAX_COLUMNS = 300
 _MAX_ROW_LABELS = 16
+_MAX_COLUMN_LABELS = 48
+_CHARACTERS_IN_A_ROW = 150
 _SMOOTH_FROM = 150
 
 
@@ -100,7 +104,8 @@ def plot_training(
             f"`log_history` has no loss and no accuracy up to step {last_step}, and the schedule drops no block: "
             "there is nothing to plot. Pass `trainer.state.log_history` of a finished run."
         )
-    figure, axes = _new_figure(panels, schedule.num_blocks, title)
+    heights = [2.6, 2.0, min(5.0, max(1.6, 0.2 * schedule.num_blocks))]
+    figure, axes = _new_figure([h for h, has_data in zip(heights, panels, strict=True) if has_data], title)
     if losses:
         _draw_curves(axes[0], losses, "loss")
     if accuracies:
@@ -109,10 +114,43 @@ def plot_training(
         _draw_raster(axes[-1], shares, last_step, block_names)
     axes[-1].set_xlabel("optimizer step")
     axes[-1].set_xlim(0, last_step)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
-    return path
+    return _save(figure, path)
+
+
+def plot_inspection(report: ModelReport, path: str | Path, *, title: str | None = None) -> Path:
+    """Write a PNG of an inspected model: survival probability and share of arithmetic of each block, over depth.
+
+    Needs matplotlib, which comes with `pip install "hf_featreuse[examples]"`.
+
+    Args:
+        report (`ModelReport`): from `inspect_model`. Without counted arithmetic, the second panel is left out.
+        path (`str` or `Path`): the file to write; its folder is made if missing.
+        title (`str`, *optional*): printed above the panels; by default the model and the expected costs.
+
+    Returns:
+        `Path`: the file, 1200 pixels wide.
+
+    Raises:
+        ConfigurationError: matplotlib is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from hf_featreuse import inspect_model
+        >>> from hf_featreuse.plotting import plot_inspection
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_inspection(inspect_model("vit"), f"{folder}/vit.png").name
+        'vit.png'
+    """
+    blocks = report.blocks
+    arithmetic = [100 * block.share_of_arithmetic for block in blocks if block.share_of_arithmetic is not None]
+    figure, axes = _new_figure([2.0] * (2 if arithmetic else 1), title or _inspection_title(report))
+    survival = [block.survival_probability for block in blocks]
+    _draw_bars(axes[0], survival, _BLUE, "survival probability")
+    axes[0].set_ylim(0, 1)
+    if arithmetic:
+        _draw_bars(axes[1], arithmetic, _ORANGE, "arithmetic\n(% of a vanilla step)")
+    _label_blocks(axes[-1], [block.name for block in blocks])
+    return _save(figure, path)
 
 
 def dropped_shares(schedule: FeatureReuseSchedule, num_steps: int, max_columns: int = _MAX_COLUMNS) -> np.ndarray:
@@ -166,8 +204,8 @@ def _column_width(num_steps: int, max_columns: int) -> int:
     return next((width for width in (1, 2, 4, 6, 12) if width >= least), 12 * math.ceil(least / 12))
 
 
-def _new_figure(panels: Sequence[bool], num_blocks: int, title: str | None) -> tuple[Figure, list[Axes]]:
-    """Make the figure and one axes for each panel that has data, over one step axis."""
+def _new_figure(heights: Sequence[float], title: str | None) -> tuple[Figure, list[Axes]]:
+    """Make the figure and axes of these heights in inches, one above the other, that share their x axis."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -176,8 +214,6 @@ def _new_figure(panels: Sequence[bool], num_blocks: int, title: str | None) -> t
             'Plotting needs matplotlib, which is not installed. Run `pip install "hf_featreuse[examples]"`, or leave '
             "the plot out."
         ) from error
-    heights = [2.6, 2.0, min(5.0, max(1.6, 0.2 * num_blocks))]
-    heights = [height for height, has_data in zip(heights, panels, strict=True) if has_data]
     # Each panel needs half an inch more, for its legend.
     figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5 * len(heights) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -185,6 +221,43 @@ def _new_figure(panels: Sequence[bool], num_blocks: int, title: str | None) -> t
         figure.suptitle(title, fontsize=13)
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     return figure, list(axes[:, 0])
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
+    return path
+
+
+def _inspection_title(report: ModelReport) -> str:
+    name = report.architecture if report.model == report.architecture else f"{report.model} ({report.architecture})"
+    if not report.costs:
+        return name
+    depth, freeze, mean = (report.costs[key] for key in ("stochastic_depth", "masked_freeze", "mean"))
+    expected = f"stochastic depth {depth:.2f}, masked freeze {freeze:.2f}, mean {mean:.2f}"
+    return f"{name}\nexpected cost, vanilla step = 1: {expected}"
+
+
+def _draw_bars(axes: Axes, values: Sequence[float], colour: str, label: str) -> None:
+    """Draw one bar a block."""
+    axes.bar(range(len(values)), values, width=0.75, color=colour)
+    axes.set_ylabel(label)
+    axes.set_xlim(-0.6, len(values) - 0.4)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label_blocks(axes: Axes, names: Sequence[str]) -> None:
+    """Name the blocks under their bars, every second or further one where they are many."""
+    prefix = common_prefix(names)
+    shown = range(0, len(names), math.ceil(len(names) / _MAX_COLUMN_LABELS))
+    labels = [names[block].removeprefix(prefix) for block in shown]
+    axes.set_xticks(list(shown), labels, fontsize=8)
+    if len(labels) * max(map(len, labels)) > _CHARACTERS_IN_A_ROW:
+        axes.tick_params(axis="x", rotation=90)
+    axes.set_xlabel(f"block of {prefix.rstrip('.')}, in forward order" if prefix else "block, in forward order")
 
 
 def _draw_curves(axes: Axes, curves: Sequence[_Curve], label: str, factor: float = 1.0) -> None:
@@ -252,7 +325,7 @@ def _draw_raster(axes: Axes, shares: np.ndarray, last_step: int, block_names: Se
         for edge in range(1, num_blocks):
             axes.axhline(edge - 0.5, color="white", linewidth=1.5)
     names = [str(block) for block in range(num_blocks)] if block_names is None else list(block_names)
-    prefix = _common_prefix(names) if block_names is not None else ""
+    prefix = common_prefix(names) if block_names is not None else ""
     shown = range(0, num_blocks, math.ceil(num_blocks / _MAX_ROW_LABELS))
     axes.set_yticks(list(shown), [names[block].removeprefix(prefix) for block in shown], fontsize=8)
     axes.set_ylabel(f"block of\n{prefix.rstrip('.')}" if prefix else "block")
@@ -272,14 +345,3 @@ def _legend_above(axes: Axes, handles: list[Any] | None = None) -> None:
         borderaxespad=0.2,
         handlelength=1.8,
     )
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    """Give the dotted prefix that all names share, with its last dot; empty if they share none."""
-    parts = [name.split(".")[:-1] for name in names]
-    shared = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
-    return ".".join(shared) + "." if shared else ""

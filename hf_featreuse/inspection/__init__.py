@@ -1,0 +1,7 @@
+"""Report on a model before it trains: its residual blocks, what each kind of step costs, what cannot be skipped."""
+
+from hf_featreuse.inspection.inspecting import inspect_model
+from hf_featreuse.inspection.others import NotSkippable
+from hf_featreuse.inspection.report import BlockReport, ModelReport
+
+__all__ = ["BlockReport", "ModelReport", "NotSkippable", "inspect_model"]

@@ -1,0 +1,160 @@
+"""Look at a model before it trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from torch import nn
+
+from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, match_targets, trainable_blocks
+from hf_featreuse.cost import StepCosts, measure_step_costs
+from hf_featreuse.errors import ConfigurationError, FeatureReuseError
+from hf_featreuse.freezing import own_parameters, trunk_modules
+from hf_featreuse.inspection.expectation import expected_costs, step_shares
+from hf_featreuse.inspection.named_models import Inputs, first_sentence, open_model
+from hf_featreuse.inspection.others import not_skippable
+from hf_featreuse.inspection.report import BlockReport, ModelReport
+from hf_featreuse.schedule import DropRateSchedule, FeatureReuseSchedule, StepKind, StepPlan, check_options
+
+
+def inspect_model(
+    model_or_name: nn.Module | str | os.PathLike[str],
+    *,
+    inputs: Inputs | None = None,
+    target_blocks: str | Sequence[str] | None = None,
+    drop_rate: float = 0.5,
+    drop_rate_schedule: DropRateSchedule = "linear",
+    stochastic_depth_steps: int = 1,
+    masked_freeze_steps: int = 1,
+    train_trunk: bool = False,
+) -> ModelReport:
+    """Report a model's residual blocks, the expected cost of each kind of step, and what cannot be skipped.
+
+    A named model is built from its configuration alone, on the meta device; where its forward fails there, on the CPU
+    with random weights. A module is looked at on its own device and stays as it is, gradients included.
+
+    Args:
+        model_or_name (`torch.nn.Module`, `str` or `os.PathLike`): a model; or an image-classification checkpoint,
+            local folder or Hub id, of which only `config.json` is read; or a model type, such as `"vit"`, which means
+            transformers' default configuration of it.
+        inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch as the model's forward takes
+            it. By default a batch of one is made from `model.config`.
+        target_blocks (`str` or `list[str]`, *optional*): keep only these blocks, as in [`find_residual_blocks`].
+        drop_rate (`float`, defaults to 0.5): as in [`FeatureReuseSchedule`].
+        drop_rate_schedule (`"linear"` or `"uniform"`, defaults to `"linear"`): as in [`FeatureReuseSchedule`].
+        stochastic_depth_steps (`int`, defaults to 1): optimizer steps of the first kind in a cycle.
+        masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle.
+        train_trunk (`bool`, defaults to `False`): whether everything outside the blocks trains in masked-freeze steps.
+
+    Returns:
+        `ModelReport`: print it for a table; `report.to_dict()` for JSON.
+
+    Raises:
+        ConfigurationError: an option is out of range, or the name is no model that transformers can build as an image
+            classifier.
+        BlockError: the model has no residual block, none of its blocks trains, a target matches none, or no batch for
+            it can be made.
+
+    Example:
+        >>> from hf_featreuse import inspect_model
+        >>> report = inspect_model("vit", drop_rate=0.5, drop_rate_schedule="uniform")
+        >>> {kind: round(cost, 2) for kind, cost in report.costs.items()}
+        {'vanilla': 1.0, 'stochastic_depth': 0.5, 'masked_freeze': 0.8, 'mean': 0.65}
+    """
+    check_options(drop_rate, drop_rate_schedule, stochastic_depth_steps, masked_freeze_steps)
+    if not isinstance(train_trunk, bool):
+        raise ConfigurationError(f"`train_trunk={train_trunk!r}` is not a boolean. Pass True or False.")
+    notes: list[str] = []
+    if isinstance(model_or_name, nn.Module):
+        model = model_or_name
+        found = find_residual_blocks(model, inputs)
+    else:
+        model, inputs, found = open_model(os.fspath(model_or_name), inputs, notes)
+    blocks = _chosen(model, found, target_blocks)
+    schedule = FeatureReuseSchedule(
+        len(blocks), drop_rate, drop_rate_schedule, stochastic_depth_steps, masked_freeze_steps
+    )
+    step_costs = _step_costs(model, blocks, inputs, train_trunk, notes)
+    _note_inexact(blocks, notes)
+    # Where the user froze the whole trunk, a cycle that drops every block would train nothing: it is vanilla.
+    trunk_trains = any(p.requires_grad for p in own_parameters(trunk_modules(model, blocks)))
+    shares = step_shares(schedule, trunk_trains)
+    parameters = _count(model)
+    return ModelReport(
+        model=type(model).__name__ if isinstance(model_or_name, nn.Module) else os.fspath(model_or_name),
+        architecture=type(model).__name__,
+        parameters=parameters,
+        blocks=_block_reports(blocks, schedule, step_costs, parameters),
+        costs={} if step_costs is None else expected_costs(step_costs, schedule.rates, shares, trunk_trains),
+        step_shares=shares,
+        not_skippable=not_skippable(model, inputs, found, blocks),
+        options={
+            "drop_rate": drop_rate,
+            "drop_rate_schedule": drop_rate_schedule,
+            "stochastic_depth_steps": stochastic_depth_steps,
+            "masked_freeze_steps": masked_freeze_steps,
+            "train_trunk": train_trunk,
+        },
+        notes=notes,
+    )
+
+
+def _chosen(
+    model: nn.Module, found: list[ResidualBlock], target_blocks: str | Sequence[str] | None
+) -> list[ResidualBlock]:
+    """The blocks that would take part in training."""
+    if target_blocks is not None:
+        names = match_targets([block.name for block in found], target_blocks, type(model).__name__)
+        found = [block for block in found if block.name in names]
+    return trainable_blocks(model, found)
+
+
+def _block_reports(
+    blocks: Sequence[ResidualBlock], schedule: FeatureReuseSchedule, step_costs: StepCosts | None, parameters: int
+) -> list[BlockReport]:
+    """What the report says of each block; `parameters` is the number of the whole model."""
+    reports = []
+    for index, block in enumerate(blocks):
+        without = None if step_costs is None else step_costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (index,)))
+        count = _count(block.module)
+        reports.append(
+            BlockReport(
+                index=index,
+                name=block.name,
+                class_name=type(block.module).__name__,
+                parameters=count,
+                share_of_parameters=count / parameters,
+                share_of_arithmetic=None if without is None else 1 - without,
+                survival_probability=1 - schedule.rates[index],
+                exact=block.exact,
+            )
+        )
+    return reports
+
+
+def _note_inexact(blocks: Sequence[ResidualBlock], notes: list[str]) -> None:
+    inexact = [block for block in blocks if not block.exact]
+    if inexact:
+        notes.append(
+            f"{len(inexact)} of {len(blocks)} blocks cannot be skipped exactly: {inexact[0].activation} follows the "
+            "addition and would change the input again. Training refuses them, unless you leave them out with "
+            "`target_blocks` or set `allow_inexact_skip=True`."
+        )
+
+
+def _step_costs(
+    model: nn.Module, blocks: Sequence[ResidualBlock], inputs: Inputs | None, train_trunk: bool, notes: list[str]
+) -> StepCosts | None:
+    """The measured costs, or None with a note: the blocks are worth reporting without them."""
+    try:
+        return measure_step_costs(model, blocks, inputs, train_trunk=train_trunk)
+    except FeatureReuseError:
+        raise
+    except Exception as error:
+        notes.append(f"The arithmetic could not be counted: {type(error).__name__}: {first_sentence(error)}")
+        return None
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,98 @@
+"""Open an image classifier by name, without its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassification, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from hf_featreuse.blocks import ResidualBlock, find_residual_blocks
+from hf_featreuse.errors import BlockError, ConfigurationError
+from hf_featreuse.small_models.overrides import did_you_mean
+
+Inputs = Mapping[str, Any] | torch.Tensor
+
+
+def open_model(
+    name: str, inputs: Inputs | None, notes: list[str]
+) -> tuple[nn.Module, Inputs | None, list[ResidualBlock]]:
+    """The model of a name, without its weights, its batch on the same device, and its residual blocks."""
+    config = _configuration(name)
+    model = _build(name, config, "meta")
+    on_meta = inputs.to("meta") if isinstance(inputs, torch.Tensor) else inputs
+    try:
+        return model, on_meta, find_residual_blocks(model, on_meta)
+    except BlockError as error:
+        if error.__cause__ is None:
+            raise
+        notes.append("The forward fails on the meta device, so the model was built on the CPU with random weights.")
+    model = _build(name, config, "cpu")
+    return model, inputs, find_residual_blocks(model, inputs)
+
+
+def _configuration(name: str) -> PreTrainedConfig:
+    """The configuration of a local checkpoint, a model type or a Hub checkpoint, in this order."""
+    types = sorted(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    if not (Path(name) / "config.json").is_file():
+        if name in types:
+            return CONFIG_MAPPING[name]()
+        if Path(name).is_dir():
+            raise ConfigurationError(
+                f"The folder `{name}` has no config.json, so it is no checkpoint. Pass a folder that "
+                "`save_pretrained` wrote, a Hub id or a model type."
+            )
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        if Path(name).is_dir():
+            raise ConfigurationError(
+                f"transformers cannot read `{Path(name) / 'config.json'}`: {one_line(error)} Pass a checkpoint of an "
+                "image classifier."
+            ) from error
+        raise ConfigurationError(
+            f"`{name}` is no model that can be inspected. It is no local folder; no model type of transformers' image "
+            f"classifiers.{did_you_mean(name, types)} The Hugging Face Hub gave no checkpoint of that name: "
+            f"{one_line(error)} Pass a folder with a config.json, a Hub id, or a model type such as `vit`."
+        ) from error
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise ConfigurationError(
+            f"`{name}` is a `{config.model_type}` model, for which transformers has no image classifier. Pass an "
+            "image classifier, or build the model yourself and pass it to `hf_featreuse.inspect_model`."
+        )
+    return config
+
+
+def _build(name: str, config: PreTrainedConfig, device: str) -> nn.Module:
+    """The image classifier of a configuration, without touching torch's random state."""
+    config = copy.deepcopy(config)
+    if not config.architectures:
+        # AutoModel fails on types with several classes, such as DeiT, when the configuration names none.
+        classes = cast(Any, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)[config.model_type]
+        config.architectures = [classes if isinstance(classes, str) else classes[0]]
+    try:
+        with torch.random.fork_rng([]), torch.device(device):
+            return AutoModelForImageClassification.from_config(config)
+    except Exception as error:
+        raise ConfigurationError(
+            f"transformers cannot build `{name}` from its configuration: {one_line(error)} Install what it names, or "
+            "pass another model."
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def first_sentence(error: Exception) -> str:
+    """The first sentence of an error that goes on at length."""
+    return one_line(error).partition(". ")[0].rstrip(".") + "."
