@@ -140,6 +140,13 @@ class FeatureReuseTrainer(Trainer):
         self._bind(max_steps)
         return super()._prepare_for_training(max_steps, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # accelerate 1.15 tells a data set its epoch, but neither with several processes nor in the epoch of a resume.
+        dataset = kwargs["train_dataloader"].dataset
+        if callable(set_epoch := getattr(dataset, "set_epoch", None)):
+            set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
     def _bind(self, max_steps: int) -> None:
         """Bind blocks, schedule and costs to the model that trains now."""
         options, model = self.reuse_args, self.model

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -131,15 +132,28 @@ def test_prediction_alone_writes_its_own_results(example, tmp_path, image_folder
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(example, tmp_path):
-    flags = [*TINY, "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "steps", "--save_steps", "2"]
-    flags += ["--eval_strategy", "no", "--lr_scheduler_type", "constant", "--warmup_steps", "0"]
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    example.run(["--output_dir", str(whole), "--max_steps", "4", *flags])
-    example.run(["--output_dir", str(halves), "--max_steps", "2", *flags])
-    example.run(["--output_dir", str(halves), "--max_steps", "4", *flags])
+    # Three steps an epoch: the run is cut inside the first epoch, at its end, and inside the second.
+    flags = [*TINY, "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "steps", "--save_steps", "1"]
+    flags += [
+        "--eval_strategy",
+        "no",
+        "--lr_scheduler_type",
+        "constant",
+        "--warmup_steps",
+        "0",
+        "--save_total_limit",
+        "9",
+    ]
+    flags += ["--max_train_samples", "96", "--max_steps", "7"]
+    whole = tmp_path / "whole"
+    example.run(["--output_dir", str(whole), *flags])
     first = AutoModelForImageClassification.from_pretrained(whole).state_dict()
-    second = AutoModelForImageClassification.from_pretrained(halves).state_dict()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    for step in (2, 3, 4):
+        resumed = tmp_path / str(step)
+        shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+        example.run(["--output_dir", str(resumed), *flags])
+        second = AutoModelForImageClassification.from_pretrained(resumed).state_dict()
+        assert all(torch.equal(first[key], second[key]) for key in first), step
 
 
 def test_a_finished_folder_says_so_and_what_to_pass(example, tmp_path):
@@ -192,8 +206,6 @@ def test_unknown_columns_name_those_there_are(example, tmp_path, image_folder, c
 
 
 def test_a_corrupt_image_is_named_or_left_out_and_counted(example, tmp_path, image_folder, cache):
-    import shutil
-
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)
     bad = folder / "train" / "cat" / "3.png"

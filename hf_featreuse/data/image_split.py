@@ -107,7 +107,9 @@ class ImageSplit(torch.utils.data.Dataset):
         return split
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell random transforms the epoch; accelerate's data loaders, and so Trainer, call this.
+        """Tell random transforms the epoch. `FeatureReuseTrainer` calls this before every epoch; a loop of your own must.
+
+        accelerate 1.15's data loaders call it too, but not with several processes, nor in the epoch of a resume.
 
         Args:
             epoch: Number of the epoch, from 0.
