@@ -28,7 +28,7 @@ from hf_featreuse import (
 
 DEPTH, FREEZE = StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
 
-# What does not work yet, by test: the case and the reason. Once it is mended, the test fails until it is taken out here.
+# What does not work yet: the case and the reason. Once it is mended, its test fails until the case is taken out here.
 SECOND_ATTENTION = (
     "the block returns one output more with `output_attentions=True`; its shortcut returns as many as ever"
 )
