@@ -54,6 +54,13 @@ def model_device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def own_drop_path_rate(model: nn.Module) -> float:
+    """Highest rate of the architecture's own drop path layers, 0 without any; Swin has 0.1 by default."""
+    layers = (module for module in model.modules() if type(module).__name__.endswith("DropPath"))
+    rates = (getattr(layer, "drop_prob", None) for layer in layers)
+    return max((rate for rate in rates if isinstance(rate, float)), default=0.0)
+
+
 def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -> tuple[tuple, dict[str, Any]]:
     """Arguments of a forward, from a batch, a tensor or the model's config; without labels unless it insists."""
     if isinstance(inputs, torch.Tensor):

@@ -16,7 +16,7 @@ from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.errors import BlockError, StepError
 from hf_featreuse.model_card import write_model_card
-from hf_featreuse.probing import undisturbed
+from hf_featreuse.probing import own_drop_path_rate, undisturbed
 from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.step_log import StepLog
 
@@ -167,6 +167,12 @@ class FeatureReuseTrainer(Trainer):
         if blocks:
             inputs = self._probe_inputs(model)
             self.step_costs = measure_step_costs(model, blocks, inputs, train_trunk=options.train_trunk)
+            if (rate := own_drop_path_rate(model)) > 0:
+                logger.warning_once(
+                    f"{type(model).__name__} has drop path of its own (up to {rate:g} a sample), which acts besides the "
+                    "blocks that feature reuse drops. Turn it off with `drop_path_rate=0` in the model's config, or ours "
+                    "with `stochastic_depth_steps=0`."
+                )
             logger.info(f"Feature reuse over {len(blocks)} residual blocks, {blocks[0].name} to {blocks[-1].name}.")
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
 

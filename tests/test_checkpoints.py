@@ -13,9 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 from test_resume import assert_same_run, resumable
-from test_trainer import config, same_bits, state_of, train
 from tiny_models import ARCHITECTURES, build, examples
 from torch import nn
+from training_runs import config, same_bits, state_of, train
 
 from hf_featreuse import CheckpointError, FeatureReuseTrainer, checkpoints
 from hf_featreuse.checkpoints import checkpoint_fault, last_whole_checkpoint, load_weights, resolve_checkpoint

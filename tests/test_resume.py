@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import RecordingTrainer, config, options, same_bits, state_of, train, with_dropout
 from tiny_models import ARCHITECTURES, batch, build, examples
 from torch import nn
+from training_runs import RecordingTrainer, config, options, same_bits, state_of, train, with_dropout
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_featreuse import FeatureReuseTrainer

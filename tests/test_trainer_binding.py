@@ -1,11 +1,14 @@
 """FeatureReuseTrainer as a drop-in: what it binds to, with every way of handing Trainer a model."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_trainer import (
+from tiny_models import ARCHITECTURES, build, examples
+from torch import nn
+from training_runs import (
     PlainNet,
     RecordingTrainer,
     StepWatch,
@@ -19,9 +22,7 @@ from test_trainer import (
     train,
     with_dropout,
 )
-from tiny_models import ARCHITECTURES, build, examples
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import ConvNextConfig, ConvNextForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_featreuse import (
     BlockError,
@@ -419,3 +420,24 @@ def test_the_schedule_must_be_for_the_blocks_there_are(tmp_path: Path) -> None:
             return FeatureReuseSchedule(num_blocks + 1)
 
     assert_refused(Own(build("vit"), config(tmp_path), train_dataset=examples()), "The schedule is for 5 blocks")
+
+
+@pytest.mark.parametrize(("rate", "said"), [(0.3, True), (0.0, False)])
+def test_drop_path_of_the_architecture_is_said_once(tmp_path: Path, caplog: Any, rate: float, said: bool) -> None:
+    from hf_featreuse import trainer as module
+
+    settings = ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[2, 2], drop_path_rate=rate, num_labels=3)
+    module.logger.warning_once.cache_clear()
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    module.logger.addHandler(handler)
+    try:
+        for _ in range(2):
+            model = ConvNextForImageClassification(settings)
+            FeatureReuseTrainer(model, config(tmp_path, max_steps=1), train_dataset=examples()).train()
+    finally:
+        module.logger.removeHandler(handler)
+    warnings = [text for text in records if "drop path of its own" in text]
+    assert len(warnings) == said
+    assert all("drop_path_rate=0" in text and "0.3" in text for text in warnings)

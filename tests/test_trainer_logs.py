@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import RecordingTrainer, config, options, train
 from tiny_models import ARCHITECTURES, build, examples
+from training_runs import RecordingTrainer, config, options, train
 from transformers import TrainingArguments
 
 from hf_featreuse import StepKind

@@ -1,0 +1,222 @@
+"""Write the table of image classifiers in transformers: residual blocks, their share, and what steps cost.
+
+    python benchmarks/architectures.py
+
+Every class is built in transformers' default configuration on the meta device, where a forward does no arithmetic, so
+that the sizes are the real ones. Where a forward fails there, it runs on the CPU with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as MAPPING
+
+import hf_featreuse
+from hf_featreuse import BlockError, ModelReport, find_residual_blocks, inspect_model
+
+COMMAND = "python benchmarks/architectures.py"
+OUTPUT = Path(__file__).parents[1] / "docs" / "architectures.md"
+IMAGE_SIZE = 224
+NONE = "-"
+
+# Defaults that transformers itself cannot build or run: queries that eight heads do not divide, and images with fewer
+# patches than the language model has places for.
+OVERRIDES = {
+    "ShieldGemma2ForImageClassification": {"vision_config": {"image_size": 896, "patch_size": 14}},
+    "PerceiverForImageClassificationFourier": {"num_cross_attention_heads": 1},
+    "PerceiverForImageClassificationConvProcessing": {"num_cross_attention_heads": 1},
+}
+NO_LOSS = "returns no loss, so it does not train in a Trainer"
+NOTES = {
+    "BitForImageClassification": "the first layer of a stage has a projection shortcut",
+    "CvtForImageClassification": "keep its own `drop_path_rate` at 0: it would drop the shortcut too",
+    "DeiTForImageClassificationWithTeacher": NO_LOSS,
+    "EfficientNetForImageClassification": "the first block of a group has no shortcut",
+    "HGNetV2ForImageClassification": "the first block of a stage has no shortcut",
+    "HieraForImageClassification": "the first layer of the stages after the first pools and widens",
+    "ImageGPTForImageClassification": "takes colour clusters as `input_ids`: 1,024 of them",
+    "LevitForImageClassification": "attention and MLP are blocks of their own",
+    "LevitForImageClassificationWithTeacher": NO_LOSS,
+    "MobileNetV1ForImageClassification": "no shortcut anywhere",
+    "MobileNetV2ForImageClassification": "layers that change width or resolution have no shortcut",
+    "PPLCNetForImageClassification": f"no shortcut anywhere; {NO_LOSS}",
+    "PerceiverForImageClassificationConvProcessing": "built with `num_cross_attention_heads=1`",
+    "PerceiverForImageClassificationFourier": "built with `num_cross_attention_heads=1`",
+    "RegNetForImageClassification": "the first layer of a stage has a projection shortcut",
+    "ResNetForImageClassification": "the first layer of a stage has a projection shortcut",
+    "ShieldGemma2ForImageClassification": f"built for images of 896 pixels; {NO_LOSS}",
+    "TextNetForImageClassification": "its identity branch is a batch normalisation, not a shortcut",
+}
+HEADER = (
+    "model type",
+    "class",
+    "blocks",
+    "parameters in them",
+    "arithmetic in them",
+    "stochastic depth",
+    "masked freeze",
+    "checkpointing",
+    "notes",
+)
+TEXT = f"""# Architectures
+
+Every image classifier of transformers, in its default configuration. Blocks are found by structure, not from a list of
+classes: a module whose output is its input plus a branch. Anything else, such as a layer with a projection or a
+downsampling shortcut, belongs to the trunk: it always runs, and rests in masked-freeze steps.
+
+- *blocks*: residual blocks that can be skipped; each also trains alone.
+- *parameters in them*, *arithmetic in them*: share of the model's parameters, and of the arithmetic of a plain step.
+- *stochastic depth*, *masked freeze*: expected arithmetic of a step as a share of a plain step's, at a uniform drop
+  rate of 0.5 and with a trunk that rests in masked-freeze steps. Counted, not timed; {NONE} where it cannot be.
+- *checkpointing*: whether transformers offers gradient checkpointing for the class.
+
+The image is of the size that the configuration names, else of {IMAGE_SIZE} pixels. Blocks with an activation after
+their addition are listed too; with ReLU, as here, skipping is exact, with GELU it is refused.
+
+"""
+BEYOND = """
+## Outside image classification
+
+Works, not studied: nothing here is specific to images, and `tests/test_other_models.py` runs these on tiny random
+models. Whether feature reuse helps them is not known.
+
+| model | blocks | notes |
+|---|---|---|
+| Llama | every decoder layer | pass `use_cache=False` among the inputs, as Trainer does |
+| RoBERTa-PreLayerNorm | every layer | pre-norm, as ViT |
+| Whisper encoder | every encoder layer | pass a small batch as `inputs`: none can be made from the configuration |
+| BERT, DistilBERT | none | a layer is LayerNorm(x + f(x)): without f it still normalises, so no shortcut is exact |
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    model_type: str
+    model_class: str
+    blocks: str = NONE
+    parameters: str = NONE
+    arithmetic: str = NONE
+    depth: str = NONE
+    freeze: str = NONE
+    checkpointing: str = NONE
+    notes: str = ""
+
+    def __str__(self) -> str:
+        cells = (f"`{self.model_type}`", f"`{self.model_class}`", *list(vars(self).values())[2:])
+        return f"| {' | '.join(cells)} |"
+
+
+def classes() -> Iterator[tuple[str, str]]:
+    """Model type and class of every image classifier."""
+    for model_type, names in sorted(MAPPING.items()):
+        for name in (names,) if isinstance(names, str) else names:
+            yield model_type, name
+
+
+def build(model_type: str, model_class: str, device: str) -> PreTrainedModel:
+    config = CONFIG_MAPPING[model_type](**OVERRIDES.get(model_class, {}))
+    with torch.device(device):
+        return getattr(transformers, model_class)(config)
+
+
+def batch(model: PreTrainedModel) -> dict:
+    """A batch of one, as the default preprocessing would make it."""
+    config, device = model.config, model.device
+    if config.model_type == "imagegpt":
+        return {"input_ids": torch.zeros(1, config.n_positions, dtype=torch.long, device=device), "use_cache": False}
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or IMAGE_SIZE
+    height, width = (size, size) if isinstance(size, int) else size
+    if config.model_type == "siglip2":
+        side = int(vision.num_patches**0.5)
+        return {
+            "pixel_values": torch.zeros(1, vision.num_patches, 3 * vision.patch_size**2, device=device),
+            "pixel_attention_mask": torch.ones(1, vision.num_patches, dtype=torch.long, device=device),
+            "spatial_shapes": torch.full((1, 2), side),
+        }
+    pixels = torch.zeros(1, 3, height, width, device=device)
+    if config.model_type == "shieldgemma2":
+        tokens = [config.boi_token_index, *[config.image_token_index] * config.mm_tokens_per_image, 5, 6, 7]
+        ids = torch.tensor([tokens], device=device)
+        return {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    return {"pixel_values": pixels}
+
+
+def report(model: PreTrainedModel) -> ModelReport:
+    return inspect_model(model, inputs=batch(model), drop_rate=0.5, drop_rate_schedule="uniform")
+
+
+def row(model_type: str, model_class: str) -> Row:
+    """What is known of one class."""
+    notes = [NOTES[model_class]] if model_class in NOTES else []
+    try:
+        model = build(model_type, model_class, "meta")
+    except ImportError as error:
+        package = next(line for line in str(error).splitlines() if line).partition("requires the ")[2].split(" ")[0]
+        return Row(model_type, model_class, notes=f"needs the package `{package}`, absent here")
+    checkpointing = "yes" if model.supports_gradient_checkpointing else "no"
+    try:
+        found = report(model)
+    except BlockError as error:
+        if error.__cause__ is None:
+            return Row(model_type, model_class, "0", checkpointing=checkpointing, notes="; ".join(notes))
+        model = build(model_type, model_class, "cpu")
+        found = report(model)
+        notes.append("counted on the CPU with random weights: its forward fails on the meta device")
+    return measured(Row(model_type, model_class, checkpointing=checkpointing), model, found, notes)
+
+
+def measured(empty: Row, model: PreTrainedModel, found: ModelReport, notes: list[str]) -> Row:
+    """The row with the figures of a report."""
+    try:
+        default = [block.name for block in find_residual_blocks(model)]
+    except BlockError:
+        default = []
+    if default != [block.name for block in found.blocks]:
+        notes.append("pass a small batch as `inputs`")
+    arithmetic = NONE
+    if found.costs:
+        arithmetic = f"{sum(block.share_of_arithmetic or 0 for block in found.blocks):.0%}"
+    else:
+        notes.append("the arithmetic cannot be counted")
+    return Row(
+        empty.model_type,
+        empty.model_class,
+        str(len(found.blocks)),
+        f"{sum(block.parameters for block in found.blocks) / found.parameters:.0%}",
+        arithmetic,
+        f"{found.costs['stochastic_depth']:.2f}" if found.costs else NONE,
+        f"{found.costs['masked_freeze']:.2f}" if found.costs else NONE,
+        empty.checkpointing,
+        "; ".join(notes),
+    )
+
+
+def page() -> str:
+    versions = {"transformers": transformers, "torch": torch, "hf_featreuse": hf_featreuse}
+    made = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
+    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    for model_type, model_class in classes():
+        lines.append(str(row(model_type, model_class)))
+        print(lines[-1], file=sys.stderr)
+    return f"{TEXT}Written by `{COMMAND}` with {made}.\n\n" + "\n".join(lines) + "\n" + BEYOND
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
