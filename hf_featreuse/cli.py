@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _quiet():
             text = options.run(options)
-    except FeatureReuseError as error:
+    except (FeatureReuseError, OSError) as error:
         print(f"featreuse: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     print(text)
