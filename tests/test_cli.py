@@ -79,7 +79,7 @@ def test_plot_is_written_beside_the_output(tiny, capsys, tmp_path):
         (["vit", "--drop_rate", "1.5"], "`drop_rate=1.5`"),
         (["vit", "--target_blocks", "x.*"], "Candidates: vit.layers.0"),
         (["resnett"], "Did you mean resnet"),
-        (["vit", "--plot", "/dev/null/vit.png"], "Not a directory"),
+        (["vit", "--plot", "/dev/null/vit.png"], "/dev/null"),
     ],
 )
 def test_errors_are_one_line_on_stderr(arguments, message, capsys):
