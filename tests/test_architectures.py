@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -124,6 +126,22 @@ def test_default_configuration_has_blocks_or_says_why_not(model_type):
         assert blocks
         assert all(model.get_submodule(block.name) is block.module for block in blocks)
     assert tiny_models.snapshot(model) == before
+
+
+# The table in the documentation
+
+
+def test_the_table_names_every_type():
+    page = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text()
+    assert sorted(set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))) == sorted(MAPPING), (
+        "docs/architectures.md is for another transformers. Run `python benchmarks/architectures.py`."
+    )
+    classes = [names for value in MAPPING.values() for names in ((value,) if isinstance(value, str) else value)]
+    assert all(f"| `{name}` |" in page for name in classes)
+    # Figures known from the papers' layouts: 12 layers of ViT; 16 layers of ResNet-50, of which 4 have projections.
+    assert "| `vit` | `ViTForImageClassification` | 12 |" in page
+    assert "| `resnet` | `ResNetForImageClassification` | 12 |" in page
+    assert "| `mobilenet_v1` | `MobileNetV1ForImageClassification` | 0 |" in page
 
 
 # Finding
