@@ -7,7 +7,10 @@ a batch of one. From the parts, the cost of any set D follows by addition:
 - masked freeze: the whole forward; input gradients from the loss down to the lowest block that trains; weight
   gradients of the blocks that train.
 
-Recomputation by activation checkpointing is not counted.
+Recomputation by activation checkpointing is not counted. The figures are those of torch's counter, with its gaps:
+torch 2.13 multiplies the weight gradient of a grouped convolution by the number of groups, so that depthwise
+convolutions (ConvNeXt, EfficientNet, MobileViT) make masked freeze look cheaper than it is, and it does not see the
+fused attention of the CPU.
 """
 
 from __future__ import annotations
@@ -166,7 +169,7 @@ def measure_step_costs(
             with recorder.counter:
                 output = model(*args, **kwargs)
                 forward = recorder.counter.get_total_flops()
-                torch.autograd.grad(_scalar(output), trainable, allow_unused=True)
+                torch.autograd.grad(_scalar(output), trainable, allow_unused=True, retain_graph=True)
                 total = recorder.counter.get_total_flops()
         finally:
             for handle in handles:
@@ -248,7 +251,7 @@ def _replay(block: ResidualBlock, args: tuple, kwargs: dict[str, Any], trains: b
         output = block.module(*map(replace, args), **{key: replace(value) for key, value in kwargs.items()})
         wanted = [leaf] * goes_on + weights * trains
         if wanted:
-            torch.autograd.grad(_scalar(output), wanted, allow_unused=True)
+            torch.autograd.grad(_scalar(output), wanted, allow_unused=True, retain_graph=True)
     return counter.get_total_flops()
 
 

@@ -77,6 +77,9 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | No
         for key, value in batch.items()
         if key not in ("labels", "label") or (key in parameters and parameters[key].default is inspect.Parameter.empty)
     }
+    if "use_cache" in parameters:
+        # A cache of keys keeps what the blocks were given, and grows when they are run again.
+        moved.setdefault("use_cache", False)
     return (), moved
 
 

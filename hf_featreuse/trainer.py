@@ -170,8 +170,8 @@ class FeatureReuseTrainer(Trainer):
             if (rate := own_drop_path_rate(model)) > 0:
                 logger.warning_once(
                     f"{type(model).__name__} has drop path of its own (up to {rate:g} a sample), which acts besides "
-                    "the blocks that feature reuse drops. Turn it off with `drop_path_rate=0` in the model's config, or "
-                    "ours with `stochastic_depth_steps=0`."
+                    "the blocks that feature reuse drops. Turn it off with `drop_path_rate=0` in the config, or ours "
+                    "with `stochastic_depth_steps=0`."
                 )
             logger.info(f"Feature reuse over {len(blocks)} residual blocks, {blocks[0].name} to {blocks[-1].name}.")
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)

@@ -107,7 +107,7 @@ class ImageSplit(torch.utils.data.Dataset):
         return split
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell random transforms the epoch; `FeatureReuseTrainer` calls this before every epoch, and your own loop must.
+        """Tell random transforms the epoch; `FeatureReuseTrainer` calls this before every epoch, your own loop must.
 
         accelerate 1.15's data loaders call it too, but not with several processes, nor in the epoch of a resume.
 
