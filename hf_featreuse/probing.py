@@ -23,6 +23,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode with gradients enabled, then restore modes, attributes, buffers and torch's RNG."""
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
+    # Caches that a model fills in eval mode, such as LeViT's of attention biases, would keep this graph.
+    caches = [value for found in attributes for name, value in found.items() if type(value) is dict and name[0] != "_"]
+    cached = [dict(cache) for cache in caches]
     registered = [dict(module._buffers) for module in modules]
     contents = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     device = model_device(model)
@@ -43,6 +46,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attribute)
             module._buffers.clear()
             module._buffers.update(buffers)
+        for cache, content in zip(caches, cached, strict=True):
+            cache.clear()
+            cache.update(content)
         with torch.no_grad():
             for buffer, version, content in contents:
                 if buffer._version != version:
@@ -81,6 +87,12 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | No
         # A cache of keys keeps what the blocks were given, and grows when they are run again.
         moved.setdefault("use_cache", False)
     return (), moved
+
+
+def can_make_inputs(model: nn.Module) -> bool:
+    """Whether `dummy_inputs` knows a batch for the model."""
+    pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    return pretrained is not None and pretrained.main_input_name in ("pixel_values", "input_ids")
 
 
 def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:

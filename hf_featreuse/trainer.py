@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.utils import logging
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
@@ -16,7 +16,7 @@ from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.errors import BlockError, StepError
 from hf_featreuse.model_card import write_model_card
-from hf_featreuse.probing import own_drop_path_rate, undisturbed
+from hf_featreuse.probing import can_make_inputs, own_drop_path_rate, undisturbed
 from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.step_log import StepLog
 
@@ -178,12 +178,13 @@ class FeatureReuseTrainer(Trainer):
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
         """A batch of one to look at the model with: made from its config, or for other models from the data."""
-        if any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        if can_make_inputs(model):
             return None
         if self.train_dataset is None:
             raise BlockError(
-                f"{type(model).__name__} is not a transformers model and the trainer has no `train_dataset` to look "
-                "at it with. Override `get_residual_blocks` and pass `find_residual_blocks` a small batch as `inputs`."
+                f"The config of {type(model).__name__} makes no batch, and the trainer has no "
+                "`train_dataset` to take one from. Override `get_residual_blocks` and pass a small batch as `inputs`"
+                " to `find_residual_blocks`."
             )
         with undisturbed(model):
             return self.data_collator([next(iter(self.train_dataset))])
