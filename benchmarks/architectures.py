@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as MAPPING
 
-import hf_featreuse
 from hf_featreuse import BlockError, ModelReport, find_residual_blocks, inspect_model
 
 COMMAND = "python benchmarks/architectures.py"
@@ -205,8 +205,7 @@ def measured(empty: Row, model: PreTrainedModel, found: ModelReport, notes: list
 
 
 def page() -> str:
-    versions = {"transformers": transformers, "torch": torch, "hf_featreuse": hf_featreuse}
-    made = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
+    made = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "hf_featreuse"))
     lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
     for model_type, model_class in classes():
         lines.append(str(row(model_type, model_class)))

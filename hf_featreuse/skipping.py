@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -115,9 +116,28 @@ def _shortcut(block: ResidualBlock) -> Callable:
 
     def rule(_call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         stream = block.stream(args, kwargs)
-        return stream if block.num_outputs is None else (stream, *(None,) * (block.num_outputs - 1))
+        if block.num_outputs is None:
+            return stream
+        # Asked for attentions, a block returns them second, and its caller takes them from there.
+        count = max(block.num_outputs, 2) if _asks_for_attentions(block, args, kwargs) else block.num_outputs
+        return (stream, *(None,) * (count - 1))
 
     return rule
+
+
+def _asks_for_attentions(block: ResidualBlock, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call passes a true `output_attentions`, by keyword or by position."""
+    if "output_attentions" in kwargs:
+        return bool(kwargs["output_attentions"])
+    names = _parameter_names(type(block.module).forward)
+    position = names.index("output_attentions") if "output_attentions" in names else len(args)
+    return position < len(args) and bool(args[position])
+
+
+@functools.cache
+def _parameter_names(forward: Callable) -> list[str]:
+    """Names of the parameters of a forward after `self`."""
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def _scaled(block: ResidualBlock, survival: float) -> Callable:

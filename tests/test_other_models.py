@@ -173,7 +173,6 @@ def test_costs_are_those_of_the_flop_counter(name):
         assert costs.share(StepPlan(kind, (1, 2))) == pytest.approx(share, rel=0.02)
 
 
-@pytest.mark.xfail(strict=True, reason="the cache of keys and values keeps the graph of the forward that filled it")
 def test_costs_with_a_cache_of_keys_and_values():
     model = build("llama")
     inputs = {**batch("llama"), "use_cache": True}
@@ -198,19 +197,7 @@ def test_the_engine_runs_alternating_steps(name):
     assert kinds == ["stochastic_depth", "masked_freeze"] * 2
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "roberta-prelayernorm",
-        "llama",
-        pytest.param(
-            "whisper",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the trainer makes a batch from the config alone, though it has a training set"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["roberta-prelayernorm", "llama", "whisper"])
 def test_the_trainer_runs_alternating_steps(name, tmp_path):
     inputs = {key: value for key, value in labelled(name, 8).items() if key != "use_cache"}
     data = [{key: value[index] for key, value in inputs.items()} for index in range(8)]
