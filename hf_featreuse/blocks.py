@@ -213,7 +213,7 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) ->
             for name, module in candidates.items():
                 handles.append(module.register_forward_pre_hook(tracer.enter(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(tracer.leave(name), with_kwargs=True))
-            model(*args, **kwargs)
+            model(*map(_with_graph, args), **{key: _with_graph(value) for key, value in kwargs.items()})
     except Exception as error:
         if isinstance(error, BlockError):
             raise
@@ -272,6 +272,14 @@ class _Tracer:
                 )
             )
         return found
+
+
+def _with_graph(value: Any) -> Any:
+    """An input with an edge of its own, so that a block that takes it as its stream is found too."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    # A copy: a leaf that requires gradients cannot be changed in place.
+    return value.detach().requires_grad_(True).clone()
 
 
 def _has_graph(value: Any) -> bool:

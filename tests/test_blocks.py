@@ -622,3 +622,19 @@ def test_no_trainable_block_is_an_error():
     model.classifier.requires_grad_(True)
     with pytest.raises(BlockError, match=r"None of the 4 residual blocks of ViTForImageClassification"):
         trainable_blocks(model, find_residual_blocks(model))
+
+
+def test_a_block_that_takes_the_input_itself_is_found():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.linear(x)
+
+    model = nn.Sequential(Residual(), Residual(), nn.Linear(4, 2))
+    batch = torch.zeros(2, 4)
+    assert [block.name for block in find_residual_blocks(model, batch)] == ["0", "1"]
+    assert not batch.requires_grad
+    assert batch.grad is None
