@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
-from hf_featreuse.checkpoints import is_adapter, load_exactly, resolve_checkpoint
+from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.config import FeatureReuseArguments
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.errors import BlockError, StepError
+from hf_featreuse.exact_trainer import ExactTrainer
 from hf_featreuse.model_card import write_model_card
 from hf_featreuse.probing import can_make_inputs, own_drop_path_rate, undisturbed
 from hf_featreuse.schedule import FeatureReuseSchedule
@@ -23,7 +23,7 @@ from hf_featreuse.step_log import StepLog
 logger = logging.get_logger(__name__)
 
 
-class FeatureReuseTrainer(Trainer):
+class FeatureReuseTrainer(ExactTrainer):
     """A drop-in for `transformers.Trainer` that trains with feature reuse.
 
     Takes every argument of `Trainer`. With a plain `TrainingArguments` the options of feature reuse have their
@@ -131,21 +131,10 @@ class FeatureReuseTrainer(Trainer):
                 self, license=license, tags=tags, model_name=model_name, finetuned_from=finetuned_from, dataset=dataset
             )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train`. A checkpoint that is cut short is passed over for the last whole one before it."""
-        return super().train(resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir)), *args, **kwargs)
-
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
         self._bind(max_steps)
         return super()._prepare_for_training(max_steps, *args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # accelerate 1.15 tells a data set its epoch, but neither with several processes nor in the epoch of a resume.
-        dataset = kwargs["train_dataloader"].dataset
-        if callable(set_epoch := getattr(dataset, "set_epoch", None)):
-            set_epoch(kwargs["epoch"])
-        super()._run_epoch(*args, **kwargs)
 
     def _bind(self, max_steps: int) -> None:
         """Bind blocks, schedule and costs to the model that trains now."""
@@ -191,19 +180,3 @@ class FeatureReuseTrainer(Trainer):
 
     def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(values).view(-1, len(values)).mean(0)  # pyright: ignore
-
-    @property
-    def _shards(self) -> bool:
-        """Whether an engine keeps the weights in shards and loads them itself."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._shards or not load_exactly(self.model if model is None else model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        folder = self.state.best_model_checkpoint
-        if folder is None or self._shards or not load_exactly(self.model, folder):
-            super()._load_best_model()
-        else:
-            logger.info(f"Loaded the best model from {folder} (score: {self.state.best_metric}).")

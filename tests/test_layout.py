@@ -29,12 +29,13 @@ ALLOWED = {
     "config": {"errors", "schedule", "freezing"},
     "step_log": {"schedule"},
     "checkpoints": {"errors"},
+    "exact_trainer": {"checkpoints"},
     "trainer": {
         *("errors", "schedule", "probing", "blocks", "engine", "cost", "config", "step_log", "checkpoints"),
-        *("skipping", "freezing", "model_card"),
+        *("skipping", "freezing", "model_card", "exact_trainer"),
     },
 }
-KNOW_THE_TRAINER = {"config", "trainer", "model_card"}
+KNOW_THE_TRAINER = {"config", "exact_trainer", "trainer", "model_card"}
 OPTIONAL = {"peft", "matplotlib", "sklearn", "torchvision", "wandb", "trackio", "tensorboard", "optuna", "timm"}
 # Modules of ours whose names are public besides those of `hf_featreuse` itself.
 PUBLIC_MODULES = {
