@@ -91,13 +91,18 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | No
 
 def can_make_inputs(model: nn.Module) -> bool:
     """Whether `dummy_inputs` knows a batch for the model."""
-    pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    pretrained = _pretrained(model)
     return pretrained is not None and pretrained.main_input_name in ("pixel_values", "input_ids")
+
+
+def _pretrained(model: nn.Module) -> PreTrainedModel | None:
+    """The transformers model that this is or wraps."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
 def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     """A batch of one, all zeros, of the size that the model's config names."""
-    pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    pretrained = _pretrained(model)
     if pretrained is None:
         raise BlockError(
             f"{type(model).__name__} is not a transformers model and has no config to make a dummy batch from. "
