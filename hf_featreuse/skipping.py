@@ -11,20 +11,16 @@ probability is the convention of timm's `drop_path` and torchvision's `stochasti
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from hf_featreuse.binding import Rule, bind_rules
 from hf_featreuse.blocks import ResidualBlock, check_exact, check_scalable
-from hf_featreuse.errors import BlockError, ConfigurationError, StepError
-
-_RULE = "_feature_reuse_rule"
-_subclasses: dict[type[nn.Module], type[nn.Module]] = {}
+from hf_featreuse.errors import BlockError, ConfigurationError
 
 
 @contextlib.contextmanager
@@ -65,26 +61,14 @@ def skip_blocks(
         >>> all(parameter.grad is None for parameter in blocks[0].module.parameters())
         True
     """
-    rules: list[tuple[ResidualBlock, Callable]] = [(block, _shortcut(block)) for block in dropped]
+    rules: list[tuple[ResidualBlock, Rule]] = [(block, _shortcut(block)) for block in dropped]
     rules += [
         (block, _scaled(block, probability))
         for block, probability in zip(kept, _check(dropped, kept, survival, allow_inexact), strict=True)
         if probability != 1
     ]
-    bound: list[tuple[nn.Module, type[nn.Module]]] = []
-    try:
-        for block, rule in rules:
-            module = block.module
-            if _RULE in module.__dict__:
-                raise StepError(f"Block {block.name} is being skipped or scaled already; leave that context first.")
-            bound.append((module, type(module)))
-            module.__class__ = _subclass(type(module))
-            module.__dict__[_RULE] = rule
+    with bind_rules(rules, "__call__"):
         yield
-    finally:
-        for module, plain in reversed(bound):
-            module.__class__ = plain
-            module.__dict__.pop(_RULE, None)
 
 
 def _check(
@@ -111,7 +95,7 @@ def _check(
     return probabilities
 
 
-def _shortcut(block: ResidualBlock) -> Callable:
+def _shortcut(block: ResidualBlock) -> Rule:
     """What a dropped block does when called: the residual stream, in the shape of the block's own output."""
 
     def rule(_call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -140,7 +124,7 @@ def _parameter_names(forward: Callable) -> list[str]:
     return list(inspect.signature(forward).parameters)[1:]
 
 
-def _scaled(block: ResidualBlock, survival: float) -> Callable:
+def _scaled(block: ResidualBlock, survival: float) -> Rule:
     """What a kept block does when called: its increment divided by its survival probability."""
 
     def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -157,33 +141,3 @@ def _scaled(block: ResidualBlock, survival: float) -> Callable:
         return scaled if isinstance(output, torch.Tensor) else (scaled, *output[1:])
 
     return rule
-
-
-def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module class, of the same name, that asks the instance's rule before anything else."""
-    if plain in _subclasses:
-        return _subclasses[plain]
-
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[_RULE](functools.partial(plain.__call__, self), args, kwargs)
-
-    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        rule = self.__dict__.pop(_RULE)
-        self.__class__ = plain
-        try:
-            return copy.deepcopy(self, memo)
-        finally:
-            self.__class__ = subclass
-            self.__dict__[_RULE] = rule
-
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        # Not `copyreg.__newobj__`: pickle insists that its class is the instance's own.
-        state = {key: value for key, value in self.__dict__.items() if key != _RULE}
-        return object.__new__, (plain,), state
-
-    methods = {"__call__": __call__, "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}
-    # FSDP's wrap policy and reprs go by the class name.
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    subclass = type(plain.__name__, (plain,), {**names, **methods})
-    _subclasses[plain] = subclass
-    return subclass

@@ -1,0 +1,90 @@
+"""Let modules answer their calls by a rule for a while, and be what they were afterwards.
+
+A bound module gets a subclass of its own class, of the same name, that asks the rule of the instance first. Unlike an
+attribute of the instance, a subclass can change `__call__`, and a deep copy or pickle made meanwhile is of the plain
+class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.errors import StepError
+
+# What a bound module does, given its plain method, the arguments and the keyword arguments of a call.
+Rule = Callable[[Callable, tuple, Mapping[str, Any]], Any]
+# "__call__" is outside of module hooks and activation checkpointing, "forward" inside.
+Method = Literal["__call__", "forward"]
+
+_RULE = "_feature_reuse_rule"
+_subclasses: dict[tuple[type[nn.Module], Method], type[nn.Module]] = {}
+
+
+@contextlib.contextmanager
+def bind_rules(rules: Sequence[tuple[ResidualBlock, Rule]], method: Method) -> Iterator[None]:
+    """Put a rule before a method of each block until the exit.
+
+    Raises:
+        StepError: a block is bound already.
+    """
+    bound: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
+    try:
+        for block, rule in rules:
+            module = block.module
+            if _RULE in module.__dict__:
+                raise StepError(f"Block {block.name} is being skipped or scaled already; leave that context first.")
+            # A forward set on the instance, as by a library that patches it, would hide the subclass's.
+            patched = (
+                {"forward": module.__dict__.pop("forward")}
+                if "forward" in module.__dict__ and method == "forward"
+                else {}
+            )
+            plain = type(module)
+            bound.append((module, plain, patched))
+            call = patched.get(method) or functools.partial(getattr(plain, method), module)
+            module.__dict__[_RULE] = functools.partial(rule, call)
+            module.__class__ = _subclass(plain, method)
+        yield
+    finally:
+        for module, plain, patched in reversed(bound):
+            module.__class__ = plain
+            module.__dict__.pop(_RULE, None)
+            module.__dict__.update(patched)
+
+
+def _subclass(plain: type[nn.Module], method: Method) -> type[nn.Module]:
+    """The subclass of a module class, of the same name, whose method asks the instance's rule."""
+    if (plain, method) in _subclasses:
+        return _subclasses[plain, method]
+
+    @functools.wraps(getattr(plain, method))
+    def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[_RULE](args, kwargs)
+
+    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        rule = self.__dict__.pop(_RULE)
+        self.__class__ = plain
+        try:
+            return copy.deepcopy(self, memo)
+        finally:
+            self.__class__ = subclass
+            self.__dict__[_RULE] = rule
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        # Not `copyreg.__newobj__`: pickle insists that its class is the instance's own.
+        state = {key: value for key, value in self.__dict__.items() if key != _RULE}
+        return object.__new__, (plain,), state
+
+    methods = {method: bound, "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}
+    # FSDP's wrap policy and reprs go by the class name.
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    subclass = type(plain.__name__, (plain,), {**names, **methods})
+    _subclasses[plain, method] = subclass
+    return subclass
