@@ -48,6 +48,9 @@ class ResidualBlock:
         position (`int`, *optional*): index of the residual stream among the positional arguments of the call.
         keyword (`str`, *optional*): its name, where the call passes it by keyword.
         num_outputs (`int`, *optional*): length of the tuple that the block returns; `None` for a bare tensor.
+        num_calls (`int`, defaults to 1): how often a forward of the model calls the block.
+        unbatched (`frozenset[str]`, defaults to none): tensors among the arguments of a call whose first dimension is
+            not the batch, such as `"position_embeddings.0"` or `"1"`; what samples share when they are taken apart.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -64,6 +67,8 @@ class ResidualBlock:
     position: int | None = 0
     keyword: str | None = None
     num_outputs: int | None = None
+    num_calls: int = 1
+    unbatched: frozenset[str] = frozenset()
 
     @property
     def has_trainable_parameters(self) -> bool:
@@ -75,6 +80,11 @@ class ResidualBlock:
         if self.position is not None and self.position < len(args):
             return args[self.position]
         return kwargs[self.keyword] if self.keyword is not None else next(iter(kwargs.values()))
+
+    @property
+    def has_batch_first(self) -> bool:
+        """Whether the first dimension of the residual stream is the batch, so that samples can be taken apart."""
+        return not self.unbatched & {str(self.position), self.keyword}
 
 
 def find_residual_blocks(
@@ -202,7 +212,7 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) ->
         and next(module.parameters(), None) is not None
     }
     args, kwargs = model_inputs(model, inputs)
-    tracer = _Tracer()
+    tracer = _Tracer(_batch_size(args, kwargs))
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     handles = []
     try:
@@ -233,9 +243,11 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) ->
 class _Tracer:
     """Hooks that compare each call's output with its inputs in the autograd graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
         self.open: dict[str, list[list[tuple[int | str, GradientEdge, torch.Tensor]]]] = {}
         self.calls: dict[str, list[dict[str, Any] | None]] = {}
+        self.unbatched: dict[str, set[str]] = {}
 
     def enter(self, name: str):
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -244,6 +256,8 @@ class _Tracer:
             edges = [(key, get_gradient_edge(x), x) for key, x in tensors if _has_graph(x)]
             self.open.setdefault(name, []).append(edges)
             self.calls.setdefault(name, [])
+            paths = {path for path, tensor in named_tensors(args, kwargs) if tensor.shape[:1] != (self.batch_size,)}
+            self.unbatched.setdefault(name, set()).update(paths)
 
         return hook
 
@@ -269,9 +283,31 @@ class _Tracer:
                     position=key if isinstance(key, int) else None,
                     keyword=key if isinstance(key, str) else None,
                     num_outputs=first["num_outputs"],
+                    num_calls=len(calls),
+                    unbatched=frozenset(self.unbatched[name]),
                 )
             )
         return found
+
+
+def named_tensors(args: Any, kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among the arguments of a call, those inside tuples, lists and dictionaries too, by path."""
+
+    def walk(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        if isinstance(value, torch.Tensor):
+            yield path, value
+        elif isinstance(value, (tuple, list, Mapping)):
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, item in items:
+                yield from walk(f"{path}.{key}", item)
+
+    for key, value in [*enumerate(args), *kwargs.items()]:
+        yield from walk(str(key), value)
+
+
+def _batch_size(args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """First dimension of the first input of a model."""
+    return next((tensor.shape[0] for _, tensor in named_tensors(args, kwargs) if tensor.ndim), 1)
 
 
 def _with_graph(value: Any) -> Any:

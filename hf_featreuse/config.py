@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.freezing import FrozenBatchNorm
-from hf_featreuse.schedule import FeatureReuseSchedule, check_options, check_seed
+from hf_featreuse.schedule import FeatureReuseSchedule, check_granularity, check_options, check_seed
 
 
 class _OneOrMany(argparse.Action):
@@ -44,6 +44,13 @@ class FeatureReuseArguments:
         default="linear",
         metadata={
             "help": "'linear': rising with depth up to drop_rate at the last block; 'uniform': drop_rate for all."
+        },
+    )
+    drop_granularity: str = field(
+        default="batch",
+        metadata={
+            "help": "'batch': all samples of a step share one drawn set of blocks; 'sample': each has its own, as in "
+            "drop path. Models with BatchNorm take 'batch' only."
         },
     )
     stochastic_depth_steps: int = field(
@@ -101,6 +108,7 @@ class FeatureReuseArguments:
     def check(self) -> None:
         """Raise `ConfigurationError` unless every option is usable."""
         check_options(self.drop_rate, self.drop_rate_schedule, self.stochastic_depth_steps, self.masked_freeze_steps)
+        check_granularity(self.drop_granularity)
         if self.reuse_seed is not None:
             check_seed("reuse_seed", self.reuse_seed)
         if self.frozen_batch_norm not in get_args(FrozenBatchNorm):
@@ -164,6 +172,7 @@ class FeatureReuseArguments:
             seed=seed if self.reuse_seed is None else self.reuse_seed,
             first_step=first_step,
             last_step=last_step,
+            drop_granularity=self.drop_granularity,  # pyright: ignore[reportArgumentType]
         )
 
     def settings(self) -> dict[str, Any]:
@@ -179,6 +188,9 @@ class FeatureReuseConfig(FeatureReuseArguments, TrainingArguments):
         drop_rate (`float`, defaults to 0.5): probability, above 0 and below 1, of dropping a block in a cycle.
         drop_rate_schedule (`"linear"` or `"uniform"`, defaults to `"linear"`): drop probability rising linearly over
             depth up to `drop_rate` at the last block (Huang et al. 2016), or the same for every block.
+        drop_granularity (`"batch"` or `"sample"`, defaults to `"batch"`): whether all samples of a step share one set
+            of blocks, or each has its own, as in drop path: a block is computed on the samples that keep it, and
+            trains on those that dropped it. Refused for models with BatchNorm.
         stochastic_depth_steps (`int`, defaults to 1): optimizer steps of the first kind in a cycle.
         masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle. 1 and 0 is plain
             stochastic depth, 0 and 1 masked freeze alone, 0 and 0 plain training, for which the model needs no

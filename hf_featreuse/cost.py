@@ -15,11 +15,12 @@ fused attention of the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_featreuse.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError
 from hf_featreuse.freezing import freeze, own_parameters, trunk_modules
+from hf_featreuse.per_sample import FROZEN, RESTS, TRAINS, sample_groups
 from hf_featreuse.probing import model_inputs, undisturbed
 from hf_featreuse.schedule import StepKind, StepPlan
 
@@ -93,31 +95,41 @@ class StepCosts:
         """
         if not self.vanilla or plan.kind is StepKind.VANILLA:
             return 1.0
-        everything = set(range(len(self.blocks)))
-        if plan.kind is StepKind.STOCHASTIC_DEPTH:
-            return self._cost(everything - set(plan.dropped), trunk=True, skipped=set(plan.dropped)) / self.vanilla
-        return self._cost(set(plan.dropped), trunk=self.train_trunk) / self.vanilla
+        freezing = plan.kind is StepKind.MASKED_FREEZE
+        trunk = self.train_trunk or not freezing
+        masks = plan.sample_masks
+        if masks is None:
+            masks = np.zeros((1, len(self.blocks)), dtype=bool)
+            masks[0, list(plan.dropped)] = True
+        groups = sample_groups(masks, freezing=freezing, gradient_everywhere=trunk)
+        counts = np.stack([(groups == group).sum(0) for group in (TRAINS, FROZEN, RESTS)])
+        if not freezing:
+            # A sample that drops a block is not computed there.
+            counts[RESTS] = 0
+        total = self._sum(counts.T.tolist(), len(masks), trunk) + (self._stem_rest * len(masks) if trunk else 0)
+        return total / (self.vanilla * len(masks))
 
-    def _cost(self, training: set[int], trunk: bool, skipped: Collection[int] = ()) -> int:
-        return self._sum(training, trunk, skipped) + (self._stem_rest if trunk else 0)
+    def _sum(self, groups: Sequence[Sequence[int]], samples: int, trunk: bool) -> int:
+        """Operations of a step, from the input upwards: below the lowest part that trains there is no backward.
 
-    def _sum(self, training: set[int], trunk: bool, skipped: Collection[int] = ()) -> int:
-        """Operations of a step, from the input upwards: below the lowest part that trains there is no backward."""
+        Args:
+            groups: of each block, how many samples train it, are frozen in it and rest in it.
+            samples: in the batch.
+            trunk: whether the trunk trains.
+        """
         count, gradient_goes_on = 0, False
         for index, forward in enumerate(self.trunk):
             trains = trunk and self.trunk_trains[index]
             # Linear or convolutional: the gradients of input and of weights cost as much as the forward each. Between
             # and after the blocks a norm comes first, whose weights need the gradient of the layer above it.
-            count += forward * (1 + (gradient_goes_on or (trains and index > 0)) + trains)
+            count += samples * forward * (1 + (gradient_goes_on or (trains and index > 0)) + trains)
             gradient_goes_on |= trains
-            if index == len(self.blocks) or index in skipped:
+            if index == len(self.blocks):
                 continue
-            block = self.blocks[index]
-            if index in training:
-                count += block.trained if gradient_goes_on else block.lowest
-                gradient_goes_on = True
-            else:
-                count += block.frozen if gradient_goes_on else block.resting
+            block, (training, frozen, resting) = self.blocks[index], groups[index]
+            count += training * (block.trained if gradient_goes_on else block.lowest)
+            count += frozen * (block.frozen if gradient_goes_on else block.resting) + resting * block.resting
+            gradient_goes_on |= training > 0
         return count
 
     @cached_property
@@ -125,7 +137,7 @@ class StepCosts:
         """What a plain step costs beyond the sum: gradients inside a first part of the trunk of several layers."""
         if not self.trunk_trains[0]:
             return 0
-        return self.vanilla - self._sum(set(range(len(self.blocks))), trunk=True)
+        return self.vanilla - self._sum([(1, 0, 0)] * len(self.blocks), 1, trunk=True)
 
 
 def measure_step_costs(

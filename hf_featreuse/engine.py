@@ -6,11 +6,13 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from hf_featreuse.blocks import ResidualBlock, check_exact, check_scalable
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.freezing import FrozenBatchNorm, freeze, norm_layers, own_parameters, trunk_modules
+from hf_featreuse.per_sample import check_per_sample, skip_samples, train_samples
 from hf_featreuse.schedule import VANILLA_PLAN, FeatureReuseSchedule, StepKind, StepPlan
 from hf_featreuse.skipping import skip_blocks
 
@@ -34,8 +36,8 @@ class FeatureReuse:
         current_plan (`StepPlan`, *optional*): the plan of the step that is open now.
 
     Raises:
-        BlockError: a block is not part of the model, inexact, inside another, or holds nothing that trains; or the
-            schedule is for another number of blocks.
+        BlockError: a block is not part of the model, inexact, inside another, or holds nothing that trains; the
+            schedule is for another number of blocks; or it draws a set for every sample and the model has BatchNorm.
         ConfigurationError: `scale_kept` with blocks that end in an activation, or reentrant activation checkpointing.
 
     Example:
@@ -76,6 +78,8 @@ class FeatureReuse:
                 check_exact(blocks)
             if scale_kept:
                 check_scalable(blocks)
+            if schedule.drop_granularity == "sample":
+                check_per_sample(model, blocks)
         self.model = model
         self.blocks = list(blocks)
         self.schedule = schedule
@@ -91,20 +95,17 @@ class FeatureReuse:
         self._norms = [norm_layers(part) for part in parts]
         self._trunk_trains = any(parameter.requires_grad for parameter in self._parameters[-1])
 
-    def plan(self, global_step: int) -> StepPlan:
+    def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
         """Give the plan of an optimizer step: the schedule's, except where it would leave nothing to train.
 
         Where the user froze the whole trunk, as with adapters in the blocks alone, a cycle that drops every block is
-        vanilla.
-
-        Args:
-            global_step (`int`): number of optimizer steps taken before this one.
+        vanilla. Takes the arguments of [`FeatureReuseSchedule.plan`].
         """
-        plan = self.schedule.plan(global_step)
+        plan = self.schedule.plan(global_step, batch_size=batch_size, position=position)
         return plan if self._trunk_trains or len(plan.dropped) < len(self.blocks) else VANILLA_PLAN
 
     @contextlib.contextmanager
-    def step(self, global_step: int) -> Iterator[StepPlan]:
+    def step(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> Iterator[StepPlan]:
         """Wrap forward and backward of one optimizer step, every micro-batch of it in turn.
 
         The optimizer step may follow inside or outside. Before the next step, call
@@ -112,34 +113,53 @@ class FeatureReuse:
 
         Args:
             global_step (`int`): number of optimizer steps taken before this one.
+            batch_size (`int`, *optional*): samples in this micro-batch; needed, and used, with
+                `drop_granularity="sample"`.
+            position (`int`, defaults to 0): of the first of them in the global batch of the optimizer step: with
+                micro-batches of B samples on W ranks, `(micro_batch * W + rank) * B`.
 
         Yields:
             `StepPlan`: the kind of step and the set D.
 
         Raises:
             StepError: another step is open, or a parameter that must not move in this step still holds a gradient.
+            ConfigurationError: `batch_size` is needed and missing.
         """
         if self.current_plan is not None:
             raise StepError(
                 f"`step({global_step})` was entered inside another step ({self.current_plan.kind.value}). Leave the "
                 "first one before entering the next; micro-batches of one optimizer step enter it in turn."
             )
-        plan = self.plan(global_step)
+        plan = self.plan(global_step, batch_size=batch_size, position=position)
         with contextlib.ExitStack() as stack:
-            if plan.kind is StepKind.STOCHASTIC_DEPTH:
-                self._check_gradients(plan, [p for index in plan.dropped for p in self._parameters[index]])
-                stack.enter_context(self._skip(plan))
-            elif plan.kind is StepKind.MASKED_FREEZE:
-                parameters, norms = self._frozen(plan)
-                self._check_gradients(plan, parameters)
-                stack.enter_context(freeze(parameters, norms, self.frozen_batch_norm))
+            for context in self._contexts(plan):
+                stack.enter_context(context)
             self.current_plan = plan
             try:
                 yield plan
             finally:
                 self.current_plan = None
 
+    def _contexts(self, plan: StepPlan) -> Iterator[contextlib.AbstractContextManager[None]]:
+        """What is open during a step."""
+        if plan.kind is StepKind.STOCHASTIC_DEPTH:
+            self._check_gradients(plan, [p for index in plan.dropped for p in self._parameters[index]])
+            yield self._skip(plan)
+        elif plan.kind is StepKind.MASKED_FREEZE:
+            parameters, norms = self._frozen(plan)
+            self._check_gradients(plan, parameters)
+            yield freeze(parameters, norms, self.frozen_batch_norm)
+            if plan.sample_masks is not None:
+                yield train_samples(self.blocks, plan.sample_masks, self._device, gradient_everywhere=self.train_trunk)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def _skip(self, plan: StepPlan) -> contextlib.AbstractContextManager[None]:
+        if plan.sample_masks is not None:
+            survival = [1 - rate for rate in self.schedule.rates] if self.scale_kept else None
+            return skip_samples(self.blocks, plan.sample_masks, self._device, survival=survival)
         dropped = [self.blocks[index] for index in plan.dropped]
         if not self.scale_kept:
             return skip_blocks(dropped, allow_inexact=self.allow_inexact_skip)
@@ -155,7 +175,9 @@ class FeatureReuse:
     def _frozen(self, plan: StepPlan) -> tuple[list[nn.Parameter], list]:
         """Parameters and normalisation layers that rest in a masked-freeze step."""
         trunk = len(self.blocks)
-        training = {*plan.dropped, trunk} if self.train_trunk else set(plan.dropped)
+        # Where every sample has its own set, any block may train, and is frozen sample by sample.
+        training = set(plan.dropped) if plan.sample_masks is None else set(range(trunk))
+        training |= {trunk} if self.train_trunk else set()
         resting = [index for index in range(trunk + 1) if index not in training]
         # A parameter shared with a part that trains, trains.
         active = {id(p) for index in training for p in self._parameters[index]}

@@ -61,9 +61,9 @@ def skip_blocks(
         >>> all(parameter.grad is None for parameter in blocks[0].module.parameters())
         True
     """
-    rules: list[tuple[ResidualBlock, Rule]] = [(block, _shortcut(block)) for block in dropped]
+    rules: list[tuple[ResidualBlock, Rule]] = [(block, shortcut(block)) for block in dropped]
     rules += [
-        (block, _scaled(block, probability))
+        (block, scaled(block, probability))
         for block, probability in zip(kept, _check(dropped, kept, survival, allow_inexact), strict=True)
         if probability != 1
     ]
@@ -95,7 +95,7 @@ def _check(
     return probabilities
 
 
-def _shortcut(block: ResidualBlock) -> Rule:
+def shortcut(block: ResidualBlock) -> Rule:
     """What a dropped block does when called: the residual stream, in the shape of the block's own output."""
 
     def rule(_call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -124,7 +124,7 @@ def _parameter_names(forward: Callable) -> list[str]:
     return list(inspect.signature(forward).parameters)[1:]
 
 
-def _scaled(block: ResidualBlock, survival: float) -> Rule:
+def scaled(block: ResidualBlock, survival: float) -> Rule:
     """What a kept block does when called: its increment divided by its survival probability."""
 
     def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -137,7 +137,7 @@ def _scaled(block: ResidualBlock, survival: float) -> Rule:
                 "`scale_kept=False`."
             )
         first = output if isinstance(output, torch.Tensor) else output[0]
-        scaled = (stream + (first - stream) / survival).to(first.dtype)
-        return scaled if isinstance(output, torch.Tensor) else (scaled, *output[1:])
+        divided = (stream + (first - stream) / survival).to(first.dtype)
+        return divided if isinstance(output, torch.Tensor) else (divided, *output[1:])
 
     return rule

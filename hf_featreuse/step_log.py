@@ -24,9 +24,11 @@ class StepLog:
         self.skip_non_finite = skip_non_finite
         self._losses = torch.zeros(len(_KINDS), device=device)
         self._steps = [0] * len(_KINDS)
-        self._dropped = 0
-        self._share = 0.0
+        self._dropped, self._share = 0.0, 0.0
         self._global_step: int | None = None
+        self._micro_batches = 0
+        # Of the step that is open: means over its micro-batches.
+        self._open_dropped, self._open_share = 0.0, 0.0
 
     def add(self, global_step: int, plan: StepPlan, share: float, loss: torch.Tensor) -> None:
         """Count a micro-batch of an optimizer step; its loss is scaled for accumulation, as Trainer returns it."""
@@ -34,8 +36,12 @@ class StepLog:
         if global_step != self._global_step:
             self._global_step = global_step
             self._steps[kind] += 1
-            self._dropped += len(plan.dropped)
-            self._share += share
+            self._micro_batches, self._open_dropped, self._open_share = 0, 0.0, 0.0
+        self._micro_batches += 1
+        more_dropped = (plan.mean_dropped - self._open_dropped) / self._micro_batches
+        more_share = (share - self._open_share) / self._micro_batches
+        self._open_dropped, self._dropped = self._open_dropped + more_dropped, self._dropped + more_dropped
+        self._open_share, self._share = self._open_share + more_share, self._share + more_share
         if self.skip_non_finite:
             loss = torch.where(torch.isfinite(loss), loss, self._losses[kind] / self._steps[kind])
         self._losses[kind] += loss
@@ -60,5 +66,5 @@ class StepLog:
         # The step that is open stays known: its further micro-batches are no new step.
         self._losses.zero_()
         self._steps = [0] * len(_KINDS)
-        self._dropped, self._share = 0, 0.0
+        self._dropped, self._share = 0.0, 0.0
         return logs

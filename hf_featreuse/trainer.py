@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import find_batch_size
 from torch import nn
 from transformers.utils import logging
 
@@ -63,6 +64,8 @@ class FeatureReuseTrainer(ExactTrainer):
     feature_reuse: FeatureReuse | None = None
     step_costs: StepCosts | None = None
     _step_log: StepLog | None = None
+    # Optimizer step that is open, and index of its micro-batch.
+    _micro_batch: tuple[int, int] = (-1, 0)
 
     @property
     def reuse_args(self) -> FeatureReuseArguments:
@@ -94,10 +97,23 @@ class FeatureReuseTrainer(ExactTrainer):
         if self.feature_reuse is None or self._step_log is None:
             raise StepError("`training_step` was called outside `train()`, which binds blocks and schedule. Call it.")
         step = self.state.global_step
-        with self.feature_reuse.step(step) as plan:
+        with self.feature_reuse.step(step, **self._samples(step, inputs)) as plan:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_log.add(step, plan, self.step_costs.share(plan) if self.step_costs else 1.0, loss)
         return loss
+
+    def _samples(self, global_step: int, inputs: dict[str, Any]) -> dict[str, int]:
+        """Number of samples in a micro-batch, and the position of the first in the step's global batch."""
+        assert self.feature_reuse is not None
+        if self.feature_reuse.schedule.drop_granularity == "batch":
+            return {}
+        opened, micro_batch = self._micro_batch
+        micro_batch = micro_batch + 1 if opened == global_step else 0
+        self._micro_batch = (global_step, micro_batch)
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        # accelerate deals the batches of the loader out to the ranks in turn.
+        samples = self._train_batch_size // (ranks if self.accelerator.split_batches else 1)
+        return {"batch_size": find_batch_size(inputs), "position": (micro_batch * ranks + rank) * samples}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the steps since the last log did, then log as Trainer does."""
@@ -152,6 +168,7 @@ class FeatureReuseTrainer(ExactTrainer):
             frozen_batch_norm=options.frozen_batch_norm,  # pyright: ignore[reportArgumentType]
             allow_inexact_skip=options.allow_inexact_skip,
         )
+        self._micro_batch = (-1, 0)
         self.step_costs = None
         if blocks:
             inputs = self._probe_inputs(model)

@@ -69,8 +69,9 @@ def test_resuming_at_every_step_of_a_cycle_equals_the_uninterrupted_run(
         {"bf16": True},
         {"dataloader_num_workers": 1},
         {"reuse_start": 0.3, "reuse_end": 0.9},
+        {"drop_granularity": "sample"},
     ],
-    ids=["sgd", "bf16", "workers", "window"],
+    ids=["sgd", "bf16", "workers", "window", "sample"],
 )
 def test_resuming_equals_the_uninterrupted_run_with(changed: dict[str, Any], tmp_path: Path) -> None:
     whole = train(resumable("vit", tmp_path, **changed))

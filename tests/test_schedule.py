@@ -331,5 +331,80 @@ def test_repr_names_every_argument():
     text = repr(FeatureReuseSchedule(4, drop_rate=0.3, seed=5, first_step=1, last_step=9))
     assert text == (
         "FeatureReuseSchedule(num_blocks=4, drop_rate=0.3, drop_rate_schedule='linear', stochastic_depth_steps=1, "
-        "masked_freeze_steps=1, seed=5, first_step=1, last_step=9)"
+        "masked_freeze_steps=1, seed=5, first_step=1, last_step=9, drop_granularity='batch')"
     )
+
+
+# Sets drawn by sample
+
+
+def by_sample(num_blocks: int = 5, **changed) -> FeatureReuseSchedule:
+    return FeatureReuseSchedule(num_blocks, **{"seed": 7, "drop_granularity": "sample", **changed})
+
+
+def test_sets_of_samples_are_pinned():
+    # These follow from Philox 4x64 alone; a change here would change every run.
+    masks = by_sample(drop_rate_schedule="uniform").plan(2, batch_size=3, position=1).sample_masks
+    assert masks.astype(int).tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 1, 0], [1, 1, 1, 1, 0]]
+
+
+def test_both_kinds_of_step_of_a_cycle_have_the_same_sets():
+    schedule = by_sample(stochastic_depth_steps=2, masked_freeze_steps=1)
+    plans = [schedule.plan(step, batch_size=16) for step in range(6)]
+    assert [plan.kind.value for plan in plans] == (["stochastic_depth"] * 2 + ["masked_freeze"]) * 2
+    masks = [plan.sample_masks for plan in plans]
+    assert all(np.array_equal(masks[0], masks[step]) for step in (1, 2))
+    assert not np.array_equal(masks[0], masks[3])
+    assert plans[0] != plans[2]
+    assert plans[0] == plans[1]
+    assert hash(plans[0]) == hash(plans[1])
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3, 4, 5, 12])
+def test_sets_follow_from_the_position_alone(num_blocks: int):
+    schedule = by_sample(num_blocks)
+    whole = schedule.plan(4, batch_size=20).sample_masks
+    for size in (1, 3, 7, 20):
+        parts = [
+            schedule.plan(4, batch_size=min(size, 20 - first), position=first).sample_masks
+            for first in range(0, 20, size)
+        ]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_sets_of_samples_have_the_rates_and_are_independent():
+    schedule = by_sample(6, drop_rate=0.6)
+    masks = np.concatenate([schedule.plan(2 * cycle, batch_size=512).sample_masks for cycle in range(40)])
+    assert masks.mean(0) == pytest.approx(schedule.rates, abs=0.015)
+    assert np.abs(np.corrcoef(masks.T) - np.eye(6)).max() < 0.03
+    # Neighbouring samples too.
+    assert abs(np.corrcoef(masks[:-1, 5], masks[1:, 5])[0, 1]) < 0.03
+    assert schedule.plan(0, batch_size=512).mean_dropped == pytest.approx(sum(schedule.rates), rel=0.05)
+
+
+def test_sets_of_samples_have_nothing_to_do_with_those_of_batches():
+    per_sample, shared = (
+        by_sample(64, drop_rate_schedule="uniform"),
+        FeatureReuseSchedule(64, seed=7, drop_rate_schedule="uniform"),
+    )
+    for step in (0, 2, 4):
+        first = per_sample.plan(step, batch_size=1).sample_masks[0]
+        assert tuple(np.flatnonzero(first)) != shared.plan(step).dropped
+
+
+def test_steps_outside_the_window_need_no_number_of_samples():
+    assert by_sample(first_step=3).plan(2).kind is StepKind.VANILLA
+    assert by_sample(stochastic_depth_steps=0, masked_freeze_steps=0).plan(0).kind is StepKind.VANILLA
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"batch_size": -1}, {"batch_size": 2.0}, {"batch_size": 2, "position": -1}, {"batch_size": True}]
+)
+def test_the_number_of_samples_is_checked(given: dict):
+    with pytest.raises(ConfigurationError, match="batch_size|position"):
+        by_sample().plan(0, **given)
+
+
+def test_unknown_granularity():
+    with pytest.raises(ConfigurationError, match="drop_granularity='block'"):
+        FeatureReuseSchedule(3, drop_granularity="block")
