@@ -2,10 +2,14 @@
 
     OMP_NUM_THREADS=2 python benchmarks/speed.py
 
-Rounds of both trainers take turns on copies of one model, so that a machine whose speed drifts slows both alike. Each
+    OMP_NUM_THREADS=2 python benchmarks/speed.py --granularity sample
+
+Rounds of the trainers take turns on copies of one model, so that a machine whose speed drifts slows all alike. Each
 time is printed as a ratio to the plain step's, beside the ratio of the arithmetic (the FLOP bound): a skipped block
 costs nothing; masked freeze runs the whole forward, input gradients down to the lowest block that trains, and weight
-gradients of the blocks that train.
+gradients of the blocks that train. With sets drawn by sample, the stock Trainer runs too with the DropPath of
+transformers, and that of timm where it is installed, around the same blocks at the same rates: they compute every
+sample and mask some.
 
 On a CUDA device the memory is the peak allocated in a step; on the CPU it is the activations saved for backward plus
 the gradients.
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import platform
 import statistics
@@ -25,9 +30,17 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.models.beit.modeling_beit import BeitDropPath
 
-from hf_featreuse import FeatureReuse, FeatureReuseConfig, FeatureReuseTrainer
+from hf_featreuse import (
+    FeatureReuse,
+    FeatureReuseArguments,
+    FeatureReuseConfig,
+    FeatureReuseTrainer,
+    find_residual_blocks,
+)
 from hf_featreuse.small_models import small_config
 
 MEGABYTE = 2**20
@@ -62,6 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--drop_rate", type=float, default=0.5)
     parser.add_argument("--drop_rate_schedule", default="uniform", choices=("uniform", "linear"))
+    parser.add_argument("--granularity", default="batch", choices=("batch", "sample"), help="As drop_granularity.")
     parser.add_argument("--train_trunk", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -98,58 +112,96 @@ def make_trainer(cls, config, model, options: argparse.Namespace, folder: str, s
     return cls(model, args, train_dataset=data)
 
 
+def with_drop_path(model: nn.Module, rates: list[float], drop_path: type[nn.Module]) -> nn.Module:
+    """A copy of the model with drop path of another library around its residual blocks."""
+    model = copy.deepcopy(model)
+    for block, rate in zip(find_residual_blocks(model), rates, strict=True):
+        layer = drop_path(rate)
+
+        def hook(_module, args, kwargs, output, block=block, layer=layer):
+            stream = block.stream(args, kwargs)
+            first = output if isinstance(output, torch.Tensor) else output[0]
+            first = stream + layer(first - stream)
+            return first if isinstance(output, torch.Tensor) else (first, *output[1:])
+
+        block.module.register_forward_hook(hook, with_kwargs=True)
+    return model
+
+
+def make_arms(model: nn.Module, options: argparse.Namespace) -> dict[str, tuple]:
+    """Class of the trainer, class of its arguments and model, by row of the table."""
+    arms = {
+        "Trainer": (Trainer, TrainingArguments, model),
+        "FeatureReuseTrainer": (FeatureReuseTrainer, FeatureReuseConfig, copy.deepcopy(model)),
+    }
+    if options.granularity == "sample":
+        count = len(find_residual_blocks(model))
+        rates = FeatureReuseArguments(**reuse_options(options)).schedule(count, max_steps=1, seed=0).rates
+        arms["transformers DropPath"] = (Trainer, TrainingArguments, with_drop_path(model, rates, BeitDropPath))
+        if importlib.util.find_spec("timm"):
+            from timm.layers import DropPath
+
+            arms["timm DropPath"] = (Trainer, TrainingArguments, with_drop_path(model, rates, DropPath))
+    return arms
+
+
+def reuse_options(options: argparse.Namespace) -> dict:
+    return {
+        "drop_rate": options.drop_rate,
+        "drop_rate_schedule": options.drop_rate_schedule,
+        "drop_granularity": options.granularity,
+        "train_trunk": options.train_trunk,
+    }
+
+
 def measure(options: argparse.Namespace) -> dict:
     """Run all rounds; give times, bounds and memory by row of the table."""
     torch.manual_seed(0)
     settings = small_config(options.model_type, options.image_size, num_labels=10, overrides=options.config_overrides)
     model = transformers.AutoModelForImageClassification.from_config(settings)
-    twin = copy.deepcopy(model)
-    seconds, bounds = defaultdict(list), defaultdict(list)
-    reuse = {
-        "drop_rate": options.drop_rate,
-        "drop_rate_schedule": options.drop_rate_schedule,
-        "train_trunk": options.train_trunk,
-    }
-    ratios = []
+    arms = make_arms(model, options)
+    seconds, bounds, ratios = defaultdict(list), defaultdict(list), []
     with tempfile.TemporaryDirectory() as folder:
         for index in range(options.rounds):
-            plain = make_trainer(Trainer, TrainingArguments, model, options, folder, index)
-            reusing = make_trainer(FeatureReuseTrainer, FeatureReuseConfig, twin, options, folder, index, **reuse)
-            timers = {}
-            for trainer in (plain, reusing) if index % 2 == 0 else (reusing, plain):
-                timers[trainer] = timer = StepTimer()
-                trainer.add_callback(timer)
+            names = list(arms)[index % len(arms) :] + list(arms)[: index % len(arms)]
+            means = {}
+            for name in names:
+                cls, config, trained = arms[name]
+                changed = reuse_options(options) if cls is FeatureReuseTrainer else {}
+                trainer = make_trainer(cls, config, trained, options, folder, index, **changed)
+                trainer.add_callback(timer := StepTimer())
                 trainer.remove_callback(PrinterCallback)
                 trainer.train()
-            base = statistics.mean(timers[plain].seconds.values())
-            seconds["Trainer"] += timers[plain].seconds.values()
-            for step, elapsed in timers[reusing].seconds.items():
-                plan = reusing.feature_reuse.schedule.plan(step)
-                share = reusing.step_costs.share(plan)
-                for row in (plan.kind.value, "FeatureReuseTrainer"):
-                    seconds[row].append(elapsed)
-                    bounds[row].append(share)
-            ratios.append(statistics.mean(timers[reusing].seconds.values()) / base)
+                means[name] = statistics.mean(timer.seconds.values())
+                seconds[name] += timer.seconds.values()
+                if isinstance(trainer, FeatureReuseTrainer):
+                    reusing = trainer
+                    for step, elapsed in timer.seconds.items():
+                        plan = trainer.feature_reuse.plan(step, batch_size=options.batch_size)
+                        share = trainer.step_costs.share(plan)
+                        seconds[plan.kind.value].append(elapsed)
+                        bounds[plan.kind.value].append(share)
+                        bounds[name].append(share)
+            ratios.append(means["FeatureReuseTrainer"] / means["Trainer"])
+            plain = means["Trainer"]
             print(
-                f"round {index + 1} of {options.rounds}: plain step {base:.3f} s, ratio {ratios[-1]:.3f}", flush=True
+                f"round {index + 1} of {options.rounds}: plain step {plain:.3f} s, ratio {ratios[-1]:.3f}", flush=True
             )
-        memory = measure_memory(reusing.model, reusing.feature_reuse, options)
-        overhead = measure_overhead(reusing)
     return {
         "seconds": seconds,
         "bounds": bounds,
-        "memory": memory,
+        "memory": measure_memory(reusing.model, reusing.feature_reuse, options),
         "ratio of each round": ratios,
-        "overhead ms": overhead,
+        "overhead ms": measure_overhead(reusing, options.batch_size),
     }
 
 
-def measure_overhead(trainer: FeatureReuseTrainer, steps: int = 400) -> float:
+def measure_overhead(trainer: FeatureReuseTrainer, batch_size: int, steps: int = 400) -> float:
     """Milliseconds a step that plan, contexts and logging take by themselves: the step with nothing inside."""
     loss = torch.zeros((), device=trainer.args.device)
     started = time.perf_counter()
     for step in range(steps):
-        with trainer.feature_reuse.step(step) as plan:
+        with trainer.feature_reuse.step(step, batch_size=batch_size) as plan:
             pass
         trainer._step_log.add(step, plan, trainer.step_costs.share(plan), loss)
     return (time.perf_counter() - started) / steps * 1000
@@ -168,7 +220,7 @@ def measure_memory(model, reuse: FeatureReuse, options: argparse.Namespace) -> d
     )
     memory = {"Trainer": step_memory(model, outside, 0, batch)}
     for step in range(6):
-        row = reuse.schedule.plan(step).kind.value
+        row = reuse.plan(step, batch_size=options.batch_size).kind.value
         memory[row] = max(memory.get(row, 0.0), step_memory(model, reuse, step, batch))
     memory["FeatureReuseTrainer"] = max(value for row, value in memory.items() if row != "Trainer")
     return memory
@@ -188,7 +240,10 @@ def step_memory(model, reuse: FeatureReuse, step: int, batch: dict[str, torch.Te
     is_cuda = batch["labels"].is_cuda
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    with reuse.step(step), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        reuse.step(step, batch_size=len(batch["labels"])),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         loss = model(**batch).loss
         peak = sum(saved.values())
         loss.backward()
@@ -204,15 +259,16 @@ def table(figures: dict) -> str:
         "| step | mean s | ratio to Trainer | FLOP bound | ratio / bound | memory MB | steps |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in ("Trainer", "stochastic_depth", "masked_freeze", "vanilla", "FeatureReuseTrainer"):
+    rows = ("Trainer", "transformers DropPath", "timm DropPath", "stochastic_depth", "masked_freeze", "vanilla")
+    for row in (*rows, "FeatureReuseTrainer"):
         times = figures["seconds"].get(row)
         if times:
             bound = statistics.mean(figures["bounds"].get(row) or [1.0])
             ratio = statistics.mean(times) / base
-            memory = figures["memory"].get(row, float("nan"))
+            memory = figures["memory"].get(row)
             lines.append(
                 f"| {row} | {statistics.mean(times):.3f} | {ratio:.3f} | {bound:.3f} | {ratio / bound:.3f} | "
-                f"{memory:.0f} | {len(times)} |"
+                f"{'-' if memory is None else format(memory, '.0f')} | {len(times)} |"
             )
     return "\n".join(lines)
 

@@ -31,10 +31,13 @@ _METRIC_NAMES = {"accuracy": "Accuracy (top-1)", "top5_accuracy": "Accuracy (top
 _MEANINGS = {
     "drop_rate": "probability of dropping a block in a cycle; the last block's where the schedule is linear",
     "drop_rate_schedule": "linear: rising with depth up to `drop_rate`; uniform: the same for all blocks",
+    "drop_granularity": "batch: all samples of a step share one drawn set of blocks; sample: each has its own",
     "stochastic_depth_steps": "steps of a cycle in which the drawn blocks are left out",
     "masked_freeze_steps": "steps of a cycle in which only the drawn blocks train",
     "scale_kept": "whether a kept block's increment is divided by its survival probability",
     "train_trunk": "whether the layers outside the blocks train in masked-freeze steps too",
+    "frozen_batch_norm": "statistics that frozen BatchNorm layers use in masked-freeze steps",
+    "allow_inexact_skip": "whether blocks are dropped too whose shortcut is no identity",
     "target_blocks": "which residual blocks take part; none given: all",
     "reuse_start": "fraction of training before which steps are plain",
     "reuse_end": "fraction of training after which steps are plain",
@@ -317,6 +320,8 @@ def _method(settings: Mapping[str, Any], num_blocks: int) -> str:
         kinds = f"In each *stochastic-depth* step {blocks} is dropped: left out and not computed."
     else:
         kinds = f"In each *masked-freeze* step the whole network runs, but only {blocks}{outside} are trained."
+    if settings.get("drop_granularity") == "sample":
+        kinds += " Each sample of a batch has a set of its own, and is computed and trains what its set says."
     return f"{kinds} Evaluation and prediction use the whole network."
 
 

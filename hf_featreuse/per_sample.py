@@ -131,21 +131,24 @@ def check_per_sample(model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
 
 
 class _Split:
-    """The samples of a batch in groups, for one block."""
+    """The samples of a batch in groups, for one block: how many, which rows, and where each row ends up."""
 
-    def __init__(self, groups: np.ndarray, order: torch.Tensor, inverse: torch.Tensor) -> None:
-        self.num_samples = len(groups)
-        self.sizes = np.bincount(groups, minlength=3).tolist()
-        self.rows = order.split(self.sizes)
+    def __init__(self, sizes: list[int], order: torch.Tensor, inverse: torch.Tensor) -> None:
+        self.num_samples = sum(sizes)
+        self.sizes = sizes
+        self.rows = order.split(sizes)
         self.inverse = inverse
 
 
 def _splits(groups: np.ndarray, device: torch.device) -> list[_Split]:
     """One split a block; all indices go to the device at once."""
-    order = np.argsort(groups, axis=0, kind="stable")
-    inverse = np.argsort(order, axis=0, kind="stable")
-    indices = torch.from_numpy(np.stack([order.T, inverse.T])).to(device, non_blocking=True)
-    return [_Split(groups[:, index], *indices[:, index]) for index in range(groups.shape[1])]
+    by_block = np.ascontiguousarray(groups.T)
+    sizes = np.stack([(by_block == group).sum(1) for group in (TRAINS, FROZEN, RESTS)], axis=1).tolist()
+    order = np.argsort(by_block, axis=1, kind="stable")
+    inverse = np.empty_like(order)
+    np.put_along_axis(inverse, order, np.arange(order.shape[1])[None], axis=1)
+    indices = torch.from_numpy(np.stack([order, inverse])).to(device, non_blocking=True)
+    return [_Split(*parts) for parts in zip(sizes, indices[0].unbind(), indices[1].unbind(), strict=True)]
 
 
 def _in_groups(block: ResidualBlock, split: _Split, actions: Mapping[int, Rule]) -> Rule:

@@ -15,6 +15,7 @@ from hf_featreuse.config import window_steps
 DEFAULTS = {
     "drop_rate": 0.5,
     "drop_rate_schedule": "linear",
+    "drop_granularity": "batch",
     "stochastic_depth_steps": 1,
     "masked_freeze_steps": 1,
     "scale_kept": False,
@@ -29,6 +30,7 @@ DEFAULTS = {
 OTHERS = {
     "drop_rate": 0.3,
     "drop_rate_schedule": "uniform",
+    "drop_granularity": "sample",
     "stochastic_depth_steps": 2,
     "masked_freeze_steps": 3,
     "scale_kept": True,
@@ -45,6 +47,7 @@ BAD = [
     *(("drop_rate_schedule", value) for value in ("cosine", "", None)),
     *((n, v) for n in ("stochastic_depth_steps", "masked_freeze_steps") for v in (-1, 0.5, 1.0, True, "1", None)),
     *((n, v) for n in ("scale_kept", "train_trunk", "allow_inexact_skip") for v in (1, 0, "true", None)),
+    *(("drop_granularity", value) for value in ("block", "", None)),
     *(("frozen_batch_norm", value) for value in ("eval", "", None)),
     *(("target_blocks", value) for value in ("", [], [""], ["layers.0", 1], 3, ["layers.0", None])),
     *(("reuse_start", value) for value in (-0.1, 1.1, math.nan, True, "0", None)),
@@ -156,7 +159,7 @@ def test_command_line_takes_every_option(tmp_path):
         tmp_path,
         *("--drop_rate", "0.3", "--drop_rate_schedule", "uniform", "--stochastic_depth_steps", "2"),
         *("--masked_freeze_steps", "3", "--scale_kept", "--train_trunk", "true"),
-        *("--frozen_batch_norm", "inference", "--allow_inexact_skip"),
+        *("--drop_granularity", "sample", "--frozen_batch_norm", "inference", "--allow_inexact_skip"),
         *("--target_blocks", "layers.0", "layers.1"),
         *("--reuse_start", "0.25", "--reuse_end", "0.75", "--reuse_seed", "7"),
     )
@@ -235,6 +238,7 @@ def test_schedule_is_built_from_every_option():
         seed=7,
         first_step=25,
         last_step=75,
+        drop_granularity="sample",
     )
     assert vars(schedule) == vars(expected)
 

@@ -401,7 +401,7 @@ def test_steps_outside_the_window_need_no_number_of_samples():
     "given", [{}, {"batch_size": -1}, {"batch_size": 2.0}, {"batch_size": 2, "position": -1}, {"batch_size": True}]
 )
 def test_the_number_of_samples_is_checked(given: dict):
-    with pytest.raises(ConfigurationError, match="batch_size|position"):
+    with pytest.raises(ConfigurationError, match=r"batch_size|position"):
         by_sample().plan(0, **given)
 
 
