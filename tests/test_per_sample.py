@@ -371,6 +371,36 @@ def test_only_what_a_step_trains_has_gradients(step: int):
     assert (model.vit.embeddings.cls_token.grad is None) == bool(step)
 
 
+@pytest.mark.parametrize("name", WITHOUT_BATCH_NORM)
+def test_a_trunk_that_trains_learns_from_every_sample(name: str):
+    model = build(name).eval()
+    blocks = find_residual_blocks(model)
+    inputs = tiny_models.batch(6)
+    model(**inputs).loss.backward()
+    whole = gradients(model)
+    found = {}
+    for train_trunk in (False, True):
+        reuse = FeatureReuse(model, blocks, sample_schedule(len(blocks)), train_trunk=train_trunk)
+        with reuse.step(1, batch_size=6):
+            model(**inputs).loss.backward()
+        found[train_trunk] = gradients(model)
+    inside = {key for key in whole if any(key.startswith(f"{block.name}.") for block in blocks)}
+    assert_same_gradients(found[True], {key: found[False][key] if key in inside else whole[key] for key in whole})
+
+
+@pytest.mark.parametrize("scale_kept", [False, True])
+def test_kept_samples_are_scaled_by_the_rate_of_the_block(scale_kept: bool):
+    model = build("vit").eval()
+    blocks = find_residual_blocks(model)
+    schedule = sample_schedule(4, drop_rate_schedule="linear", drop_rate=0.6)
+    reuse = FeatureReuse(model, blocks, schedule, scale_kept=scale_kept)
+    with torch.no_grad(), reuse.step(0, batch_size=8) as plan:
+        logits = model(**tiny_models.batch(8)).logits
+    survival = [0.85, 0.7, 0.55, 0.4] if scale_kept else [1.0] * 4
+    with torch.no_grad(), masked(blocks, plan.sample_masks, survival):
+        torch.testing.assert_close(logits, model(**tiny_models.batch(8)).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_of_micro_batches_add_up():
     model = build("vit").eval()
     blocks = find_residual_blocks(model)
