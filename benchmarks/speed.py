@@ -193,6 +193,7 @@ def measure(options: argparse.Namespace) -> dict:
         "memory": measure_memory(reusing.model, reusing.feature_reuse, options),
         "ratio of each round": ratios,
         "overhead ms": measure_overhead(reusing, options.batch_size),
+        "discovery in forwards": measure_discovery(reusing.model, options.image_size),
     }
 
 
@@ -205,6 +206,20 @@ def measure_overhead(trainer: FeatureReuseTrainer, batch_size: int, steps: int =
             pass
         trainer._step_log.add(step, plan, trainer.step_costs.share(plan), loss)
     return (time.perf_counter() - started) / steps * 1000
+
+
+def measure_discovery(model: nn.Module, image_size: int, repeats: int = 15) -> float:
+    """Time to find the blocks, in forwards of the same batch of one; medians of alternating calls."""
+    inputs = {"pixel_values": torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)}
+    forwards, searches = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        model(**inputs)
+        forwards.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        find_residual_blocks(model, inputs)
+        searches.append(time.perf_counter() - started)
+    return statistics.median(searches) / statistics.median(forwards)
 
 
 def measure_memory(model, reuse: FeatureReuse, options: argparse.Namespace) -> dict[str, float]:
@@ -285,6 +300,7 @@ def main() -> None:
     print(f"\n{device}, {torch.get_num_threads()} threads, {versions}\n{settings}\n\n{table(figures)}")
     share = figures["overhead ms"] / 1000 / statistics.mean(figures["seconds"]["Trainer"])
     print(f"\nPlan, contexts and logging: {figures['overhead ms']:.2f} ms a step, {share:.3%} of a plain step.")
+    print(f"Finding the blocks: {figures['discovery in forwards']:.2f} forwards of a batch of one.")
     if options.json:
         record = {"device": device, "threads": torch.get_num_threads(), "versions": versions, "settings": settings}
         options.json.parent.mkdir(parents=True, exist_ok=True)
