@@ -83,8 +83,11 @@ def _subclass(plain: type[nn.Module], method: Method) -> type[nn.Module]:
         return object.__new__, (plain,), state
 
     methods = {method: bound, "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}
-    # FSDP's wrap policy and reprs go by the class name.
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    subclass = type(plain.__name__, (plain,), {**names, **methods})
-    _subclasses[plain, method] = subclass
+    subclass = _subclasses[plain, method] = same_named_subclass(plain, methods)
     return subclass
+
+
+def same_named_subclass(plain: type[nn.Module], methods: Mapping[str, Any]) -> type[nn.Module]:
+    """A subclass with these methods that goes by the name of its parent, as FSDP's wrap policy and reprs expect."""
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (plain,), {**names, **methods})

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Cache
 
 from hf_featreuse.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError
@@ -255,6 +256,9 @@ def _replay(block: ResidualBlock, args: tuple, kwargs: dict[str, Any], trains: b
     stream = leaf.clone()
 
     def replace(value: Any) -> Any:
+        if isinstance(value, Cache):
+            # It holds the keys and values of the forward already, and each replay would lengthen it.
+            return None
         return stream if value is original else value.detach() if isinstance(value, torch.Tensor) else value
 
     weights = [parameter for parameter in block.module.parameters() if parameter.requires_grad]

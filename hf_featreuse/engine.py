@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from hf_featreuse.batch_norm import count_batches_once
 from hf_featreuse.blocks import ResidualBlock, check_exact, check_scalable
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.freezing import FrozenBatchNorm, freeze, norm_layers, own_parameters, trunk_modules
@@ -93,6 +94,7 @@ class FeatureReuse:
         parts = [list(block.module.modules()) for block in blocks] + [trunk]
         self._parameters = [list(own_parameters(part)) for part in parts]
         self._norms = [norm_layers(part) for part in parts]
+        self._all_norms = [norm for norms in self._norms for norm in norms]
         self._trunk_trains = any(parameter.requires_grad for parameter in self._parameters[-1])
 
     def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
@@ -132,6 +134,7 @@ class FeatureReuse:
             )
         plan = self.plan(global_step, batch_size=batch_size, position=position)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(count_batches_once(self._all_norms))
             for context in self._contexts(plan):
                 stack.enter_context(context)
             self.current_plan = plan
@@ -198,7 +201,8 @@ def check_checkpointing(model: nn.Module) -> None:
     """Raise `ConfigurationError` if the model uses reentrant activation checkpointing."""
     for name, module in model.named_modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
-        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
+        # Left out or None, it means True to torch.
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False:
             raise ConfigurationError(
                 f"{name or type(model).__name__} uses reentrant activation checkpointing, which fails or loses "
                 "gradients where the input of a checkpointed part is frozen. Set "

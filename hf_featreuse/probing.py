@@ -23,7 +23,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode with gradients enabled, then restore modes, attributes, buffers and torch's RNG."""
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
-    # Caches that a model fills in eval mode, such as LeViT's of attention biases, would keep this graph.
+    # Caches that a model fills in eval mode, such as LeViT's of attention biases, would keep this graph, and may hold
+    # one that has been run.
     caches = [value for found in attributes for name, value in found.items() if type(value) is dict and name[0] != "_"]
     cached = [dict(cache) for cache in caches]
     registered = [dict(module._buffers) for module in modules]
@@ -37,6 +38,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 # accelerate leaves autocast around the forward of a model it has prepared.
                 if "_original_forward" in module.__dict__:
                     module.__dict__["forward"] = module.__dict__["_original_forward"]
+            for cache in caches:
+                if any(isinstance(value, torch.Tensor) and value.requires_grad for value in cache.values()):
+                    cache.clear()
             model.eval()
             yield
     finally:
@@ -89,10 +93,22 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | No
     return (), moved
 
 
-def can_make_inputs(model: nn.Module) -> bool:
-    """Whether `dummy_inputs` knows a batch for the model."""
-    pretrained = _pretrained(model)
-    return pretrained is not None and pretrained.main_input_name in ("pixel_values", "input_ids")
+def takes_dummy_inputs(model: nn.Module) -> bool:
+    """Whether `dummy_inputs` knows a batch for the model, and the model runs on it."""
+    try:
+        args, kwargs = model_inputs(model, None)
+        with undisturbed(model), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception:
+        return False
+    return True
+
+
+def _dummy_input_name(pretrained: PreTrainedModel) -> str | None:
+    """The input that a batch is made for: images where the model takes them, as Perceiver does besides others."""
+    if pretrained.main_input_name in ("pixel_values", "input_ids"):
+        return pretrained.main_input_name
+    return "pixel_values" if "pixel_values" in inspect.signature(pretrained.forward).parameters else None
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel | None:
@@ -108,7 +124,7 @@ def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
             f"{type(model).__name__} is not a transformers model and has no config to make a dummy batch from. "
             "Pass a small batch as `inputs`."
         )
-    device, name = model_device(model), pretrained.main_input_name
+    device, name = model_device(model), _dummy_input_name(pretrained)
     if name == "pixel_values":
         size = _image_size(pretrained.config)
         channels = _lookup(pretrained.config, "num_channels") or 3
@@ -116,8 +132,8 @@ def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     if name == "input_ids":
         return {name: torch.zeros(1, _DUMMY_SEQUENCE_LENGTH, device=device, dtype=torch.long)}
     raise BlockError(
-        f"{type(pretrained).__name__} takes `{name}`, for which no dummy batch can be made. Pass a small batch as "
-        "`inputs`."
+        f"{type(pretrained).__name__} takes `{pretrained.main_input_name}`, for which no dummy batch can be made. "
+        "Pass a small batch as `inputs`."
     )
 
 

@@ -17,7 +17,7 @@ from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.errors import BlockError, StepError
 from hf_featreuse.exact_trainer import ExactTrainer
 from hf_featreuse.model_card import write_model_card
-from hf_featreuse.probing import can_make_inputs, own_drop_path_rate, undisturbed
+from hf_featreuse.probing import own_drop_path_rate, takes_dummy_inputs, undisturbed
 from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.step_log import StepLog
 
@@ -183,17 +183,18 @@ class FeatureReuseTrainer(ExactTrainer):
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
-        """A batch of one to look at the model with: made from its config, or for other models from the data."""
-        if can_make_inputs(model):
+        """A batch of one to look at the model with: made from its config, or where that does not suit, the data's."""
+        if takes_dummy_inputs(model):
             return None
         if self.train_dataset is None:
             raise BlockError(
-                f"The config of {type(model).__name__} makes no batch, and the trainer has no "
+                f"{type(model).__name__} does not run on a batch made from its config, and the trainer has no "
                 "`train_dataset` to take one from. Override `get_residual_blocks` and pass a small batch as `inputs`"
                 " to `find_residual_blocks`."
             )
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         with undisturbed(model):
-            return self.data_collator([next(iter(self.train_dataset))])
+            return collate([next(iter(self.train_dataset))])
 
     def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(values).view(-1, len(values)).mean(0)  # pyright: ignore

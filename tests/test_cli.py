@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from PIL import Image
-from transformers import ViTConfig
+from transformers import PerceiverConfig, Siglip2Config, ViTConfig
 
 from hf_featreuse import cli, inspect_model
 from hf_featreuse.cli import main
@@ -127,6 +128,31 @@ def test_help_explains(capsys):
     assert "model type" in out
     assert out.count("(default: ") >= 4
     assert "SUPPRESS" not in out
+
+
+def test_a_model_with_images_under_another_main_input_is_inspected(tmp_path, capsys):
+    sizes = {"num_latents": 4, "d_latents": 16, "num_blocks": 1, "num_self_attends_per_block": 2, "image_size": 8}
+    PerceiverConfig(**sizes, num_cross_attention_heads=1).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    names = ["perceiver.encoder.self_attends.0", "perceiver.encoder.self_attends.1"]
+    assert block_names(capsys.readouterr().out) == names
+
+
+def test_a_model_whose_inputs_no_configuration_tells_is_sent_to_python(tmp_path, capsys):
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    Siglip2Config(vision_config={**vision, "patch_size": 4, "num_patches": 16}).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "cannot be inspected from its configuration alone: Siglip2ForImageClassification fails on a batch" in err
+    assert f"run `hf_featreuse.inspect_model({str(tmp_path)!r}, inputs=batch)` in Python." in err
+    # What it says works.
+    batch = {
+        "pixel_values": torch.zeros(1, 16, 3 * 4 * 4),
+        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+        "spatial_shapes": torch.full((1, 2), 4),
+    }
+    assert len(inspect_model(str(tmp_path), inputs=batch).blocks) == 2
 
 
 @pytest.mark.slow

@@ -440,7 +440,7 @@ def test_dropout_and_checkpointing_give_the_same_gradients():
     for checkpointing in (False, True):
         model = with_dropout(build("vit")).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         blocks = find_residual_blocks(model)
         reuse = FeatureReuse(model, blocks, sample_schedule(len(blocks)), scale_kept=True)
         for step in (0, 1):

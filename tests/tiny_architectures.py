@@ -235,7 +235,6 @@ def _perceiver(kind: str, **more: Any) -> Architecture:
         _PERCEIVER,
         _PERCEIVER_BLOCKS,
         num_outputs=1,
-        needs_inputs=True,
         **{"image_size": 8, **more},
     )
 

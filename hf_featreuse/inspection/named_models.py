@@ -36,7 +36,17 @@ def open_model(
             raise
         notes.append("The forward fails on the meta device, so the model was built on the CPU with random weights.")
     model = _build(name, config, "cpu")
-    return model, inputs, find_residual_blocks(model, inputs)
+    try:
+        return model, inputs, find_residual_blocks(model, inputs)
+    except BlockError as error:
+        if inputs is not None or error.__cause__ is None:
+            raise
+        # The command line, which passes no batch, comes here too.
+        raise BlockError(
+            f"`{name}` cannot be inspected from its configuration alone: {type(model).__name__} fails on a batch made "
+            f"from it. {type(error.__cause__).__name__}: {first_sentence(error.__cause__)} Make a batch of one with "
+            f"the model's own image processor and run `hf_featreuse.inspect_model({name!r}, inputs=batch)` in Python."
+        ) from error
 
 
 def _configuration(name: str) -> PreTrainedConfig:
@@ -88,11 +98,11 @@ def _build(name: str, config: PreTrainedConfig, device: str) -> nn.Module:
         ) from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def first_sentence(error: Exception) -> str:
+def first_sentence(error: BaseException) -> str:
     """The first sentence of an error that goes on at length."""
     return one_line(error).partition(". ")[0].rstrip(".") + "."
