@@ -26,7 +26,6 @@ COMMAND = "python benchmarks/architectures.py"
 OUTPUT = Path(__file__).parents[1] / "docs" / "architectures.md"
 IMAGE_SIZE = 224
 NONE = "-"
-GROUPED = "\\*"
 
 # Defaults that transformers itself cannot build: the width of the queries is not a multiple of eight heads.
 OVERRIDES = {
@@ -79,10 +78,6 @@ downsampling shortcut, belongs to the trunk: it always runs, and rests in masked
 - *stochastic depth*, *masked freeze*: expected arithmetic of a step as a share of a plain step's, at a uniform drop
   rate of 0.5 and with a trunk that rests in masked-freeze steps. Counted, not timed; {NONE} where it cannot be.
 - *checkpointing*: whether transformers offers gradient checkpointing for the class.
-
-{GROUPED} marks models with grouped or depthwise convolutions: torch {torch.__version__.partition("+")[0]} counts their
-weight gradients as if they were dense, so a plain step counts for too much and the shares of its masked-freeze steps
-come out too low.
 
 The image is of the size that the configuration names, else of {IMAGE_SIZE} pixels. Blocks with an activation after
 their addition are listed too; with ReLU, as here, skipping is exact, with GELU it is refused.
@@ -186,7 +181,6 @@ def measured(empty: Row, model: PreTrainedModel, found: ModelReport, notes: list
     if default != [block.name for block in found.blocks]:
         notes.append("pass a small batch as `inputs`")
     arithmetic = NONE
-    grouped = any(getattr(module, "groups", 1) != 1 for module in model.modules())
     if found.costs:
         arithmetic = f"{sum(block.share_of_arithmetic or 0 for block in found.blocks):.0%}"
     else:
@@ -198,7 +192,7 @@ def measured(empty: Row, model: PreTrainedModel, found: ModelReport, notes: list
         f"{sum(block.parameters for block in found.blocks) / found.parameters:.0%}",
         arithmetic,
         f"{found.costs['stochastic_depth']:.2f}" if found.costs else NONE,
-        f"{found.costs['masked_freeze']:.2f}{GROUPED * grouped}" if found.costs else NONE,
+        f"{found.costs['masked_freeze']:.2f}" if found.costs else NONE,
         empty.checkpointing,
         "; ".join(notes),
     )

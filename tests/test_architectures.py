@@ -11,7 +11,6 @@ import torch
 import transformers
 from tiny_architectures import ARCHITECTURES, NOT_INSTALLED, SKIPPABLE, WITH_BLOCKS, Architecture
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as MAPPING
 
@@ -27,6 +26,7 @@ from hf_featreuse import (
     skip_blocks,
     train_only,
 )
+from hf_featreuse.cost import flop_counter
 from hf_featreuse.probing import undisturbed
 
 DEPTH, FREEZE = StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
@@ -307,7 +307,7 @@ def counted(case: Architecture, model: PreTrainedModel, context: contextlib.Abst
     """Operations of a forward and backward inside a context."""
     model.zero_grad(set_to_none=True)
     # Each count fills the model's caches anew: LeViT's of attention biases would keep the graph of the one before.
-    with undisturbed(model), context, FlopCounterMode(display=False) as counter:
+    with undisturbed(model), context, flop_counter() as counter:
         model(**case.batch(1)).logits.sum().backward()
     return counter.get_total_flops()
 

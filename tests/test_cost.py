@@ -1,12 +1,13 @@
-"""The share of a vanilla step's arithmetic, against FlopCounterMode around whole steps."""
+"""The share of a vanilla step's arithmetic, against the counter around whole steps."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from tiny_models import ARCHITECTURES, build, snapshot
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_featreuse import (
     BlockError,
@@ -18,6 +19,7 @@ from hf_featreuse import (
     measure_step_costs,
     trainable_blocks,
 )
+from hf_featreuse.cost import flop_counter
 
 VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -33,7 +35,7 @@ STEMS = {
 def counted(model: nn.Module, context: contextlib.AbstractContextManager) -> int:
     """Operations of a whole forward and backward inside a context."""
     model.zero_grad(set_to_none=True)
-    with context, FlopCounterMode(display=False) as counter:
+    with context, flop_counter() as counter:
         model(IMAGE).logits.sum().backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
@@ -180,3 +182,51 @@ def test_model_without_a_config_needs_inputs():
     blocks = find_residual_blocks(model, torch.ones(1, 4))
     with pytest.raises(BlockError, match="`inputs`"):
         measure_step_costs(model, blocks)
+
+
+# The counter
+
+
+class SplitConvolution(nn.Module):
+    """A grouped convolution as so many dense ones, side by side."""
+
+    def __init__(self, grouped: nn.Conv2d) -> None:
+        super().__init__()
+        groups, options = grouped.groups, {"stride": grouped.stride, "padding": grouped.padding}
+        widths = (grouped.in_channels // groups, grouped.out_channels // groups)
+        self.parts = nn.ModuleList(
+            nn.Conv2d(*widths, grouped.kernel_size, bias=grouped.bias is not None, **options) for _ in range(groups)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pieces = x.chunk(len(self.parts), 1)
+        return torch.cat([part(piece) for part, piece in zip(self.parts, pieces, strict=True)], 1)
+
+
+@pytest.mark.parametrize("wanted", ["both", "input", "weight"])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"bias": False}])
+def test_grouped_convolutions_count_as_the_dense_ones_they_are(groups: int, options: dict, wanted: str):
+    grouped = nn.Conv2d(8, 16, 3, groups=groups, **options)
+    counts = []
+    for layer, counter in (
+        (grouped, flop_counter()),
+        (SplitConvolution(grouped), torch.utils.flop_counter.FlopCounterMode(display=False)),
+    ):
+        layer.requires_grad_(wanted != "input")
+        x = torch.randn(2, 8, 9, 9, requires_grad=wanted != "weight")
+        with counter:
+            layer(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("architecture", ["vit", "swin", "resnet"])
+def test_without_grouped_convolutions_the_counter_is_that_of_torch(architecture: str):
+    model = build(architecture).eval()
+    raw = torch.utils.flop_counter.FlopCounterMode(display=False)
+    with raw:
+        copy.deepcopy(model)(IMAGE).logits.sum().backward()
+    assert measure_step_costs(model, find_residual_blocks(model), {"pixel_values": IMAGE}).vanilla == (
+        raw.get_total_flops()
+    )

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny_models import snapshot
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -30,6 +29,7 @@ from hf_featreuse import (
     skip_blocks,
     train_only,
 )
+from hf_featreuse.cost import flop_counter
 
 _TEXT = {
     "hidden_size": 16,
@@ -167,7 +167,7 @@ def test_costs_are_those_of_the_flop_counter(name):
     costs = measure_step_costs(model, blocks, batch(name))
     plans = {StepKind.STOCHASTIC_DEPTH: skip_blocks(blocks[1:]), StepKind.MASKED_FREEZE: train_only(model, blocks[1:])}
     for kind, context in plans.items():
-        with context, FlopCounterMode(display=False) as counter:
+        with context, flop_counter() as counter:
             model(**batch(name)).logits.sum().backward()
         share = counter.get_total_flops() / costs.vanilla
         assert costs.share(StepPlan(kind, (1, 2))) == pytest.approx(share, rel=0.02)

@@ -15,7 +15,6 @@ from tiny_architectures import SKIPPABLE, Architecture
 from tiny_models import WITHOUT_BATCH_NORM, build, examples
 from torch import nn
 from torch.func import functional_call, grad
-from torch.utils.flop_counter import FlopCounterMode
 from training_runs import RecordingTrainer, config, train, with_dropout
 
 from hf_featreuse import (
@@ -31,6 +30,7 @@ from hf_featreuse import (
     measure_step_costs,
     train_only,
 )
+from hf_featreuse.cost import flop_counter
 from hf_featreuse.per_sample import FROZEN, RESTS, TRAINS, sample_groups, skip_samples, train_samples
 
 DEPTH, FREEZE = StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
@@ -241,7 +241,7 @@ def test_arithmetic_falls_in_proportion(name: str, train_trunk: bool):
     reuse = FeatureReuse(model, blocks, sample_schedule(len(blocks)), train_trunk=train_trunk)
     inputs = {"pixel_values": torch.randn(8, 3, model.config.image_size, model.config.image_size)}
     for step in range(4):
-        with reuse.step(step, batch_size=8) as plan, FlopCounterMode(display=False) as counter:
+        with reuse.step(step, batch_size=8) as plan, flop_counter() as counter:
             model(**inputs).logits.sum().backward()
         model.zero_grad(set_to_none=True)
         assert plan.kind is (DEPTH, FREEZE)[step % 2]
