@@ -1,0 +1,165 @@
+"""Tables and plots of the accuracy study, from the lines that benchmarks/accuracy.py wrote, into docs/results.md.
+
+    python benchmarks/accuracy_report.py
+
+Everything between the two markers of the page is replaced; the text around them is written by hand. Differences are
+paired by seed: the same images, order, augmentation and first weights, wherever two arms share them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from accuracy import ARMS, DEFAULT_OUT, MODELS, TASKS
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- begin: benchmarks/accuracy_report.py -->", "<!-- end -->"
+NAMES = {
+    "vanilla": "vanilla",
+    "drop_path": "drop path of transformers",
+    "stochastic_depth": "stochastic depth",
+    "masked_freeze": "masked freeze",
+    "feature_reuse": "feature reuse",
+    "feature_reuse_sample": "feature reuse, per sample",
+}
+MODEL_NAMES = {"vit": "ViT", "convnext": "ConvNeXt", "resnet": "ResNet"}
+COLOURS = {
+    "vanilla": "#666666",
+    "drop_path": "#CC79A7",
+    "stochastic_depth": "#0072B2",
+    "masked_freeze": "#D55E00",
+    "feature_reuse": "#009E73",
+    "feature_reuse_sample": "#56B4E9",
+}
+CONFIDENCE = 0.95
+
+# The runs of an arm at a budget, by seed.
+Group = dict[int, dict]
+
+
+def read(
+    path: Path, split: str, steps: int | None, options: str
+) -> dict[tuple[str, str], dict[tuple[str, str], Group]]:
+    """Runs by (task, model type), then by (arm, budget)."""
+    found: dict = defaultdict(lambda: defaultdict(dict))
+    for line in path.read_text().splitlines():
+        run = json.loads(line)
+        if run["split"] == split and run["steps"] == steps and run["options"] in ("", options):
+            found[run["task"], run["model_type"]][run["arm"], run["budget"]][run["seed"]] = run
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its confidence interval by Student's t."""
+    if len(values) < 2:
+        return statistics.fmean(values), math.nan
+    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), float(half)
+
+
+def difference(group: Group, base: Group) -> tuple[float, float]:
+    """Of the accuracy to that of vanilla training with the same seed, in points, with its interval."""
+    return interval([100 * (run["accuracy"] - base[seed]["accuracy"]) for seed, run in group.items() if seed in base])
+
+
+def table(groups: dict[tuple[str, str], Group]) -> list[str]:
+    base = groups.get(("vanilla", "steps"), {})
+    lines = [
+        "| arm | budget | steps | arithmetic of a step | accuracy % (sd) | difference to vanilla, 95 % interval | test loss "
+        "| lowest accuracy % without one block | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        for budget in ("steps", "arithmetic"):
+            group = groups.get((arm, budget))
+            if not group:
+                continue
+            runs = list(group.values())
+            accuracies = [100 * run["accuracy"] for run in runs]
+            spread = f"{statistics.stdev(accuracies):.1f}" if len(runs) > 1 else "-"
+            mean, half = difference(group, base)
+            # An interval that leaves out zero is bold.
+            shown = f"{mean:+.1f} ± {half:.1f}"
+            shown = "-" if arm == "vanilla" else f"**{shown}**" if abs(mean) > half else shown
+            cells = (
+                NAMES[arm],
+                "-" if arm == "vanilla" else f"equal {budget}",
+                f"{statistics.fmean(run['trained_steps'] for run in runs):.0f}",
+                f"{statistics.fmean(run['compute_share'] for run in runs):.2f}",
+                f"{statistics.fmean(accuracies):.1f} ({spread})",
+                shown,
+                f"{statistics.fmean(run['test_loss'] for run in runs):.3f}",
+                f"{statistics.fmean(100 * min(run['accuracy_without_block']) for run in runs):.1f}",
+                str(len(runs)),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def plot(found: dict, path: Path) -> None:
+    """Difference to vanilla of every arm, with its interval, a panel for every task and model."""
+    cells = [cell for cell in sorted(found, key=order) if ("vanilla", "steps") in found[cell]]
+    columns = min(len(cells), 3)
+    rows = math.ceil(len(cells) / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(cells) :]:
+        axis.set_visible(False)
+    for axis, cell in zip(axes, cells, strict=False):
+        bars = [key for arm in reversed(ARMS) for key in ((arm, "arithmetic"), (arm, "steps")) if key in found[cell]]
+        bars = [key for key in bars if key[0] != "vanilla"]
+        for height, (arm, budget) in enumerate(bars):
+            mean, half = difference(found[cell][arm, budget], found[cell]["vanilla", "steps"])
+            filled = COLOURS[arm] if budget == "arithmetic" else "white"
+            axis.errorbar(mean, height, xerr=half, fmt="o", color=COLOURS[arm], mfc=filled, capsize=3)
+        axis.axvline(0, color="#666666", linewidth=1)
+        axis.set_yticks(
+            range(len(bars)), [f"{NAMES[arm]}{', =steps' * (b == 'steps')}" for arm, b in bars], fontsize=8
+        )
+        axis.set_title(f"{cell[0]}, {MODEL_NAMES[cell[1]]}", fontsize=10)
+        axis.set_xlabel("accuracy points over vanilla", fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def order(cell: tuple[str, str]) -> tuple[int, int]:
+    return list(TASKS).index(cell[0]), MODELS.index(cell[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--split", default="test", choices=("test", "validation"))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--options", default="", help="Show the runs with these options of the arms that drop.")
+    parser.add_argument("--print", action="store_true", help="Print the tables and leave the page as it is.")
+    options = parser.parse_args()
+    found = read(options.results, options.split, options.steps, options.options)
+    parts = []
+    for cell in sorted(found, key=order):
+        seconds = statistics.fmean(run["seconds"] for group in found[cell].values() for run in group.values())
+        parts += [f"### {cell[0]}, {MODEL_NAMES[cell[1]]}", "", *table(found[cell]), ""]
+        parts += [f"Mean time of a run: {seconds:.0f} s.", ""]
+    text = "\n".join(parts)
+    if options.print:
+        print(text)
+        return
+    plot(found, ROOT / "docs" / "images" / "accuracy.png")
+    picture = "![Accuracy points over vanilla training, with 95 % intervals](images/accuracy.png)"
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{picture}\n\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
