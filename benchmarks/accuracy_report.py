@@ -74,8 +74,8 @@ def difference(group: Group, base: Group) -> tuple[float, float]:
 def table(groups: dict[tuple[str, str], Group]) -> list[str]:
     base = groups.get(("vanilla", "steps"), {})
     lines = [
-        "| arm | budget | steps | arithmetic of a step | accuracy % (sd) | difference to vanilla, 95 % interval | test loss "
-        "| lowest accuracy % without one block | seeds |",
+        "| arm | budget | steps | arithmetic of a step | accuracy % (sd) | difference to vanilla, 95 % interval "
+        "| test loss | lowest accuracy % without one block | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
