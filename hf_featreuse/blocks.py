@@ -28,8 +28,9 @@ class ResidualBlock:
         module (`torch.nn.Module`): the block.
         exact (`bool`): whether the graph shows the shortcut to be an identity to the bit, so that skipping equals a
             zero branch. `False` where an activation follows the addition and changes the input again, such as GELU;
-            and for a block that was named in `target_blocks` and does not show to be its input plus something, as
-            where the shortcut has a scale. That it computes input plus branch is then the word of whoever named it.
+            where only the first of two streams is seen to be kept; and for a block named in `target_blocks` that is
+            not seen to be its input plus something, as where the shortcut has a scale. That it computes input plus
+            branch is then the word of whoever named it.
         activation (`str`, *optional*): name of the activation after the addition, such as `"Relu"`.
         position (`int`, *optional*): index of the residual stream among the positional arguments of the call.
         keyword (`str`, *optional*): its name, where the call passes it by keyword.
@@ -250,7 +251,7 @@ def why_inexact(block: ResidualBlock) -> str:
     """What is known of a block that cannot be skipped exactly."""
     if block.activation is not None:
         return f"{block.activation} follows the addition and would change the input again"
-    return "it was named in `target_blocks`, and the graph does not show its output to be its input plus something"
+    return "the graph of a forward does not show all that it returns to be its input plus something"
 
 
 def check_exact(blocks: Sequence[ResidualBlock]) -> None:

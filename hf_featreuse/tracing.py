@@ -151,13 +151,16 @@ def _read(arguments: list[_Argument], output: Any) -> Call:
             reason=f"returns {first.dtype} of shape {tuple(first.shape)} and takes none of that kind (shapes {shapes})"
         )
     num_outputs = None if isinstance(output, torch.Tensor) else len(outputs)
-    passed_on = tuple(_passed_on(arguments, value) for value in outputs[1:])
+    handed = [_passed_on(arguments, value) for value in outputs[1:]]
+    passed_on = tuple(key for key, _ in handed)
     edges = {(edge.node, edge.output_nr): a for a in reversed(alike) if (edge := a.edge)}
     arrived = _walk_back(get_gradient_edge(first), set(edges))
     if arrived is not None:
         edge, activation = arrived
         exact = activation is None or (activation in _IDEMPOTENT and _ends_in(edge[0], activation))
-        return Call(edges[edge].key, True, exact, activation, num_outputs, passed_on)
+        return Call(
+            edges[edge].key, True, exact and all(sure for _, sure in handed), activation, num_outputs, passed_on
+        )
     if len(alike) > 1:
         keys = ", ".join(str(a.key) for a in alike)
         return Call(reason=f"takes {len(alike)} inputs of the shape of its output (arguments {keys})")
@@ -169,16 +172,20 @@ def _alike(arguments: list[_Argument], output: torch.Tensor) -> list[_Argument]:
     return [a for a in arguments if a.edge and a.value.shape == output.shape and a.value.dtype == output.dtype]
 
 
-def _passed_on(arguments: list[_Argument], value: Any) -> Key | None:
-    """The argument that a further output is, or is plus something: a second stream, or sizes handed along."""
-    if _has_graph(value):
-        edges = {(edge.node, edge.output_nr): a for a in reversed(_alike(arguments, value)) if (edge := a.edge)}
-        arrived = _walk_back(get_gradient_edge(value), set(edges), added=True)
-        return edges[arrived[0]].key if arrived and arrived[1] is None else None
-    if isinstance(value, torch.Tensor):
-        return next((a.key for a in arguments if a.value is value), None)
-    sized = (int, tuple, list, torch.Size)
-    return next((a.key for a in arguments if isinstance(value, sized) and _same_sizes(a.value, value)), None)
+def _passed_on(arguments: list[_Argument], value: Any) -> tuple[Key | None, bool]:
+    """The argument that a further output hands on, such as a second stream or sizes, and whether that is sure."""
+    if not isinstance(value, torch.Tensor):
+        sized = (int, tuple, list, torch.Size)
+        return next((a.key for a in arguments if isinstance(value, sized) and _same_sizes(a.value, value)), None), True
+    if not value.requires_grad:
+        return next((a.key for a in arguments if a.value is value), None), True
+    alike = _alike(arguments, value)
+    edges = {(edge.node, edge.output_nr): a for a in reversed(alike) if (edge := a.edge)}
+    arrived = _walk_back(get_gradient_edge(value), set(edges), added=True)
+    if arrived is not None and arrived[1] is None:
+        return edges[arrived[0]].key, True
+    # Of the shape of an argument, it may be a second stream; attention weights are of none's.
+    return (alike[0].key, False) if alike else (None, True)
 
 
 def _same_sizes(first: Any, second: Any) -> bool:
