@@ -9,26 +9,22 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from architecture_checks import (
+    DEPTH,
+    check_costs_are_those_of_the_flop_counter,
+    check_every_block_makes_a_difference,
+    check_skipping_equals_taking_the_blocks_out,
+    check_train_only_one_block,
+    check_trainer_takes_alternating_steps,
+    counted,
+    each,
+    trainer_of,
+)
 from tiny_architectures import ARCHITECTURES, NOT_INSTALLED, SKIPPABLE, WITH_BLOCKS, Architecture
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as MAPPING
 
-from hf_featreuse import (
-    BlockError,
-    FeatureReuseConfig,
-    FeatureReuseTrainer,
-    ResidualBlock,
-    StepKind,
-    StepPlan,
-    find_residual_blocks,
-    measure_step_costs,
-    skip_blocks,
-    train_only,
-)
-
-DEPTH, FREEZE = StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
+from hf_featreuse import BlockError, StepPlan, find_residual_blocks, measure_step_costs, skip_blocks
 
 # What does not work yet: the case and the reason. Once it is mended, its test fails until the case is taken out here.
 GRAPH_IN_CACHE = "LeViT's cache of attention biases keeps the graph of the call that filled it, which is run again"
@@ -36,41 +32,6 @@ KEYS_IN_CACHE = "the cache of keys and values, filled by the forward, grows with
 NO_BATCH = "a batch is made from the config alone, which does not suit this model, though there is a training set"
 NO_COSTS = {**dict.fromkeys(("levit", "levit-teacher"), GRAPH_IN_CACHE), "shieldgemma2": KEYS_IN_CACHE}
 NO_TRAINING = {"siglip2": NO_BATCH}
-
-
-def each(architectures: tuple[Architecture, ...], failing: dict[str, str] | None = None) -> pytest.MarkDecorator:
-    """A test for every architecture, strictly expected to fail for some."""
-    cases = []
-    for case in architectures:
-        reason = (failing or {}).get(case.name)
-        marks = [] if reason is None else [pytest.mark.xfail(strict=True, reason=reason)]
-        cases.append(pytest.param(case, id=case.name, marks=marks))
-    return pytest.mark.parametrize("case", cases)
-
-
-class Shortcut(nn.Module):
-    """What stands in for a removed block: its first input, in the shape of the block's output."""
-
-    def __init__(self, num_outputs: int | None) -> None:
-        super().__init__()
-        self.num_outputs = num_outputs
-
-    def forward(self, stream, *args, **kwargs):
-        return stream if self.num_outputs is None else (stream, *(None,) * (self.num_outputs - 1))
-
-
-def objective(case: Architecture, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and the model's own loss or, where it has none, one made of the logits."""
-    torch.manual_seed(5)
-    if case.returns_loss:
-        output = model(**case.labelled(4))
-        return output.logits, output.loss
-    logits = model(**case.batch(4)).logits
-    return logits, logits.square().mean()
-
-
-def some_and_all(blocks: list[ResidualBlock]) -> list[list[ResidualBlock]]:
-    return [blocks[:1], blocks[-1:], blocks[::2], blocks]
 
 
 # The mapping
@@ -177,46 +138,12 @@ def test_finding_leaves_no_graph_in_the_model(case):
 
 @each(SKIPPABLE)
 def test_skipping_equals_taking_the_blocks_out(case):
-    # LeViT cannot be copied or run backward twice in eval mode, so the reference is built anew and both train.
-    model = case.build()
-    blocks = find_residual_blocks(model, case.batch())
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    for dropped in some_and_all(blocks):
-        reference = case.build()
-        for block in dropped:
-            reference.set_submodule(block.name, Shortcut(case.num_outputs))
-        expected, expected_loss = objective(case, reference)
-        expected_loss.backward()
-        model.load_state_dict(state)
-        model.zero_grad(set_to_none=True)
-        with skip_blocks(dropped):
-            logits, loss = objective(case, model)
-            loss.backward()
-        assert loss.isfinite()
-        assert torch.equal(logits, expected)
-        kept = dict(reference.named_parameters())
-        for name, parameter in model.named_parameters():
-            if name not in kept or kept[name].grad is None:
-                assert parameter.grad is None, name
-            else:
-                assert parameter.grad.isfinite().all(), name
-                torch.testing.assert_close(parameter.grad, kept[name].grad)
-        statistics = dict(reference.named_buffers())
-        for name, buffer in model.named_buffers():
-            if name in state:
-                assert torch.equal(buffer, statistics.get(name, state[name])), name
+    check_skipping_equals_taking_the_blocks_out(case)
 
 
 @each(SKIPPABLE)
 def test_every_block_makes_a_difference(case):
-    model = case.build().eval()
-    blocks = find_residual_blocks(model, case.batch())
-    with torch.no_grad():
-        full = model(**case.batch()).logits
-        for block in blocks:
-            with skip_blocks([block]):
-                assert not torch.allclose(model(**case.batch()).logits, full, rtol=1e-5, atol=1e-6), block.name
-        assert torch.equal(model(**case.batch()).logits, full)
+    check_every_block_makes_a_difference(case)
 
 
 @each(tuple(case for case in WITH_BLOCKS if not case.exact))
@@ -292,52 +219,18 @@ def test_hidden_states_can_be_asked_for_while_a_block_is_skipped(case):
 
 @each(WITH_BLOCKS)
 def test_train_only_one_block(case):
-    model = case.build()
-    blocks = find_residual_blocks(model, case.batch())
-    before = tiny_models.snapshot(model)
-    for block in (blocks[0], blocks[-1]):
-        model.zero_grad(set_to_none=True)
-        frozen = {
-            key: value.clone() for key, value in model.state_dict().items() if not key.startswith(f"{block.name}.")
-        }
-        with train_only(model, [block]):
-            _, loss = objective(case, model)
-            loss.backward()
-        assert loss.isfinite()
-        inside = {id(parameter) for parameter in block.module.parameters()}
-        assert any(parameter.grad is not None for parameter in block.module.parameters())
-        assert all(parameter.grad is None for parameter in model.parameters() if id(parameter) not in inside)
-        assert all(torch.equal(model.state_dict()[key], value) for key, value in frozen.items())
-        assert tiny_models.snapshot(model) == before
+    check_train_only_one_block(case)
 
 
 # Costs
 
 
-def counted(case: Architecture, model: PreTrainedModel, context: contextlib.AbstractContextManager) -> int:
-    """Operations of a forward and backward inside a context."""
-    model.zero_grad(set_to_none=True)
-    with context, FlopCounterMode(display=False) as counter:
-        model(**case.batch(1)).logits.sum().backward()
-    return counter.get_total_flops()
-
-
 @each(SKIPPABLE, NO_COSTS)
 def test_costs_are_those_of_the_flop_counter(case):
-    model = case.build()
-    blocks = find_residual_blocks(model, case.batch(1))
-    costs = measure_step_costs(model, blocks, case.batch(1))
     # A pooling head's query does not depend on the image, so no gradient flows through it when it is frozen, which is
     # not told apart. In a model as small as this one the head counts for much.
     rel = 0.06 if case.model_type in ("siglip", "siglip2") else 0.02
-    model.eval()
-    assert costs.vanilla == counted(case, model, contextlib.nullcontext())
-    for dropped in ((0,), tuple(range(len(blocks) // 2, len(blocks)))):
-        chosen = [blocks[index] for index in dropped]
-        skipped = counted(case, model, skip_blocks(chosen)) / costs.vanilla
-        assert costs.share(StepPlan(DEPTH, dropped)) == pytest.approx(skipped, rel=0.02)
-        frozen = counted(case, model, train_only(model, chosen)) / costs.vanilla
-        assert costs.share(StepPlan(FREEZE, dropped)) == pytest.approx(frozen, rel=rel)
+    check_costs_are_those_of_the_flop_counter(case, rel)
 
 
 # Models that keep keys and values, told not to.
@@ -355,41 +248,9 @@ def test_costs_without_a_cache_of_keys_and_values(name):
 # The real trainer
 
 
-def trainer_of(case: Architecture, folder) -> FeatureReuseTrainer:
-    batch = case.labelled(8) if case.returns_loss else case.batch(8)
-    data = [{key: value[index] for key, value in batch.items()} for index in range(8)]
-    args = FeatureReuseConfig(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        drop_rate=0.5,
-        drop_rate_schedule="uniform",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=3,
-    )
-    return FeatureReuseTrainer(case.build(), args, train_dataset=data)
-
-
 @each(tuple(case for case in SKIPPABLE if case.returns_loss), NO_TRAINING)
 def test_trainer_takes_alternating_steps(case, tmp_path):
-    trainer = trainer_of(case, tmp_path)
-    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [sorted(key for key in entry if key.startswith("loss/")) for entry in logs] == [
-        ["loss/stochastic_depth"],
-        ["loss/masked_freeze"],
-    ] * 2
-    assert all(torch.tensor(entry["loss"]).isfinite() for entry in logs)
-    assert all(0 < entry["compute_share"] < 1 for entry in logs)
-    assert [block.name for block in trainer.feature_reuse.blocks] == list(case.blocks)
-    after = list(trainer.model.parameters())
-    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    assert all(parameter.isfinite().all() for parameter in after)
+    check_trainer_takes_alternating_steps(case, tmp_path)
 
 
 @each(tuple(case for case in SKIPPABLE if not case.returns_loss), NO_TRAINING)
