@@ -1,7 +1,6 @@
 """Every image classifier in transformers: blocks found, skipped, frozen, counted and trained as expected of each."""
 
 import contextlib
-import importlib.util
 import re
 from pathlib import Path
 
@@ -52,8 +51,8 @@ def test_every_type_of_this_transformers_is_labelled():
 def test_default_configuration_has_blocks_or_says_why_not(model_type):
     # A type that a later transformers adds comes here by itself.
     package = NOT_INSTALLED.get(model_type)
-    if package and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{model_type} needs the package {package}")
+    if package:
+        pytest.importorskip(package, reason=f"{model_type} needs the package {package}", exc_type=Exception)
     names = MAPPING[model_type]
     model_class = getattr(transformers, names if isinstance(names, str) else names[0])
     with torch.device("meta"):

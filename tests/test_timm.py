@@ -65,6 +65,39 @@ def test_models_without_blocks_in_rows_are_refused(case):
         find_residual_blocks(case.build(), case.batch())
 
 
+def default_on_meta(architecture: str) -> TimmWrapperForImageClassification:
+    with torch.device("meta"):
+        return TimmWrapperForImageClassification(TimmWrapperConfig(architecture=architecture, num_labels=3))
+
+
+@pytest.mark.parametrize(
+    "architecture", ["vgg11", "densenet121", "dpn68", "rexnet_100", "repvit_m0_9", "inception_v3"]
+)
+def test_no_false_hits_in_default_models(architecture):
+    with pytest.raises(BlockError, match="no residual block that can be skipped"):
+        find_residual_blocks(default_on_meta(architecture))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target", "counts"),
+    [
+        ("dla34", r".*\.level([25]\.tree\d|[34]\.tree\d\.tree\d)", (12, 8)),
+        ("legacy_xception", r".*\.block([4-9]|10|11)", (8, 8)),
+        ("repvit_m0_9", r".*\.stages\.\d\.blocks\.\d+", (20, 0)),
+        (
+            "caformer_s18",
+            [f"stages.{s}.blocks.{b}" for s, depth in enumerate((3, 3, 9, 3)) for b in range(depth)],
+            (18, 6),
+        ),
+    ],
+)
+def test_named_blocks_of_default_models(architecture, target, counts):
+    """`counts` is the number of blocks and that of exact ones."""
+    # The first block of a tree of DLA that widens adds to a projection, which no ReLU has made non-negative.
+    blocks = find_residual_blocks(default_on_meta(architecture), target_blocks=target)
+    assert (len(blocks), sum(block.exact for block in blocks)) == counts
+
+
 @each(TIMM_WITH_BLOCKS)
 def test_a_batch_is_made_of_the_size_given_to_timm(case):
     assert names(find_residual_blocks(case.build())) == case.blocks
@@ -194,7 +227,6 @@ def test_scaled_shortcuts_are_dropped_on_the_word_of_the_user(tmp_path):
 
 
 def test_blocks_outside_of_rows_are_exact_where_the_graph_shows_it(tmp_path):
-    # In every other block of DLA the shortcut comes as an argument of its own.
     case = CASES["dla"]
     targets = [f"level{level}.tree2" for level in (2, 5)] + ["level3.tree2.tree2"]
     blocks = find_residual_blocks(case.build(), case.batch(), target_blocks=targets)
