@@ -151,20 +151,19 @@ def _read(arguments: list[_Argument], output: Any) -> Call:
             reason=f"returns {first.dtype} of shape {tuple(first.shape)} and takes none of that kind (shapes {shapes})"
         )
     num_outputs = None if isinstance(output, torch.Tensor) else len(outputs)
-    handed = [_passed_on(arguments, value) for value in outputs[1:]]
-    passed_on = tuple(key for key, _ in handed)
     edges = {(edge.node, edge.output_nr): a for a in reversed(alike) if (edge := a.edge)}
     arrived = _walk_back(get_gradient_edge(first), set(edges))
+    stream = edges[arrived[0]] if arrived else alike[0]
+    handed = [_passed_on(arguments, stream.key, value) for value in outputs[1:]]
+    passed_on = tuple(key for key, _ in handed)
     if arrived is not None:
         edge, activation = arrived
         exact = activation is None or (activation in _IDEMPOTENT and _ends_in(edge[0], activation))
-        return Call(
-            edges[edge].key, True, exact and all(sure for _, sure in handed), activation, num_outputs, passed_on
-        )
+        return Call(stream.key, True, exact and all(sure for _, sure in handed), activation, num_outputs, passed_on)
     if len(alike) > 1:
         keys = ", ".join(str(a.key) for a in alike)
         return Call(reason=f"takes {len(alike)} inputs of the shape of its output (arguments {keys})")
-    return Call(alike[0].key, num_outputs=num_outputs, passed_on=passed_on)
+    return Call(stream.key, num_outputs=num_outputs, passed_on=passed_on)
 
 
 def _alike(arguments: list[_Argument], output: torch.Tensor) -> list[_Argument]:
@@ -172,7 +171,7 @@ def _alike(arguments: list[_Argument], output: torch.Tensor) -> list[_Argument]:
     return [a for a in arguments if a.edge and a.value.shape == output.shape and a.value.dtype == output.dtype]
 
 
-def _passed_on(arguments: list[_Argument], value: Any) -> tuple[Key | None, bool]:
+def _passed_on(arguments: list[_Argument], stream: Key, value: Any) -> tuple[Key | None, bool]:
     """The argument that a further output hands on, such as a second stream or sizes, and whether that is sure."""
     if not isinstance(value, torch.Tensor):
         sized = (int, tuple, list, torch.Size)
@@ -184,8 +183,9 @@ def _passed_on(arguments: list[_Argument], value: Any) -> tuple[Key | None, bool
     arrived = _walk_back(get_gradient_edge(value), set(edges), added=True)
     if arrived is not None and arrived[1] is None:
         return edges[arrived[0]].key, True
-    # Of the shape of an argument, it may be a second stream; attention weights are of none's.
-    return (alike[0].key, False) if alike else (None, True)
+    # Of the shape of another argument, it may be a second stream; attention weights are of none's.
+    other = next((a.key for a in alike if a.key != stream), None)
+    return other, other is None
 
 
 def _same_sizes(first: Any, second: Any) -> bool:
