@@ -98,6 +98,10 @@ Checkpoints of timm load as `TimmWrapperForImageClassification` where timm and t
 `pip install "hf_featreuse[timm]"`, with a torchvision that was built for the same torch. Blocks are found in them by
 the same rule; `tests/test_timm.py` looks at these families of timm 1.0.31.
 
+The example reads sizes and normalisation from an image processor, and timm's wraps transforms of its own instead: pass
+`--image_processor_name` with one that names its sizes, such as `ViTImageProcessor` saved with the mean and size of the
+checkpoint's `pretrained_cfg`.
+
 | families | blocks |
 |---|---|
 | ViT, DeiT III, BEiT, EVA, XCiT, MLP-Mixer, ResMLP | every block |
