@@ -95,8 +95,10 @@ BEYOND = """
 ## timm
 
 Checkpoints of timm load as `TimmWrapperForImageClassification` where timm and torchvision are installed:
-`pip install "hf_featreuse[timm]"`, with a torchvision that was built for the same torch. Blocks are found in them by
-the same rule; `tests/test_timm.py` looks at these families of timm 1.0.31.
+`pip install "hf_featreuse[timm]"`. Beside a CPU-only or another build of torch than the package index has, install
+torchvision from torch's own index first: one that does not fit keeps transformers itself from being imported
+(`operator torchvision::nms does not exist`). Blocks are found by the same rule; `tests/test_timm.py` looks at these
+families of timm 1.0.31.
 
 The example reads sizes and normalisation from an image processor, and timm's wraps transforms of its own instead: pass
 `--image_processor_name` with one that names its sizes, such as `ViTImageProcessor` saved with the mean and size of the

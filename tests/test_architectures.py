@@ -52,7 +52,7 @@ def test_default_configuration_has_blocks_or_says_why_not(model_type):
     # A type that a later transformers adds comes here by itself.
     package = NOT_INSTALLED.get(model_type)
     if package:
-        pytest.importorskip(package, reason=f"{model_type} needs the package {package}", exc_type=Exception)
+        pytest.importorskip(package, reason=f"{model_type} needs the package {package}", exc_type=ImportError)
     names = MAPPING[model_type]
     model_class = getattr(transformers, names if isinstance(names, str) else names[0])
     with torch.device("meta"):

@@ -1,7 +1,5 @@
 """Models of timm behind transformers' TimmWrapper: found, skipped, frozen, counted, trained, saved and resumed."""
 
-import importlib
-
 import pytest
 import torch
 from architecture_checks import (
@@ -18,19 +16,7 @@ from transformers import AutoModelForImageClassification, TimmWrapperConfig, Tim
 from hf_featreuse import BlockError, find_residual_blocks, inspect_model, skip_blocks, train_only
 
 
-def missing() -> str:
-    """Why timm cannot be imported, or nothing."""
-    for name in ("torchvision", "timm"):
-        try:
-            importlib.import_module(name)
-        # A torchvision that was built for another torch raises RuntimeError.
-        except (ImportError, RuntimeError) as error:
-            return f"{name} cannot be imported: {str(error).splitlines()[0]}"
-    return ""
-
-
-if reason := missing():
-    pytest.skip(reason, allow_module_level=True)
+pytest.importorskip("timm", reason="timm, or the torchvision that it needs, is missing", exc_type=ImportError)
 
 from tiny_timm import TIMM, TIMM_SKIPPABLE, TIMM_WITH_BLOCKS  # noqa: E402
 
