@@ -15,10 +15,9 @@ from transformers import AutoModelForImageClassification, TimmWrapperConfig, Tim
 
 from hf_featreuse import BlockError, find_residual_blocks, inspect_model, skip_blocks, train_only
 
-
 pytest.importorskip("timm", reason="timm, or the torchvision that it needs, is missing", exc_type=ImportError)
 
-from tiny_timm import TIMM, TIMM_SKIPPABLE, TIMM_WITH_BLOCKS  # noqa: E402
+from tiny_timm import TIMM, TIMM_SKIPPABLE, TIMM_WITH_BLOCKS
 
 CASES = {case.name: case for case in TIMM}
 # As for LeViT in transformers.
