@@ -39,7 +39,10 @@ NOTES = {
     "DeiTForImageClassificationWithTeacher": NO_LOSS,
     "EfficientNetForImageClassification": "the first block of a group has no shortcut",
     "HGNetV2ForImageClassification": "the first block of a stage has no shortcut",
-    "HieraForImageClassification": "the first layer of the stages after the first pools and widens",
+    "HieraForImageClassification": (
+        "every stage but the first keeps one layer, its first, which pools and widens; "
+        "all others may be dropped at once"
+    ),
     "ImageGPTForImageClassification": "takes colour clusters as `input_ids`: 1,024 of them",
     "LevitForImageClassification": "attention and MLP are blocks of their own",
     "LevitForImageClassificationWithTeacher": NO_LOSS,
@@ -84,6 +87,50 @@ their addition are listed too; with ReLU, as here, skipping is exact, with GELU 
 
 """
 BEYOND = """
+## timm
+
+Checkpoints of timm load as `TimmWrapperForImageClassification` where timm and torchvision are installed:
+`pip install "hf_featreuse[timm]"`. Beside a CPU-only or another build of torch than the package index has, install
+torchvision from torch's own index first: one that does not fit keeps transformers itself from being imported
+(`operator torchvision::nms does not exist`). Blocks are found by the same rule; `tests/test_timm.py` looks at these
+families of timm 1.0.31.
+
+The example reads sizes and normalisation from an image processor, and timm's wraps transforms of its own instead: pass
+`--image_processor_name` with one that names its sizes, such as `ViTImageProcessor` saved with the mean and size of the
+checkpoint's `pretrained_cfg`.
+
+| families | blocks |
+|---|---|
+| ViT, DeiT III, BEiT, EVA, XCiT, MLP-Mixer, ResMLP | every block |
+| CaiT | every block; in those of class attention the stream is the second argument |
+| ConvNeXt, ConvNeXt V2, Swin, DaViT, PVTv2, LeViT, EdgeNeXt, PoolFormer | every block |
+| ResNet, ResNetV2, RegNet, EfficientNet, MobileNetV3, MViTv2, Hiera | all but those that change width or resolution |
+| TNT | every block, with `allow_inexact_skip=True`: of its two streams only the first is seen to be kept |
+| CAFormer | those of the first two stages; in the others the shortcut has a scale: name them in `target_blocks` |
+| DLA, legacy Xception, RepViT | none in a row of its own: name them in `target_blocks` |
+| ReXNet, DPN | none: every block widens the stream; none can be named |
+| VGG, LCNet, DenseNet | none: no addition to a stream anywhere |
+
+On the CPU, torch 2.13 ends with a segmentation fault in the backward of a GroupNorm layer whose weights train and
+whose input is in channels-last layout and requires no gradient. In a masked-freeze step, the first layer of the lowest
+block that trains is such a layer where the model or its stem puts images into that layout.
+
+## Naming blocks that are not found
+
+```python
+config = FeatureReuseConfig("outputs/dla", target_blocks=["level2.tree2", "level3.tree2.tree2"])
+```
+
+An entry of `target_blocks` that matches none of the blocks found may name any other module. It becomes a block if
+every call takes one tensor of the shape and dtype of its first output, and is refused with the reason if not.
+
+- Where the graph shows it to be its input plus something, it is a block like any other, as in DLA.
+- Where it does not, as with a scaled shortcut, that it computes input plus branch is your word alone. Dropped, it
+  returns its input as it is, and training asks for `allow_inexact_skip=True` as well.
+
+An entry that matches blocks found takes those alone; for blocks of both kinds pass a list. Of two modules of which one
+contains the other only one can be named, and none that contains blocks found.
+
 ## Outside image classification
 
 Works, not studied: nothing here is specific to images, and `tests/test_other_models.py` runs these on tiny random

@@ -1,38 +1,22 @@
 """Find the residual blocks of a model, by structure, in forward order.
 
-A module is a residual block when its first output is one of its input tensors plus something: walking back from the
-output in the autograd graph, through additions, views and casts only, arrives at the input. No table of classes is
-needed, so a new architecture needs no change here.
+A module is a residual block when the graph of one forward shows its first output to be one of its input tensors plus
+something, and it stands in a list or sequence, or else among siblings of one class. Others can be named.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hf_featreuse.errors import BlockError, ConfigurationError
-from hf_featreuse.probing import model_inputs, undisturbed
-
-_ADDITIONS = ("Add", "Sub")
-_SAME_VALUES = (
-    "Alias", "Clone", "Contiguous", "Permute", "ReshapeAlias", "Squeeze", "ToCopy", "Transpose", "T", "UnsafeView",
-    "Unsqueeze", "View",
-)  # fmt: skip
-_ACTIVATIONS = (
-    "Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Mish", "PreluKernel", "Relu",
-    "Sigmoid", "Silu", "Softplus", "Tanh",
-)  # fmt: skip
-# Activations that leave their own output unchanged: after one of these, the shortcut is an identity to the bit.
-_IDEMPOTENT = ("Relu", "Hardtanh")
-_KEEPS_RANGE = (*_SAME_VALUES, "MaxPool2DWithIndices", "MaxPool2D")
-
-Edge = tuple[Any, int]
+from hf_featreuse.targets import listed, no_match, target_entries
+from hf_featreuse.tracing import Call, Key, trace_calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +26,11 @@ class ResidualBlock:
     Args:
         name (`str`): qualified name in the model, as in `model.named_modules()`.
         module (`torch.nn.Module`): the block.
-        exact (`bool`): whether the shortcut is an identity to the bit. `False` where an activation follows the
-            addition and changes the input again, such as GELU: skipping would then not equal a zero branch.
+        exact (`bool`): whether the graph shows the shortcut to be an identity to the bit, so that skipping equals a
+            zero branch. `False` where an activation follows the addition and changes the input again, such as GELU;
+            where only the first of two streams is seen to be kept; and for a block named in `target_blocks` that is
+            not seen to be its input plus something, as where the shortcut has a scale. That it computes input plus
+            branch is then the word of whoever named it.
         activation (`str`, *optional*): name of the activation after the addition, such as `"Relu"`.
         position (`int`, *optional*): index of the residual stream among the positional arguments of the call.
         keyword (`str`, *optional*): its name, where the call passes it by keyword.
@@ -51,6 +38,8 @@ class ResidualBlock:
         num_calls (`int`, defaults to 1): how often a forward of the model calls the block.
         unbatched (`frozenset[str]`, defaults to none): tensors among the arguments of a call whose first dimension is
             not the batch, such as `"position_embeddings.0"` or `"1"`; what samples share when they are taken apart.
+        passed_on (`tuple`, defaults to none): for each further output, position or keyword of the argument that it
+            hands on, such as a second stream; `None` where it is made inside.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -69,6 +58,7 @@ class ResidualBlock:
     num_outputs: int | None = None
     num_calls: int = 1
     unbatched: frozenset[str] = frozenset()
+    passed_on: tuple[Key | None, ...] = ()
 
     @property
     def has_trainable_parameters(self) -> bool:
@@ -105,13 +95,16 @@ def find_residual_blocks(
             default a batch of one is made from `model.config`.
         target_blocks (`str` or `list[str]`, *optional*): keep only these of the blocks found. A string is a regular
             expression that must match the whole name; a list holds names or dotted suffixes of names, as
-            `target_modules` in PEFT. By default all are kept.
+            `target_modules` in PEFT. By default all are kept. An entry that matches none of them may name any other
+            module of the model, for architectures that cannot be read by structure. It is taken as a block if each
+            call takes one tensor of the shape and dtype of its first output; see `ResidualBlock` for `exact`.
 
     Returns:
         `list[ResidualBlock]`: in forward order. Blocks whose shortcut is inexact are listed with `exact=False`.
 
     Raises:
-        BlockError: no block was found, a target matches none, or the dummy batch does not fit the model.
+        BlockError: no block was found; a target matches none, names a module that cannot be one, or names two of
+            which one contains the other; or the dummy batch does not fit the model.
 
     Example:
         >>> from transformers import ResNetConfig, ResNetForImageClassification
@@ -122,39 +115,126 @@ def find_residual_blocks(
         >>> [block.name for block in find_residual_blocks(ResNetForImageClassification(config))]
         ['resnet.encoder.stages.0.layers.0', 'resnet.encoder.stages.0.layers.1', 'resnet.encoder.stages.1.layers.1']
     """
-    blocks = _innermost(_trace(model, inputs))
-    if not blocks:
+    return find_and_choose(model, inputs, target_blocks)[1]
+
+
+def find_and_choose(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | torch.Tensor | None = None,
+    target_blocks: str | Sequence[str] | None = None,
+) -> tuple[list[ResidualBlock], list[ResidualBlock]]:
+    """The blocks found by structure, and those of them and of other modules that the target names."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    in_lists = [name for name in modules if isinstance(_parent(modules, model, name), (nn.ModuleList, nn.Sequential))]
+    alike = _among_siblings_of_one_class(model)
+    traced = {*in_lists, *alike} if target_blocks is None else set(modules)
+    calls = trace_calls(
+        model, {n: m for n, m in modules.items() if n in traced and next(m.parameters(), None) is not None}, inputs
+    )
+    found: list[ResidualBlock] = []
+    for names in (set(in_lists), alike):
+        shown = [_block(name, modules[name], made) for name, made in calls.items() if name in names and _shown(made)]
+        found = found or _innermost(shown)
+    if target_blocks is not None:
+        return found, _choose(found, modules, calls, target_blocks, type(model).__name__)
+    if not found:
         raise BlockError(
-            f"{type(model).__name__} has no residual block that can be skipped: no module in a list or sequence "
-            "returns its input plus something of the same shape. Feature reuse needs a residual network, such as ViT, "
-            "ConvNeXt or ResNet; for plain training set `stochastic_depth_steps=0` and `masked_freeze_steps=0`."
+            f"{type(model).__name__} has no residual block that can be skipped: no module in a list or sequence, or "
+            "among siblings of one class, returns its input plus something of the same shape. Feature reuse needs a "
+            "residual network, such as ViT, ConvNeXt or ResNet. If this is one, name its blocks in `target_blocks`; "
+            "for plain training set `stochastic_depth_steps=0` and `masked_freeze_steps=0`."
         )
-    if target_blocks is None:
-        return blocks
-    names = match_targets([block.name for block in blocks], target_blocks, type(model).__name__)
-    return [block for block in blocks if block.name in names]
+    return found, found
 
 
-def match_targets(names: Sequence[str], target_blocks: str | Sequence[str], model_name: str) -> set[str]:
-    """The names that a target selects; `BlockError` with the candidates where an entry selects none."""
-    listed = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-    mend = f"Candidates: {listed}. Pass names or endings of names in a list, or a regular expression as a string."
-    if isinstance(target_blocks, str):
-        try:
-            found = {name for name in names if re.fullmatch(target_blocks, name)}
-        except re.error as error:
-            raise BlockError(f"`target_blocks={target_blocks!r}` is no regular expression: {error}. {mend}") from None
-        missing = [] if found else [target_blocks]
-    else:
-        selected = {
-            target: {name for name in names if name == target or name.endswith(f".{target}")}
-            for target in target_blocks
-        }
-        found = set().union(*selected.values())
-        missing = [target for target, matched in selected.items() if not matched] or ([] if found else [target_blocks])
-    if missing:
-        raise BlockError(f"`target_blocks={missing[0]!r}` matches no residual block of {model_name}. {mend}")
-    return found
+def _parent(modules: Mapping[str, nn.Module], model: nn.Module, name: str) -> nn.Module:
+    return modules.get(name.rpartition(".")[0], model)
+
+
+def _among_siblings_of_one_class(model: nn.Module) -> set[str]:
+    """Children of modules that are lists in all but name: all of one class, which stands in such a row somewhere."""
+    rows = {
+        name: [child for child, _ in module.named_children()]
+        for name, module in model.named_modules()
+        if len({type(child) for child in module.children()}) == 1
+    }
+    classes = {name: type(model.get_submodule(name).get_submodule(children[0])) for name, children in rows.items()}
+    repeated = {classes[name] for name, children in rows.items() if len(children) > 1}
+    return {
+        f"{name}.{child}" if name else child
+        for name, children in rows.items()
+        if classes[name] in repeated
+        for child in children
+    }
+
+
+def _shown(calls: list[Call]) -> bool:
+    """Whether the graph shows every call to return the same argument plus something."""
+    return bool(calls) and all(call.shown and call.key == calls[0].key for call in calls)
+
+
+def _block(name: str, module: nn.Module, calls: list[Call]) -> ResidualBlock:
+    first = calls[0]
+    return ResidualBlock(
+        name=name,
+        module=module,
+        exact=all(call.exact for call in calls),
+        activation=first.activation if _shown(calls) else None,
+        position=first.key if isinstance(first.key, int) else None,
+        keyword=first.key if isinstance(first.key, str) else None,
+        num_outputs=first.num_outputs,
+        num_calls=len(calls),
+        unbatched=frozenset().union(*(call.unbatched for call in calls)),
+        passed_on=first.passed_on,
+    )
+
+
+def _choose(
+    found: Sequence[ResidualBlock],
+    modules: Mapping[str, nn.Module],
+    calls: Mapping[str, list[Call]],
+    target_blocks: str | Sequence[str],
+    model_name: str,
+) -> list[ResidualBlock]:
+    """The blocks that a target selects, in forward order; modules that are named become blocks."""
+    candidates = listed([block.name for block in found])
+    chosen: dict[str, ResidualBlock] = {}
+    for entry, matches in target_entries(target_blocks, candidates):
+        selected = {block.name: block for block in found if matches(block.name)}
+        if not selected:
+            named = [name for name in modules if matches(name)]
+            if not named:
+                raise no_match(entry, model_name, candidates)
+            for name in named:
+                why = _why_not(name, {block.name for block in found} | set(named), calls.get(name))
+                if why:
+                    raise no_match(
+                        entry,
+                        model_name,
+                        candidates,
+                        f". It names {name} ({type(modules[name]).__name__}), which {why}",
+                    )
+                selected[name] = _block(name, modules[name], calls[name])
+        chosen.update(selected)
+    if not chosen:
+        raise no_match(target_blocks, model_name, candidates)
+    outer = next((name for name in chosen for inner in chosen if inner.startswith(f"{name}.")), None)
+    if outer is not None:
+        inner = next(name for name in chosen if name.startswith(f"{outer}."))
+        raise BlockError(f"`target_blocks` names {outer} and {inner}, which is part of it. Name one of the two.")
+    return [chosen[name] for name in calls if name in chosen]
+
+
+def _why_not(name: str, others: set[str], calls: list[Call] | None) -> str:
+    """Why a module that was named cannot be a block; empty where it can."""
+    inner = min((other for other in others if other.startswith(f"{name}.")), default=None)
+    if inner is not None:
+        return f"contains {inner}: name that"
+    if not calls:
+        return "has no parameters or is not called in the forward"
+    reason = next((call.reason for call in calls if call.reason), "")
+    differs = any(call.key != calls[0].key for call in calls)
+    return reason or ("takes its stream from another argument in each call" if differs else "")
 
 
 def trainable_blocks(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
@@ -179,14 +259,21 @@ def trainable_blocks(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[
     return trainable
 
 
+def why_inexact(block: ResidualBlock) -> str:
+    """What is known of a block that cannot be skipped exactly."""
+    if block.activation is not None:
+        return f"{block.activation} follows the addition and would change the input again"
+    return "the graph of a forward does not show all that it returns to be its input plus something"
+
+
 def check_exact(blocks: Sequence[ResidualBlock]) -> None:
-    """Raise `BlockError` if skipping one of the blocks would not equal a zero residual branch."""
+    """Raise `BlockError` if skipping one of the blocks is not known to equal a zero residual branch."""
     inexact = [block for block in blocks if not block.exact]
     if inexact:
+        mend = "Use an activation that keeps its own output, such as ReLU, leave" if inexact[0].activation else "Leave"
         raise BlockError(
             f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: "
-            f"{inexact[0].activation} follows the addition and would change the input again ({len(inexact)} of "
-            f"{len(blocks)} blocks). Use an activation that keeps its own output, such as ReLU, leave these blocks "
+            f"{why_inexact(inexact[0])} ({len(inexact)} of {len(blocks)} blocks). {mend} these blocks "
             "out with `target_blocks`, or set `allow_inexact_skip=True` to drop them all the same."
         )
 
@@ -199,182 +286,6 @@ def check_scalable(blocks: Sequence[ResidualBlock]) -> None:
             f"`scale_kept=True` cannot scale block {with_activation[0].name}: {with_activation[0].activation} follows "
             "its addition, so output minus input is not the residual branch. Set `scale_kept=False`."
         )
-
-
-def _trace(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -> list[ResidualBlock]:
-    """Every module whose calls all return input plus something, in the order of their first call."""
-    modules = dict(model.named_modules())
-    candidates = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(modules.get(name.rpartition(".")[0]), (nn.ModuleList, nn.Sequential))
-        and name
-        and next(module.parameters(), None) is not None
-    }
-    args, kwargs = model_inputs(model, inputs)
-    tracer = _Tracer(_batch_size(args, kwargs))
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    handles = []
-    try:
-        # The walk needs a graph below every block, the frozen part of a model included.
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with undisturbed(model):
-            for name, module in candidates.items():
-                handles.append(module.register_forward_pre_hook(tracer.enter(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(tracer.leave(name), with_kwargs=True))
-            model(*map(_with_graph, args), **{key: _with_graph(value) for key, value in kwargs.items()})
-    except Exception as error:
-        if isinstance(error, BlockError):
-            raise
-        shapes = {key: tuple(value.shape) for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
-        raise BlockError(
-            f"{type(model).__name__} failed on the batch used to find its residual blocks (shapes {shapes}): "
-            f"{type(error).__name__}: {error}. Pass a small batch that the model accepts as `inputs`."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    return tracer.blocks(candidates)
-
-
-class _Tracer:
-    """Hooks that compare each call's output with its inputs in the autograd graph."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.open: dict[str, list[list[tuple[int | str, GradientEdge, torch.Tensor]]]] = {}
-        self.calls: dict[str, list[dict[str, Any] | None]] = {}
-        self.unbatched: dict[str, set[str]] = {}
-
-    def enter(self, name: str):
-        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            # Edges are read now: an addition in place later moves the tensor to another edge.
-            tensors = [*enumerate(args), *kwargs.items()]
-            edges = [(key, get_gradient_edge(x), x) for key, x in tensors if _has_graph(x)]
-            self.open.setdefault(name, []).append(edges)
-            self.calls.setdefault(name, [])
-            paths = {path for path, tensor in named_tensors(args, kwargs) if tensor.shape[:1] != (self.batch_size,)}
-            self.unbatched.setdefault(name, set()).update(paths)
-
-        return hook
-
-    def leave(self, name: str):
-        def hook(_module: nn.Module, _args: tuple, _kwargs: dict[str, Any], output: Any) -> None:
-            self.calls[name].append(_match(self.open[name].pop(), output))
-
-        return hook
-
-    def blocks(self, candidates: Mapping[str, nn.Module]) -> list[ResidualBlock]:
-        found = []
-        for name, calls in self.calls.items():
-            first = calls[0] if calls else None
-            if first is None or any(call is None or call["key"] != first["key"] for call in calls):
-                continue
-            key = first["key"]
-            found.append(
-                ResidualBlock(
-                    name=name,
-                    module=candidates[name],
-                    exact=all(call["exact"] for call in calls if call),
-                    activation=first["activation"],
-                    position=key if isinstance(key, int) else None,
-                    keyword=key if isinstance(key, str) else None,
-                    num_outputs=first["num_outputs"],
-                    num_calls=len(calls),
-                    unbatched=frozenset(self.unbatched[name]),
-                )
-            )
-        return found
-
-
-def named_tensors(args: Any, kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors among the arguments of a call, those inside tuples, lists and dictionaries too, by path."""
-
-    def walk(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        if isinstance(value, torch.Tensor):
-            yield path, value
-        elif isinstance(value, (tuple, list, Mapping)):
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            for key, item in items:
-                yield from walk(f"{path}.{key}", item)
-
-    for key, value in [*enumerate(args), *kwargs.items()]:
-        yield from walk(str(key), value)
-
-
-def _batch_size(args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """First dimension of the first input of a model."""
-    return next((tensor.shape[0] for _, tensor in named_tensors(args, kwargs) if tensor.ndim), 1)
-
-
-def _with_graph(value: Any) -> Any:
-    """An input with an edge of its own, so that a block that takes it as its stream is found too."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return value
-    # A copy: a leaf that requires gradients cannot be changed in place.
-    return value.detach().requires_grad_(True).clone()
-
-
-def _has_graph(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _match(inputs: list[tuple[int | str, GradientEdge, torch.Tensor]], output: Any) -> dict[str, Any] | None:
-    """What one call says of the block, or None where the first output is not an input plus something."""
-    outputs = list(output) if isinstance(output, (tuple, list)) else [output]
-    first = next(iter(outputs), None)
-    if not isinstance(first, torch.Tensor) or not first.requires_grad:
-        return None
-    candidates: dict[Edge, tuple[int | str, GradientEdge]] = {
-        (edge.node, edge.output_nr): (key, edge)
-        for key, edge, tensor in reversed(inputs)
-        if tensor.shape == first.shape and tensor.dtype == first.dtype
-    }
-    arrived = _walk_back(get_gradient_edge(first), set(candidates)) if candidates else None
-    if arrived is None:
-        return None
-    edge, activation = arrived
-    key, input_edge = candidates[edge]
-    exact = activation is None or (activation in _IDEMPOTENT and _ends_in(input_edge, activation))
-    num_outputs = None if isinstance(output, torch.Tensor) else len(outputs)
-    return {"key": key, "exact": exact, "activation": activation, "num_outputs": num_outputs}
-
-
-def _walk_back(start: GradientEdge, goals: set[Edge]) -> tuple[Edge, str | None] | None:
-    """The input edge at the far end of a chain of additions, and the activation after the last addition."""
-    stack: list[tuple[Any, int, bool, str | None]] = [(start.node, start.output_nr, False, None)]
-    while stack:
-        node, output_nr, added, activation = stack.pop()
-        if added and (node, output_nr) in goals:
-            return (node, output_nr), activation
-        operation = _operation(node)
-        if operation in _ADDITIONS:
-            stack.extend((child, nr, True, activation) for child, nr in _inputs(node))
-        elif operation in _SAME_VALUES:
-            stack.extend((child, nr, added, activation) for child, nr in _inputs(node))
-        elif operation in _ACTIVATIONS and not added and activation is None:
-            stack.extend((child, nr, added, operation) for child, nr in _inputs(node))
-    return None
-
-
-def _ends_in(edge: GradientEdge, activation: str) -> bool:
-    """Whether a tensor is the output of this activation, up to views and max pooling."""
-    node = edge.node
-    while _operation(node) in _KEEPS_RANGE:
-        node = next(_inputs(node))[0]
-    return _operation(node) == activation
-
-
-def _operation(node: Any) -> str:
-    """`AddBackward0` is "Add"."""
-    return re.sub(r"Backward\d*$", "", node.name())
-
-
-def _inputs(node: Any) -> Iterator[Edge]:
-    return ((child, nr) for child, nr in node.next_functions if child is not None)
 
 
 def _innermost(blocks: list[ResidualBlock]) -> list[ResidualBlock]:

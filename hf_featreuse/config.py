@@ -201,9 +201,10 @@ class FeatureReuseConfig(FeatureReuseArguments, TrainingArguments):
         frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
             layers normalise in masked-freeze steps; their running statistics rest either way.
         allow_inexact_skip (`bool`, defaults to `False`): drop blocks too whose shortcut is no identity to the bit,
-            such as those with GELU after the addition.
+            such as those with GELU after the addition, or named ones that nothing shows to be residual.
         target_blocks (`str` or `list[str]`, *optional*): which residual blocks take part: a regular expression that
-            matches the whole name, or a list of names or dotted endings of names. The others belong to the trunk.
+            matches the whole name, or a list of names or dotted endings of names. The others belong to the trunk. An
+            entry that matches none of the blocks found may name another module, as in [`find_residual_blocks`].
         reuse_start (`float`, defaults to 0.0): fraction of training before which steps are vanilla.
         reuse_end (`float`, defaults to 1.0): fraction of training after which steps are vanilla.
         reuse_seed (`int`, *optional*): seed of the schedule, unchanged; `None` takes `seed`.

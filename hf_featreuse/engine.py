@@ -103,7 +103,9 @@ class FeatureReuse:
         Where the user froze the whole trunk, as with adapters in the blocks alone, a cycle that drops every block is
         vanilla. Takes the arguments of [`FeatureReuseSchedule.plan`].
         """
-        plan = self.schedule.plan(global_step, batch_size=batch_size, position=position)
+        # A schedule of the user's own that draws by batch need not know of samples.
+        samples = {} if self.schedule.drop_granularity == "batch" else {"batch_size": batch_size, "position": position}
+        plan = self.schedule.plan(global_step, **samples)
         return plan if self._trunk_trains or len(plan.dropped) < len(self.blocks) else VANILLA_PLAN
 
     @contextlib.contextmanager

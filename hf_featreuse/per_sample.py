@@ -206,7 +206,9 @@ def _put_together(outputs: list[Any], sizes: list[int], split: _Split) -> Any:
     for index in range(1, len(outputs[0])):
         values = [output[index] for output in outputs]
         example = next((value for value in values if value is not None), None)
-        if isinstance(example, torch.Tensor):
+        if isinstance(example, torch.Tensor) and all(
+            value is None or value.shape[:1] == (size,) for value, size in zip(values, sizes, strict=True)
+        ):
             # What a block did not compute for some samples, such as their attention weights, is zero for them.
             filled = [
                 example.new_zeros(size, *example.shape[1:]) if value is None else value

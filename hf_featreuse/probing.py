@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -126,8 +126,7 @@ def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
         )
     device, name = model_device(model), _dummy_input_name(pretrained)
     if name == "pixel_values":
-        size = _image_size(pretrained.config)
-        channels = _lookup(pretrained.config, "num_channels") or 3
+        channels, *size = _image_shape(pretrained)
         return {name: torch.zeros(1, channels, *size, device=device, dtype=pretrained.dtype)}
     if name == "input_ids":
         return {name: torch.zeros(1, _DUMMY_SEQUENCE_LENGTH, device=device, dtype=torch.long)}
@@ -137,8 +136,18 @@ def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     )
 
 
-def _image_size(config: PreTrainedConfig) -> tuple[int, int]:
+def _image_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model takes."""
+    config = model.config
+    if config.model_type == "timm_wrapper":
+        # timm keeps the size beside the model; arguments of its constructor come first.
+        given, (channels, *size) = config.model_args or {}, cast(Any, model).timm_model.pretrained_cfg["input_size"]
+        return (given.get("in_chans", channels), *_height_and_width(given.get("img_size") or size))
     size = _lookup(config, "image_size") or _DEFAULT_IMAGE_SIZE
+    return (_lookup(config, "num_channels") or 3, *_height_and_width(size))
+
+
+def _height_and_width(size: Any) -> tuple[int, int]:
     if isinstance(size, int):
         return (size, size)
     height, width = list(size.values())[:2] if isinstance(size, dict) else tuple(size)[-2:]

@@ -104,7 +104,10 @@ def shortcut(block: ResidualBlock) -> Rule:
             return stream
         # Asked for attentions, a block returns them second, and its caller takes them from there.
         count = max(block.num_outputs, 2) if _asks_for_attentions(block, args, kwargs) else block.num_outputs
-        return (stream, *(None,) * (count - 1))
+        others = [
+            None if key is None else args[key] if isinstance(key, int) else kwargs[key] for key in block.passed_on
+        ]
+        return (stream, *others, *(None,) * (count - 1 - len(others)))
 
     return rule
 

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 for name, value in {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -10,3 +12,5 @@ for name, value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)
+
+pytest.register_assert_rewrite("architecture_checks")

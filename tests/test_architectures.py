@@ -1,7 +1,6 @@
 """Every image classifier in transformers: blocks found, skipped, frozen, counted and trained as expected of each."""
 
 import contextlib
-import importlib.util
 import re
 from pathlib import Path
 
@@ -9,58 +8,22 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from architecture_checks import (
+    DEPTH,
+    check_costs_are_those_of_the_flop_counter,
+    check_every_block_makes_a_difference,
+    check_skipping_equals_taking_the_blocks_out,
+    check_train_only_one_block,
+    check_trainer_takes_alternating_steps,
+    counted,
+    each,
+    trainer_of,
+)
 from tiny_architectures import ARCHITECTURES, NOT_INSTALLED, SKIPPABLE, WITH_BLOCKS, Architecture
-from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as MAPPING
 
-from hf_featreuse import (
-    BlockError,
-    FeatureReuseConfig,
-    FeatureReuseTrainer,
-    ResidualBlock,
-    StepKind,
-    StepPlan,
-    find_residual_blocks,
-    measure_step_costs,
-    skip_blocks,
-    train_only,
-)
-from hf_featreuse.cost import flop_counter
-from hf_featreuse.probing import undisturbed
-
-DEPTH, FREEZE = StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
-
-
-def each(architectures: tuple[Architecture, ...]) -> pytest.MarkDecorator:
-    """A test for every architecture."""
-    return pytest.mark.parametrize("case", architectures, ids=[case.name for case in architectures])
-
-
-class Shortcut(nn.Module):
-    """What stands in for a removed block: its first input, in the shape of the block's output."""
-
-    def __init__(self, num_outputs: int | None) -> None:
-        super().__init__()
-        self.num_outputs = num_outputs
-
-    def forward(self, stream, *args, **kwargs):
-        return stream if self.num_outputs is None else (stream, *(None,) * (self.num_outputs - 1))
-
-
-def objective(case: Architecture, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and the model's own loss or, where it has none, one made of the logits."""
-    torch.manual_seed(5)
-    if case.returns_loss:
-        output = model(**case.labelled(4))
-        return output.logits, output.loss
-    logits = model(**case.batch(4)).logits
-    return logits, logits.square().mean()
-
-
-def some_and_all(blocks: list[ResidualBlock]) -> list[list[ResidualBlock]]:
-    return [blocks[:1], blocks[-1:], blocks[::2], blocks]
-
+from hf_featreuse import BlockError, StepPlan, find_residual_blocks, measure_step_costs, skip_blocks
 
 # The mapping
 
@@ -80,8 +43,8 @@ def test_every_type_of_this_transformers_is_labelled():
 def test_default_configuration_has_blocks_or_says_why_not(model_type):
     # A type that a later transformers adds comes here by itself.
     package = NOT_INSTALLED.get(model_type)
-    if package and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{model_type} needs the package {package}")
+    if package:
+        pytest.importorskip(package, reason=f"{model_type} needs the package {package}", exc_type=ImportError)
     names = MAPPING[model_type]
     model_class = getattr(transformers, names if isinstance(names, str) else names[0])
     with torch.device("meta"):
@@ -166,46 +129,12 @@ def test_finding_leaves_no_graph_in_the_model(case):
 
 @each(SKIPPABLE)
 def test_skipping_equals_taking_the_blocks_out(case):
-    # LeViT cannot be copied or run backward twice in eval mode, so the reference is built anew and both train.
-    model = case.build()
-    blocks = find_residual_blocks(model, case.batch())
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    for dropped in some_and_all(blocks):
-        reference = case.build()
-        for block in dropped:
-            reference.set_submodule(block.name, Shortcut(case.num_outputs))
-        expected, expected_loss = objective(case, reference)
-        expected_loss.backward()
-        model.load_state_dict(state)
-        model.zero_grad(set_to_none=True)
-        with skip_blocks(dropped):
-            logits, loss = objective(case, model)
-            loss.backward()
-        assert loss.isfinite()
-        assert torch.equal(logits, expected)
-        kept = dict(reference.named_parameters())
-        for name, parameter in model.named_parameters():
-            if name not in kept or kept[name].grad is None:
-                assert parameter.grad is None, name
-            else:
-                assert parameter.grad.isfinite().all(), name
-                torch.testing.assert_close(parameter.grad, kept[name].grad)
-        statistics = dict(reference.named_buffers())
-        for name, buffer in model.named_buffers():
-            if name in state:
-                assert torch.equal(buffer, statistics.get(name, state[name])), name
+    check_skipping_equals_taking_the_blocks_out(case)
 
 
 @each(SKIPPABLE)
 def test_every_block_makes_a_difference(case):
-    model = case.build().eval()
-    blocks = find_residual_blocks(model, case.batch())
-    with torch.no_grad():
-        full = model(**case.batch()).logits
-        for block in blocks:
-            with skip_blocks([block]):
-                assert not torch.allclose(model(**case.batch()).logits, full, rtol=1e-5, atol=1e-6), block.name
-        assert torch.equal(model(**case.batch()).logits, full)
+    check_every_block_makes_a_difference(case)
 
 
 @each(tuple(case for case in WITH_BLOCKS if not case.exact))
@@ -281,54 +210,19 @@ def test_hidden_states_can_be_asked_for_while_a_block_is_skipped(case):
 
 @each(WITH_BLOCKS)
 def test_train_only_one_block(case):
-    model = case.build()
-    blocks = find_residual_blocks(model, case.batch())
-    before = tiny_models.snapshot(model)
-    for block in (blocks[0], blocks[-1]):
-        model.zero_grad(set_to_none=True)
-        frozen = {
-            key: value.clone() for key, value in model.state_dict().items() if not key.startswith(f"{block.name}.")
-        }
-        with train_only(model, [block]):
-            _, loss = objective(case, model)
-            loss.backward()
-        assert loss.isfinite()
-        inside = {id(parameter) for parameter in block.module.parameters()}
-        assert any(parameter.grad is not None for parameter in block.module.parameters())
-        assert all(parameter.grad is None for parameter in model.parameters() if id(parameter) not in inside)
-        assert all(torch.equal(model.state_dict()[key], value) for key, value in frozen.items())
-        assert tiny_models.snapshot(model) == before
+    check_train_only_one_block(case)
 
 
 # Costs
 
 
-def counted(case: Architecture, model: PreTrainedModel, context: contextlib.AbstractContextManager) -> int:
-    """Operations of a forward and backward inside a context."""
-    model.zero_grad(set_to_none=True)
-    # Each count fills the model's caches anew: LeViT's of attention biases would keep the graph of the one before.
-    with undisturbed(model), context, flop_counter() as counter:
-        model(**case.batch(1)).logits.sum().backward()
-    return counter.get_total_flops()
-
-
 @each(SKIPPABLE)
 def test_costs_are_those_of_the_flop_counter(case):
-    model = case.build()
-    blocks = find_residual_blocks(model, case.batch(1))
-    costs = measure_step_costs(model, blocks, case.batch(1))
     # A pooling head's query does not depend on the image, so no gradient flows through it when it is frozen, and
     # ShieldGemma2 runs the head for nothing. Neither is told apart, and in a model as small as this one the head
     # counts for much.
     rel = 0.06 if case.model_type in ("siglip", "siglip2", "shieldgemma2") else 0.02
-    model.eval()
-    assert costs.vanilla == counted(case, model, contextlib.nullcontext())
-    for dropped in ((0,), tuple(range(len(blocks) // 2, len(blocks)))):
-        chosen = [blocks[index] for index in dropped]
-        skipped = counted(case, model, skip_blocks(chosen)) / costs.vanilla
-        assert costs.share(StepPlan(DEPTH, dropped)) == pytest.approx(skipped, rel=0.02)
-        frozen = counted(case, model, train_only(model, chosen)) / costs.vanilla
-        assert costs.share(StepPlan(FREEZE, dropped)) == pytest.approx(frozen, rel=rel)
+    check_costs_are_those_of_the_flop_counter(case, rel)
 
 
 @each(tuple(case for case in SKIPPABLE if case.model_type == "levit"))
@@ -362,41 +256,9 @@ def test_a_cache_of_keys_and_values_costs_nothing(name):
 # The real trainer
 
 
-def trainer_of(case: Architecture, folder) -> FeatureReuseTrainer:
-    batch = case.labelled(8) if case.returns_loss else case.batch(8)
-    data = [{key: value[index] for key, value in batch.items()} for index in range(8)]
-    args = FeatureReuseConfig(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        drop_rate=0.5,
-        drop_rate_schedule="uniform",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=3,
-    )
-    return FeatureReuseTrainer(case.build(), args, train_dataset=data)
-
-
 @each(tuple(case for case in SKIPPABLE if case.returns_loss))
 def test_trainer_takes_alternating_steps(case, tmp_path):
-    trainer = trainer_of(case, tmp_path)
-    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [sorted(key for key in entry if key.startswith("loss/")) for entry in logs] == [
-        ["loss/stochastic_depth"],
-        ["loss/masked_freeze"],
-    ] * 2
-    assert all(torch.tensor(entry["loss"]).isfinite() for entry in logs)
-    assert all(0 < entry["compute_share"] < 1 for entry in logs)
-    assert [block.name for block in trainer.feature_reuse.blocks] == list(case.blocks)
-    after = list(trainer.model.parameters())
-    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    assert all(parameter.isfinite().all() for parameter in after)
+    check_trainer_takes_alternating_steps(case, tmp_path)
 
 
 @each(tuple(case for case in SKIPPABLE if not case.returns_loss))

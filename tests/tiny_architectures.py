@@ -36,6 +36,8 @@ class Architecture:
         exact (`bool`): whether their shortcut is an identity to the bit.
         activation (`str`, *optional*): after the addition.
         num_outputs (`int`, *optional*): length of the tuple that a block returns; `None` for a bare tensor.
+        streams (`dict[str, int]`): part of a block's name to the argument that holds its stream, where not the first.
+        handed_on (`tuple[int, ...]`): the arguments that the further outputs of a block are.
         image_size (`int`): of the images, in pixels.
         make_batch (`Callable`): (number of samples, image size, generator) to the inputs of a forward.
         returns_loss (`bool`): whether the model computes a loss from `labels`.
@@ -50,6 +52,8 @@ class Architecture:
     exact: bool = True
     activation: str | None = None
     num_outputs: int | None = None
+    streams: dict[str, int] = field(default_factory=dict)
+    handed_on: tuple[int, ...] = ()
     image_size: int = 32
     make_batch: Callable[[int, int, torch.Generator], Batch] = field(default=lambda n, s, g: images(n, s, g))
     returns_loss: bool = True

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, match_targets, trainable_blocks
+from hf_featreuse.blocks import ResidualBlock, find_and_choose, trainable_blocks, why_inexact
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.errors import ConfigurationError, FeatureReuseError
 from hf_featreuse.freezing import own_parameters, trunk_modules
@@ -68,10 +68,10 @@ def inspect_model(
     notes: list[str] = []
     if isinstance(model_or_name, nn.Module):
         model = model_or_name
-        found = find_residual_blocks(model, inputs)
+        found, blocks = find_and_choose(model, inputs, target_blocks)
     else:
-        model, inputs, found = open_model(os.fspath(model_or_name), inputs, notes)
-    blocks = _chosen(model, found, target_blocks)
+        model, inputs, found, blocks = open_model(os.fspath(model_or_name), inputs, target_blocks, notes)
+    blocks = trainable_blocks(model, blocks)
     schedule = FeatureReuseSchedule(
         len(blocks), drop_rate, drop_rate_schedule, stochastic_depth_steps, masked_freeze_steps
     )
@@ -98,16 +98,6 @@ def inspect_model(
         },
         notes=notes,
     )
-
-
-def _chosen(
-    model: nn.Module, found: list[ResidualBlock], target_blocks: str | Sequence[str] | None
-) -> list[ResidualBlock]:
-    """The blocks that would take part in training."""
-    if target_blocks is not None:
-        names = match_targets([block.name for block in found], target_blocks, type(model).__name__)
-        found = [block for block in found if block.name in names]
-    return trainable_blocks(model, found)
 
 
 def _block_reports(
@@ -137,8 +127,8 @@ def _note_inexact(blocks: Sequence[ResidualBlock], notes: list[str]) -> None:
     inexact = [block for block in blocks if not block.exact]
     if inexact:
         notes.append(
-            f"{len(inexact)} of {len(blocks)} blocks cannot be skipped exactly: {inexact[0].activation} follows the "
-            "addition and would change the input again. Training refuses them, unless you leave them out with "
+            f"{len(inexact)} of {len(blocks)} blocks cannot be skipped exactly: {why_inexact(inexact[0])}. "
+            "Training refuses them, unless you leave them out with "
             "`target_blocks` or set `allow_inexact_skip=True`."
         )
 

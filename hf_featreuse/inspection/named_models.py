@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from hf_featreuse.blocks import ResidualBlock, find_residual_blocks
+from hf_featreuse.blocks import ResidualBlock, find_and_choose
 from hf_featreuse.errors import BlockError, ConfigurationError
 from hf_featreuse.small_models.overrides import did_you_mean
 
@@ -23,21 +23,21 @@ Inputs = Mapping[str, Any] | torch.Tensor
 
 
 def open_model(
-    name: str, inputs: Inputs | None, notes: list[str]
-) -> tuple[nn.Module, Inputs | None, list[ResidualBlock]]:
-    """The model of a name, without its weights, its batch on the same device, and its residual blocks."""
+    name: str, inputs: Inputs | None, target_blocks: str | Sequence[str] | None, notes: list[str]
+) -> tuple[nn.Module, Inputs | None, list[ResidualBlock], list[ResidualBlock]]:
+    """The model of a name, without its weights, its batch on the same device, its blocks and those of the target."""
     config = _configuration(name)
     model = _build(name, config, "meta")
     on_meta = inputs.to("meta") if isinstance(inputs, torch.Tensor) else inputs
     try:
-        return model, on_meta, find_residual_blocks(model, on_meta)
+        return model, on_meta, *find_and_choose(model, on_meta, target_blocks)
     except BlockError as error:
         if error.__cause__ is None:
             raise
         notes.append("The forward fails on the meta device, so the model was built on the CPU with random weights.")
     model = _build(name, config, "cpu")
     try:
-        return model, inputs, find_residual_blocks(model, inputs)
+        return model, inputs, *find_and_choose(model, inputs, target_blocks)
     except BlockError as error:
         if inputs is not None or error.__cause__ is None:
             raise
