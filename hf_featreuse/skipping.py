@@ -159,6 +159,11 @@ def _scaled(block: ResidualBlock, survival: float) -> Callable:
     return rule
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it is outside of `skip_blocks`."""
+    return type(module).__bases__[0] if _RULE in module.__dict__ else type(module)
+
+
 def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module class, of the same name, that asks the instance's rule before anything else."""
     if plain in _subclasses:

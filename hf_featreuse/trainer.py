@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import nn
 from transformers.utils import logging
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
 from hf_featreuse.checkpoints import is_adapter
+from hf_featreuse.compiling import compile_blocks
 from hf_featreuse.config import FeatureReuseArguments
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
@@ -63,6 +66,7 @@ class FeatureReuseTrainer(ExactTrainer):
     feature_reuse: FeatureReuse | None = None
     step_costs: StepCosts | None = None
     _step_log: StepLog | None = None
+    _dynamo_plugin: TorchDynamoPlugin | None = None
 
     @property
     def reuse_args(self) -> FeatureReuseArguments:
@@ -131,6 +135,20 @@ class FeatureReuseTrainer(ExactTrainer):
                 self, license=license, tags=tags, model_name=model_name, finetuned_from=finetuned_from, dataset=dataset
             )
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`, with feature reuse. With `torch_compile=True` the blocks are compiled until the end."""
+        with contextlib.ExitStack() as self._compiled:
+            return super().train(*args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        arguments = super()._build_accelerator_args(**kwargs)
+        self._dynamo_plugin = None
+        # It holds what `accelerate launch` was told, too.
+        if self.reuse_args.alternates and arguments["dynamo_plugin"].backend != DynamoBackend.NO:
+            self._dynamo_plugin = arguments["dynamo_plugin"]
+            arguments["dynamo_plugin"] = TorchDynamoPlugin(backend=DynamoBackend.NO)
+        return arguments
+
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
         self._bind(max_steps)
@@ -140,6 +158,7 @@ class FeatureReuseTrainer(ExactTrainer):
         """Bind blocks, schedule and costs to the model that trains now."""
         options, model = self.reuse_args, self.model
         assert model is not None
+        self._compiled.close()
         options.check()
         blocks = self.get_residual_blocks(model) if options.alternates else []
         schedule = self.get_schedule(len(blocks), max_steps)
@@ -163,6 +182,8 @@ class FeatureReuseTrainer(ExactTrainer):
                     "with `stochastic_depth_steps=0`."
                 )
             logger.info(f"Feature reuse over {len(blocks)} residual blocks, {blocks[0].name} to {blocks[-1].name}.")
+        if self._dynamo_plugin is not None:
+            self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ ALLOWED = {
     "blocks": {"errors", "probing"},
     "skipping": {"errors", "blocks"},
     "freezing": {"errors", "blocks"},
+    "compiling": {"errors", "blocks", "skipping"},
     "engine": {"errors", "schedule", "blocks", "skipping", "freezing"},
     "cost": {"errors", "schedule", "probing", "blocks", "freezing"},
     "config": {"errors", "schedule", "freezing"},
@@ -32,7 +33,7 @@ ALLOWED = {
     "exact_trainer": {"checkpoints"},
     "trainer": {
         *("errors", "schedule", "probing", "blocks", "engine", "cost", "config", "step_log", "checkpoints"),
-        *("skipping", "freezing", "model_card", "exact_trainer"),
+        *("skipping", "freezing", "compiling", "model_card", "exact_trainer"),
     },
 }
 KNOW_THE_TRAINER = {"config", "exact_trainer", "trainer", "model_card"}
