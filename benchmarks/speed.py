@@ -68,6 +68,12 @@ def parse() -> argparse.Namespace:
         "--steps", type=int, default=9, help="Optimizer steps a round of each trainer; the first warms up."
     )
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument(
+        "--torch_compile",
+        action="store_true",
+        help="Compile: FeatureReuseTrainer its blocks, Trainer the whole model. Give it rounds of many steps, as both "
+        "make their graphs in the first ones of each.",
+    )
     parser.add_argument("--cpu", action="store_true", help="Stay on the CPU where there is a GPU.")
     parser.add_argument("--json", type=Path, help="Write the figures to this file as well.")
     return parser.parse_args()
@@ -91,6 +97,7 @@ def make_trainer(cls, config, model, options: argparse.Namespace, folder: str, s
         disable_tqdm=True,
         use_cpu=options.cpu,
         bf16=options.bf16,
+        torch_compile=options.torch_compile,
         seed=seed,
         dataloader_pin_memory=False,
         **reuse,

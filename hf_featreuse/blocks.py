@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hf_featreuse.errors import BlockError, ConfigurationError
-from hf_featreuse.probing import model_inputs, undisturbed
+from hf_featreuse.probing import check_not_compiled, model_inputs, undisturbed
 
 _ADDITIONS = ("Add", "Sub")
 _SAME_VALUES = (
@@ -101,7 +101,8 @@ def find_residual_blocks(
         `list[ResidualBlock]`: in forward order. Blocks whose shortcut is inexact are listed with `exact=False`.
 
     Raises:
-        BlockError: no block was found, a target matches none, or the dummy batch does not fit the model.
+        BlockError: no block was found, a target matches none, the dummy batch does not fit the model, or the model is
+            compiled.
 
     Example:
         >>> from transformers import ResNetConfig, ResNetForImageClassification
@@ -112,6 +113,7 @@ def find_residual_blocks(
         >>> [block.name for block in find_residual_blocks(ResNetForImageClassification(config))]
         ['resnet.encoder.stages.0.layers.0', 'resnet.encoder.stages.0.layers.1', 'resnet.encoder.stages.1.layers.1']
     """
+    check_not_compiled(model)
     blocks = _innermost(_trace(model, inputs))
     if not blocks:
         raise BlockError(

@@ -23,7 +23,7 @@ from torch import nn
 from torch._prims_common import make_contiguous_strides_for
 
 from hf_featreuse.blocks import ResidualBlock
-from hf_featreuse.errors import BlockError
+from hf_featreuse.probing import check_not_compiled
 from hf_featreuse.skipping import plain_class
 
 _COMPILED = "_compiled_call_impl"
@@ -60,31 +60,21 @@ def compile_blocks(blocks: Sequence[ResidualBlock], **options: Any) -> Iterator[
         >>> all(parameter.grad is None for parameter in blocks[0].module.parameters())
         True
     """
-    _check_not_compiled(blocks)
+    for block in blocks:
+        check_not_compiled(block.module, block.name)
     any_batch_size = options.get("dynamic") is None
     shared: dict[Any, Callable] = {}
     try:
         for block in blocks:
             shape = (type(block.module), tuple((name, p.shape) for name, p in block.module.named_parameters()))
             if shape not in shared:
-                shared[shape] = torch.compile(
-                    _entry(block.name), **{"recompile_limit": _GRAPHS_PER_SHAPE, **options}
-                )
+                shared[shape] = torch.compile(_entry(block.name), **{"recompile_limit": _GRAPHS_PER_SHAPE, **options})
             # `module.compile` sets this attribute too; torch leaves it out of copies and pickles.
             block.module.__dict__[_COMPILED] = _call(block, shared[shape], any_batch_size)
         yield
     finally:
         for block in blocks:
             block.module.__dict__.pop(_COMPILED, None)
-
-
-def _check_not_compiled(blocks: Sequence[ResidualBlock]) -> None:
-    for block in blocks:
-        for name, module in block.module.named_modules(prefix=block.name):
-            if module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule):
-                raise BlockError(
-                    f"`{name}` is compiled already. Pass the model as it was before `torch.compile` or `.compile()`."
-                )
 
 
 def _run(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

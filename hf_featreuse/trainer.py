@@ -135,17 +135,17 @@ class FeatureReuseTrainer(ExactTrainer):
                 self, license=license, tags=tags, model_name=model_name, finetuned_from=finetuned_from, dataset=dataset
             )
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train`, with feature reuse. With `torch_compile=True` the blocks are compiled until the end."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`, with feature reuse; `torch_compile=True` compiles each block until the end."""
         with contextlib.ExitStack() as self._compiled:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        # The plugin holds what `accelerate launch` was told, too. Left to accelerate, it compiles the whole model.
         arguments = super()._build_accelerator_args(**kwargs)
-        self._dynamo_plugin = None
-        # It holds what `accelerate launch` was told, too.
-        if self.reuse_args.alternates and arguments["dynamo_plugin"].backend != DynamoBackend.NO:
-            self._dynamo_plugin = arguments["dynamo_plugin"]
+        plugin = arguments["dynamo_plugin"]
+        self._dynamo_plugin = plugin if self.reuse_args.alternates and plugin.backend != DynamoBackend.NO else None
+        if self._dynamo_plugin is not None:
             arguments["dynamo_plugin"] = TorchDynamoPlugin(backend=DynamoBackend.NO)
         return arguments
 
@@ -182,7 +182,7 @@ class FeatureReuseTrainer(ExactTrainer):
                     "with `stochastic_depth_steps=0`."
                 )
             logger.info(f"Feature reuse over {len(blocks)} residual blocks, {blocks[0].name} to {blocks[-1].name}.")
-        if self._dynamo_plugin is not None:
+        if blocks and self._dynamo_plugin is not None:
             self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
 
