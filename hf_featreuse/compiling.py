@@ -6,7 +6,8 @@ a block a detached input that asks for its gradient:
 
 - A block that rests runs the graph of a frozen block above it, and its output is detached. Nothing is added, as no
   backward ever reaches it.
-- The lowest block that trains runs the graph of the ones above it, which adds the gradient of one block's input.
+- The lowest block that trains runs the graph of the ones above it. This adds the gradient of the input of its first
+  layer: of a norm in transformers, of a depthwise convolution in ConvNeXt.
 
 What is left is two graphs of training and one of evaluation for blocks of the same shape. They take any batch size.
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, batch, build, examples, snapshot
+from tiny_models import batch, build, examples, snapshot
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch._dynamo.utils import counters
@@ -211,8 +211,8 @@ def test_resuming_is_exact_to_the_bit(tmp_path: Path) -> None:
     assert losses(resumed)[-3:] == losses(whole)[-3:]
 
 
-def test_the_lowest_trained_block_alone_costs_more_than_in_eager() -> None:
-    """By the gradient of its input: three linear maps of 16 x 16 over 4 x 17 tokens, twice that in operations."""
+def test_compiled_freezing_does_no_more_matrix_products_than_eager() -> None:
+    """Neither below the lowest block that trains, where no backward comes, nor in it."""
     model = build("vit").train()
     blocks = find_residual_blocks(model)
     counts = []
@@ -222,7 +222,7 @@ def test_the_lowest_trained_block_alone_costs_more_than_in_eager() -> None:
             with FlopCounterMode(display=False) as counter:
                 model(**batch()).loss.backward()
             counts.append(counter.get_total_flops())
-    assert counts[1] - counts[0] == 3 * 2 * (4 * 17) * 16 * 16
+    assert counts[0] == counts[1]
 
 
 # Nothing is left behind
@@ -306,7 +306,7 @@ def compiled_model(part: str) -> nn.Module:
 @pytest.mark.parametrize("part", ["wrapped", "in place", "block", "wrapped block"])
 @pytest.mark.parametrize("changed", [COMPILED, {}], ids=["torch_compile", "plain"])
 def test_a_model_that_is_compiled_already_is_refused(part: str, changed: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(BlockError, match="compiled already.*before `torch.compile`"):
+    with pytest.raises(BlockError, match=r"compiled already.*before `torch.compile`"):
         run(tmp_path, model=compiled_model(part), **changed)
 
 
