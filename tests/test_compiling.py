@@ -290,6 +290,14 @@ def test_the_whole_model_is_not_compiled(
     assert graphs() == 0
 
 
+def test_the_environment_of_the_launcher_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
+    run(tmp_path, max_steps=16)
+    assert graphs() == 4, "two for whole batches and two for the last one of an epoch"
+    assert not counters["aot_autograd"], "a backend that was not asked for"
+
+
 def compiled_model(part: str) -> nn.Module:
     model = build("vit")
     if part == "wrapped":
