@@ -24,7 +24,7 @@ ALLOWED = {
     "blocks": {"errors", "probing"},
     "skipping": {"errors", "blocks"},
     "freezing": {"errors", "blocks"},
-    "compiling": {"errors", "blocks", "skipping"},
+    "compiling": {"probing", "blocks", "skipping"},
     "engine": {"errors", "schedule", "blocks", "skipping", "freezing"},
     "cost": {"errors", "schedule", "probing", "blocks", "freezing"},
     "config": {"errors", "schedule", "freezing"},
