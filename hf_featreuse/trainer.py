@@ -183,10 +183,7 @@ class FeatureReuseTrainer(ExactTrainer):
                 )
             logger.info(f"Feature reuse over {len(blocks)} residual blocks, {blocks[0].name} to {blocks[-1].name}.")
         if blocks and self._dynamo_plugin is not None:
-            # `to_kwargs` would leave out what the environment says, as it compares with a plugin that reads it too.
-            compiling = self._dynamo_plugin.to_dict()
-            del compiling["use_regional_compilation"]
-            self._compiled.enter_context(compile_blocks(blocks, **compiling))
+            self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
