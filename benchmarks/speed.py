@@ -49,7 +49,8 @@ MEGABYTE = 2**20
 class StepTimer(TrainerCallback):
     """Seconds from the end of one optimizer step to the end of the next: data, forward, backward, optimizer."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
         self.seconds: dict[int, float] = {}
         self._last = 0.0
 
@@ -57,8 +58,7 @@ class StepTimer(TrainerCallback):
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        # The first step of a round warms up.
-        if state.global_step > 1:
+        if state.global_step > self.warm_up:
             self.seconds[state.global_step - 1] = now - self._last
         self._last = now
 
@@ -82,6 +82,11 @@ def parse() -> argparse.Namespace:
         "--steps", type=int, default=9, help="Optimizer steps a round of each trainer; the first warms up."
     )
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument(
+        "--torch_compile",
+        action="store_true",
+        help="Compile: FeatureReuseTrainer its blocks, Trainer the whole model. Three steps of each round warm up.",
+    )
     parser.add_argument("--cpu", action="store_true", help="Stay on the CPU where there is a GPU.")
     parser.add_argument("--json", type=Path, help="Write the figures to this file as well.")
     return parser.parse_args()
@@ -105,6 +110,7 @@ def make_trainer(cls, config, model, options: argparse.Namespace, folder: str, s
         disable_tqdm=True,
         use_cpu=options.cpu,
         bf16=options.bf16,
+        torch_compile=options.torch_compile,
         seed=seed,
         dataloader_pin_memory=False,
         **reuse,
@@ -169,7 +175,8 @@ def measure(options: argparse.Namespace) -> dict:
                 cls, config, trained = arms[name]
                 changed = reuse_options(options) if cls is FeatureReuseTrainer else {}
                 trainer = make_trainer(cls, config, trained, options, folder, index, **changed)
-                trainer.add_callback(timer := StepTimer())
+                # Each kind of step makes a graph when it first comes.
+                trainer.add_callback(timer := StepTimer(warm_up=3 if options.torch_compile else 1))
                 trainer.remove_callback(PrinterCallback)
                 trainer.train()
                 means[name] = statistics.mean(timer.seconds.values())

@@ -1,6 +1,7 @@
 """Train residual image classifiers whose layers reuse features (arXiv 2411.09475)."""
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
+from hf_featreuse.compiling import compile_blocks
 from hf_featreuse.config import FeatureReuseArguments, FeatureReuseConfig
 from hf_featreuse.cost import BlockCost, StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
@@ -41,6 +42,7 @@ __all__ = [
     "StepError",
     "StepKind",
     "StepPlan",
+    "compile_blocks",
     "find_residual_blocks",
     "inspect_model",
     "measure_step_costs",

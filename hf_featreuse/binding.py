@@ -59,6 +59,11 @@ def bind_rules(rules: Sequence[tuple[ResidualBlock, Rule]], method: Method) -> I
             module.__dict__.update(patched)
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it is while no rule is bound."""
+    return type(module).__bases__[0] if _RULE in module.__dict__ else type(module)
+
+
 def _subclass(plain: type[nn.Module], method: Method) -> type[nn.Module]:
     """The subclass of a module class, of the same name, whose method asks the instance's rule."""
     if (plain, method) in _subclasses:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_featreuse.errors import BlockError, ConfigurationError
+from hf_featreuse.probing import check_not_compiled
 from hf_featreuse.targets import listed, no_match, target_entries
 from hf_featreuse.tracing import Call, Key, trace_calls
 
@@ -104,7 +105,7 @@ def find_residual_blocks(
 
     Raises:
         BlockError: no block was found; a target matches none, names a module that cannot be one, or names two of
-            which one contains the other; or the dummy batch does not fit the model.
+            which one contains the other; the dummy batch does not fit the model; or the model is compiled.
 
     Example:
         >>> from transformers import ResNetConfig, ResNetForImageClassification
@@ -124,6 +125,7 @@ def find_and_choose(
     target_blocks: str | Sequence[str] | None = None,
 ) -> tuple[list[ResidualBlock], list[ResidualBlock]]:
     """The blocks found by structure, and those of them and of other modules that the target names."""
+    check_not_compiled(model)
     modules = {name: module for name, module in model.named_modules() if name}
     in_lists = [name for name in modules if isinstance(_parent(modules, model, name), (nn.ModuleList, nn.Sequential))]
     alike = _among_siblings_of_one_class(model)

@@ -22,7 +22,7 @@ from transformers import Cache
 
 from hf_featreuse.binding import Rule, bind_rules
 from hf_featreuse.blocks import ResidualBlock
-from hf_featreuse.errors import BlockError, StepError
+from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.freezing import freeze
 from hf_featreuse.skipping import scaled, shortcut
 
@@ -108,6 +108,13 @@ def train_samples(
 
 def _bound(rules: list[tuple[ResidualBlock, Rule]]) -> contextlib.AbstractContextManager[None]:
     """The rules at forward: module hooks see the whole batch, and activation checkpointing runs the groups again."""
+    compiled = next((block for block, _ in rules if block.module._compiled_call_impl is not None), None)
+    if compiled is not None:
+        raise ConfigurationError(
+            f'Block {compiled.name} is compiled, and `drop_granularity="sample"` runs a block on parts of the batch, '
+            "each in a way of its own, which its graphs do not hold. Set `torch_compile=False`, or "
+            '`drop_granularity="batch"`.'
+        )
     block, last = rules[-1]
     return bind_rules([*rules[:-1], (block, _with_graph(last))], "forward")
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_featreuse.errors import BlockError
@@ -57,6 +58,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for buffer, version, content in contents:
                 if buffer._version != version:
                     buffer.copy_(content)
+
+
+def check_not_compiled(model: nn.Module, name: str = "") -> None:
+    """Raise `BlockError` if the model, named so, or a part of it is compiled."""
+    for part, module in model.named_modules(prefix=name):
+        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+            raise BlockError(
+                f"{f'`{part}`' if part else 'The model'} is compiled already, which hides residual blocks. Pass the "
+                "model as it was before `torch.compile` or `.compile()`, and compile its blocks with "
+                "`torch_compile=True` or `compile_blocks`."
+            )
 
 
 def model_device(model: nn.Module) -> torch.device:

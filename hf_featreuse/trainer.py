@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, find_batch_size
 from torch import nn
 from transformers.utils import logging
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
 from hf_featreuse.checkpoints import is_adapter
+from hf_featreuse.compiling import compile_blocks
 from hf_featreuse.config import FeatureReuseArguments
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
-from hf_featreuse.errors import BlockError, StepError
+from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.exact_trainer import ExactTrainer
 from hf_featreuse.model_card import write_model_card
 from hf_featreuse.probing import own_drop_path_rate, takes_dummy_inputs, undisturbed
@@ -66,6 +68,7 @@ class FeatureReuseTrainer(ExactTrainer):
     _step_log: StepLog | None = None
     # Optimizer step that is open, and index of its micro-batch.
     _micro_batch: tuple[int, int] = (-1, 0)
+    _dynamo_plugin: TorchDynamoPlugin | None = None
 
     @property
     def reuse_args(self) -> FeatureReuseArguments:
@@ -147,6 +150,20 @@ class FeatureReuseTrainer(ExactTrainer):
                 self, license=license, tags=tags, model_name=model_name, finetuned_from=finetuned_from, dataset=dataset
             )
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`, with feature reuse; `torch_compile=True` compiles each block until the end."""
+        with contextlib.ExitStack() as self._compiled:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        # The plugin holds what `accelerate launch` was told, too. Left to accelerate, it compiles the whole model.
+        arguments = super()._build_accelerator_args(**kwargs)
+        plugin = arguments["dynamo_plugin"]
+        self._dynamo_plugin = plugin if self.reuse_args.alternates and plugin.backend != DynamoBackend.NO else None
+        if self._dynamo_plugin is not None:
+            arguments["dynamo_plugin"] = TorchDynamoPlugin(backend=DynamoBackend.NO)
+        return arguments
+
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
         self._bind(max_steps)
@@ -156,9 +173,15 @@ class FeatureReuseTrainer(ExactTrainer):
         """Bind blocks, schedule and costs to the model that trains now."""
         options, model = self.reuse_args, self.model
         assert model is not None
+        self._compiled.close()
         options.check()
         blocks = self.get_residual_blocks(model) if options.alternates else []
         schedule = self.get_schedule(len(blocks), max_steps)
+        if schedule.drop_granularity == "sample" and self._dynamo_plugin is not None:
+            raise ConfigurationError(
+                '`torch_compile=True` does not go with `drop_granularity="sample"`, which runs each block on parts of '
+                'the batch whose sizes change in every step. Set `torch_compile=False`, or `drop_granularity="batch"`.'
+            )
         self.feature_reuse = FeatureReuse(
             model,
             blocks,
@@ -180,6 +203,8 @@ class FeatureReuseTrainer(ExactTrainer):
                     "with `stochastic_depth_steps=0`."
                 )
             logger.info(f"Feature reuse over {len(blocks)} residual blocks, {blocks[0].name} to {blocks[-1].name}.")
+        if blocks and self._dynamo_plugin is not None:
+            self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:

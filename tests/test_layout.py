@@ -23,12 +23,13 @@ ALLOWED = {
     "probing": {"errors"},
     "tracing": {"errors", "probing"},
     "targets": {"errors"},
-    "blocks": {"errors", "tracing", "targets"},
+    "blocks": {"errors", "probing", "tracing", "targets"},
     "binding": {"errors", "blocks"},
     "skipping": {"errors", "blocks", "binding"},
     "freezing": {"errors", "blocks"},
     "batch_norm": {"binding"},
     "per_sample": {"errors", "blocks", "binding", "skipping", "freezing"},
+    "compiling": {"probing", "blocks", "binding"},
     "engine": {"errors", "schedule", "blocks", "skipping", "freezing", "per_sample", "batch_norm"},
     "cost": {"errors", "schedule", "probing", "blocks", "freezing", "per_sample"},
     "config": {"errors", "schedule", "freezing"},
@@ -37,7 +38,7 @@ ALLOWED = {
     "exact_trainer": {"checkpoints"},
     "trainer": {
         *("errors", "schedule", "probing", "blocks", "engine", "cost", "config", "step_log", "checkpoints"),
-        *("skipping", "freezing", "model_card", "exact_trainer"),
+        *("skipping", "freezing", "compiling", "model_card", "exact_trainer"),
     },
 }
 KNOW_THE_TRAINER = {"config", "exact_trainer", "trainer", "model_card"}

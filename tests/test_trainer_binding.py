@@ -228,30 +228,6 @@ def test_dropping_every_block_above_a_frozen_trunk_does_not_end_the_run(tmp_path
     assert trainer.train().global_step == 6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "backend"), [("vit", "aot_eager"), ("resnet", "eager")])
-def test_compiled_training_takes_the_same_steps(architecture: str, backend: str, tmp_path: Path) -> None:
-    def run(**changed: Any) -> RecordingTrainer:
-        arguments = config(tmp_path, max_steps=5, optim="sgd", **changed)
-        return train(FeatureReuseTrainer(build(architecture), arguments, train_dataset=examples()))
-
-    torch._dynamo.reset()
-    plain, compiled = run(), run(torch_compile=True, torch_compile_backend=backend)
-    assert bound_to(compiled, compiled.model)
-    torch.testing.assert_close(state_of(compiled.model), state_of(plain.model), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(losses(compiled), losses(plain), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_training_freezes_and_drops_to_the_bit(tmp_path: Path) -> None:
-    torch._dynamo.reset()
-    watch = StepWatch()
-    arguments = config(tmp_path, max_steps=4, torch_compile=True, torch_compile_backend="eager")
-    watch.trainer = FeatureReuseTrainer(build("resnet"), arguments, train_dataset=examples(), callbacks=[watch])
-    watch.trainer.train()
-    assert {StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE} <= watch.kinds
-
-
 @pytest.mark.parametrize(
     "given",
     [

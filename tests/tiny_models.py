@@ -41,6 +41,11 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
             num_stages=2, hidden_sizes=[8, 16], depths=[2, 2], layer_scale_init_value=0.5, num_labels=NUM_LABELS
         )
         model = ConvNextForImageClassification(config)
+    elif name == "convnext_4_stages":
+        config = ConvNextConfig(
+            hidden_sizes=[8, 16, 24, 32], depths=[2, 2, 2, 2], layer_scale_init_value=0.5, num_labels=NUM_LABELS
+        )
+        model = ConvNextForImageClassification(config)
     elif name == "resnet":
         config = ResNetConfig(
             embedding_size=8, hidden_sizes=[8, 16], depths=[2, 3], layer_type="basic", num_labels=NUM_LABELS
