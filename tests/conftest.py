@@ -14,3 +14,19 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 pytest.register_assert_rewrite("architecture_checks")
+
+# Of the tests that run over every architecture, the fast selection takes these; one that only finds blocks takes all.
+QUICK = {"vit", "convnext", "swin", "resnet-basic", "hiera", "mobilevit", "siglip"}
+ALL_QUICK = "test_blocks_are_exactly_those_labelled"
+# Files of which only the cases of ViT are in the fast selection.
+VIT_ALONE = {"test_resume", "test_trainer_binding"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        case, architecture = parameters.get("case"), parameters.get("architecture")
+        beyond = case is not None and case.name not in QUICK and item.originalname != ALL_QUICK
+        other = item.path.stem in VIT_ALONE and architecture not in (None, "vit")
+        if beyond or other:
+            item.add_marker(pytest.mark.slow)

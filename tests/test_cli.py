@@ -182,6 +182,7 @@ def test_document_shows_four_models():
     assert [command.split()[1] for command, _ in EXAMPLES][:4] == ["vit", "convnext", "resnet", "swin"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command, documented", EXAMPLES, ids=[command for command, _ in EXAMPLES])
 def test_document_names_the_blocks_that_the_command_prints(command, documented, capsys):
     assert main(command.split()) == 0

@@ -58,6 +58,7 @@ def run(folder: Path, architecture: str = "vit", model: nn.Module | None = None,
 # Graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "bound"), [("vit", 3), ("convnext", 6), ("resnet", 6)])
 def test_a_hundred_steps_with_partial_batches_and_evaluation_take_few_graphs(
     architecture: str, bound: int, tmp_path: Path
@@ -71,6 +72,7 @@ def test_a_hundred_steps_with_partial_batches_and_evaluation_take_few_graphs(
     assert not counters["unimplemented"]
 
 
+@pytest.mark.slow
 def test_four_stages_take_eight_graphs_of_training(tmp_path: Path) -> None:
     run(tmp_path, "convnext_4_stages", max_steps=100, logging_steps=50, **GRAPHS)
     assert 0 < graphs() <= 8
@@ -162,6 +164,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [

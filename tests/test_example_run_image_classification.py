@@ -77,6 +77,7 @@ def test_the_pipeline_predicts_what_evaluation_measured(example, tmp_path, image
     assert results(out)["eval_accuracy"] == pytest.approx(sum(right) / len(right))
 
 
+@pytest.mark.slow
 def test_convnext_trains_from_a_single_json_file(example, tmp_path, image_folder, cache):
     out = tmp_path / "out"
     settings = {
@@ -89,6 +90,7 @@ def test_convnext_trains_from_a_single_json_file(example, tmp_path, image_folder
     assert AutoModelForImageClassification.from_pretrained(out).config.model_type == "convnext"
 
 
+@pytest.mark.slow
 def test_flags_of_the_transformers_example_fine_tune_a_checkpoint(example, tmp_path, image_folder, cache):
     start, out = tmp_path / "start", tmp_path / "out"
     example.run(["--output_dir", str(start), *TINY, *SHORT])
@@ -107,6 +109,7 @@ def test_flags_of_the_transformers_example_fine_tune_a_checkpoint(example, tmp_p
     assert results(out)["train_samples"] == 16
 
 
+@pytest.mark.slow
 def test_a_head_of_another_size_names_the_flag(example, tmp_path, image_folder, cache):
     start = tmp_path / "start"
     example.run(["--output_dir", str(start), *TINY, *SHORT])
@@ -123,6 +126,7 @@ def test_a_head_of_another_size_names_the_flag(example, tmp_path, image_folder, 
         )
 
 
+@pytest.mark.slow
 def test_prediction_alone_writes_its_own_results(example, tmp_path, image_folder, cache):
     start, out = tmp_path / "start", tmp_path / "out"
     folders = ["--train_dir", f"{image_folder}/train", "--validation_dir", f"{image_folder}/validation"]
@@ -131,6 +135,7 @@ def test_prediction_alone_writes_its_own_results(example, tmp_path, image_folder
         example.run([*folders, "--model_name_or_path", str(start), "--do_predict", "--output_dir", str(out)])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_its_checkpoint(example, tmp_path):
     # Three steps an epoch: the run is cut inside the first epoch, at its end, and inside the second.
     flags = [*TINY, "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "steps", "--save_steps", "1"]
@@ -156,6 +161,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(example, tmp_path):
         assert all(torch.equal(first[key], second[key]) for key in first), step
 
 
+@pytest.mark.slow
 def test_a_finished_folder_says_so_and_what_to_pass(example, tmp_path):
     flags = ["--output_dir", str(tmp_path / "out"), *TINY, *SHORT]
     example.run(flags)
@@ -205,6 +211,7 @@ def test_unknown_columns_name_those_there_are(example, tmp_path, image_folder, c
         example.run([*common, "--label_column_name", "fine_label"])
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_is_named_or_left_out_and_counted(example, tmp_path, image_folder, cache):
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)

@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "subclass_trainer.py"
 
 
@@ -17,6 +19,7 @@ def test_it_is_under_sixty_lines():
     assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) < 60
 
 
+@pytest.mark.slow
 def test_its_loss_learns_and_its_choice_of_blocks_counts(tmp_path):
     example = load()
     trained = []

@@ -62,6 +62,7 @@ def test_resuming_at_every_step_of_a_cycle_equals_the_uninterrupted_run(
         assert_same_run(resumed, whole, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [
@@ -80,6 +81,7 @@ def test_resuming_equals_the_uninterrupted_run_with(changed: dict[str, Any], tmp
     assert_same_run(resumed, whole, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_", [True, "last"])
 def test_the_newest_checkpoint_is_taken_when_asked_for(request_: str | bool, tmp_path: Path) -> None:
     whole = train(resumable("vit", tmp_path))

@@ -23,7 +23,14 @@ from training_runs import (
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_featreuse import FeatureReuseConfig, FeatureReuseSchedule, FeatureReuseTrainer, StepError, StepKind
+from hf_featreuse import (
+    FeatureReuseConfig,
+    FeatureReuseSchedule,
+    FeatureReuseTrainer,
+    StepError,
+    StepKind,
+    find_residual_blocks,
+)
 
 # ConvNeXt and ResNet of transformers have no activation checkpointing.
 WITH_CHECKPOINTING = ("vit", "swin")
@@ -193,8 +200,7 @@ def test_evaluation_and_prediction_compute_every_block(architecture: str, tmp_pa
     trainer = CountingTrainer(
         build(architecture), arguments, train_dataset=examples(), eval_dataset=examples(8, seed=3)
     )
-    trainer._bind(6)
-    for block in trainer.feature_reuse.blocks:
+    for block in find_residual_blocks(trainer.model):
         block.module.register_forward_hook(count(block.name))
     trainer.train()
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 6
