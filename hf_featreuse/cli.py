@@ -20,6 +20,7 @@ import transformers
 
 from hf_featreuse.errors import FeatureReuseError
 from hf_featreuse.inspection import inspect_model
+from hf_featreuse.pruning.command import add_prune_arguments, prune
 from hf_featreuse.schedule import DropRateSchedule
 
 
@@ -172,5 +173,14 @@ VERBS = (
         "against a vanilla step; and which modules cannot be skipped, and why. Reads the configuration alone.",
         add_arguments=_add_inspect_arguments,
         run=_inspect,
+    ),
+    Verb(
+        name="prune",
+        summary="remove residual blocks and save a shallower model",
+        description="Remove residual blocks of a trained image classifier, named, or chosen by what the accuracy on "
+        "validation data misses least, and save an ordinary checkpoint of the same class. Its logits equal those of "
+        "the model that skips the blocks; what the configuration cannot express is refused.",
+        add_arguments=add_prune_arguments,
+        run=prune,
     ),
 )
