@@ -184,8 +184,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}",
-        # A path of one machine says nothing elsewhere.
-        "settings": {key: value for key, value in vars(options).items() if key not in ("json", "data")},
+        # The name alone: a path of one machine says nothing elsewhere.
+        "settings": {key: value for key, value in vars(options).items() if key != "json"}
+        | {"data": Path(options.data).name if options.data else "digits"},
         "arms": arms,
     }
     for arm in ARMS:

@@ -89,14 +89,18 @@ def _quiet() -> Iterator[None]:
     """Keep stdout clean, and libraries to their errors, while a verb runs."""
     transformers_logging, hub_logging = transformers.utils.logging, huggingface_hub.utils.logging
     before = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         transformers_logging.set_verbosity(before[0])
         hub_logging.set_verbosity(before[1])
+        if had_bars:
+            transformers_logging.enable_progress_bar()
 
 
 # inspect

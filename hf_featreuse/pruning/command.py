@@ -94,8 +94,11 @@ def _load(name: str) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
     """The classifier with all of its weights, and its image processor if it has one."""
     try:
         loaded: Any = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
-    except ValueError as error:
-        raise ConfigurationError(f"`{name}` is no checkpoint of an image classifier: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"`{name}` cannot be loaded as an image classifier: {error} Pass a folder that `save_pretrained` wrote, "
+            "or a Hub id."
+        ) from error
     model, report = loaded
     missing = sorted(map(str, report["missing_keys"]))
     if missing:
