@@ -22,8 +22,10 @@ def benchmark():
 def test_every_arm_is_trained_pruned_and_measured(benchmark, tmp_path, capsys):
     path = tmp_path / "new" / "depth.json"
     record = benchmark.main(
-        ["--config_overrides", "hidden_size=16,num_hidden_layers=3,num_attention_heads=2", "--image_size", "8"]
-        + ["--steps", "6", "--budgets", "2", "1", "--drop_rate_schedule", "uniform", "--cpu", "--json", str(path)]
+        [
+            *("--config_overrides", "hidden_size=16,num_hidden_layers=3,num_attention_heads=2", "--image_size", "8"),
+            *("--steps", "6", "--budgets", "2", "1", "--drop_rate_schedule", "uniform", "--cpu", "--json", str(path)),
+        ]
     )
     assert json.loads(path.read_text())["arms"].keys() == {"vanilla", "stochastic depth", "feature reuse"}
     # At equal arithmetic: the cheaper a step, the more of them.

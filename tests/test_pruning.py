@@ -195,8 +195,8 @@ def test_dtype_mode_and_frozen_parameters_are_kept():
 def test_ways_to_name_blocks(choice, left):
     model = build("vit")
     pruned = prune_blocks(model, **choice)
-    biases = [layer.layernorm_before.weight for layer in pruned.vit.layers]
-    assert len(biases) == len(left)
+    norms = [layer.layernorm_before.weight for layer in pruned.vit.layers]
+    assert len(norms) == len(left)
     state = pruned.state_dict()
     for new, old in enumerate(left):
         key = "layers.{}.mlp.fc1.weight"
@@ -414,8 +414,11 @@ def test_command_errors_are_one_line_and_leave_nothing(options, message, checkpo
 
 def test_command_refuses_a_folder_that_is_in_use(checkpoint, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
-    assert main(["prune", checkpoint, "--drop", "1", "--output_dir", str(tmp_path)]) == 1
+    # Said before anything is loaded.
+    assert main(["prune", "no/such-model", "--drop", "1", "--output_dir", str(tmp_path)]) == 1
     assert "is not empty" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match="is not empty"):
+        saving.save_whole(build("vit"), None, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
