@@ -1,6 +1,7 @@
 """The figure of features over depth: it runs small, its numbers are those of the networks, its files are pictures."""
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -69,3 +70,19 @@ def test_plain_training_drops_nothing_and_the_others_do(example, tmp_path):
     plain = models.pop("plain training")
     for method, weights in models.items():
         assert not torch.equal(weights["head.weight"], plain["head.weight"]), method
+
+
+def test_likeness_of_neighbours_is_what_it_says(example):
+    torch.manual_seed(0)
+    model, data = example.Network(2, 2, depth=3, width=8), example.load("moons", seed=0)
+    told = example.describe(model, data)
+    with torch.no_grad():
+        features = model.features(data.test_x)
+    cosines, distances = [], []
+    for below, above in itertools.pairwise(features):
+        norms = below.norm(dim=1) * above.norm(dim=1)
+        cosines.append(((below * above).sum(1) / norms).mean())
+        shapes = [((at - at.mean()) / at.std()).flatten().sort().values for at in (below, above)]
+        distances.append((shapes[0] - shapes[1]).abs().mean())
+    assert told["cosine of consecutive features"] == pytest.approx(float(sum(cosines) / 3), rel=1e-5)
+    assert told["distance of neighbouring distributions"] == pytest.approx(float(sum(distances) / 3), rel=1e-4)
