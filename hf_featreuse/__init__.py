@@ -16,6 +16,7 @@ from hf_featreuse.errors import (
 )
 from hf_featreuse.freezing import train_only
 from hf_featreuse.inspection import BlockReport, ModelReport, inspect_model
+from hf_featreuse.pruning import Removal, accuracy_on, prune_blocks, rank_removals
 from hf_featreuse.schedule import FeatureReuseSchedule, StepKind, StepPlan
 from hf_featreuse.skipping import skip_blocks
 from hf_featreuse.trainer import FeatureReuseTrainer
@@ -37,15 +38,19 @@ __all__ = [
     "FeatureReuseSchedule",
     "FeatureReuseTrainer",
     "ModelReport",
+    "Removal",
     "ResidualBlock",
     "StepCosts",
     "StepError",
     "StepKind",
     "StepPlan",
+    "accuracy_on",
     "compile_blocks",
     "find_residual_blocks",
     "inspect_model",
     "measure_step_costs",
+    "prune_blocks",
+    "rank_removals",
     "skip_blocks",
     "train_only",
     "trainable_blocks",

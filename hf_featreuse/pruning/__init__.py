@@ -1,0 +1,7 @@
+"""Shallower models: remove residual blocks and keep an ordinary model of the same class."""
+
+from hf_featreuse.pruning.measuring import accuracy_on
+from hf_featreuse.pruning.removing import prune_blocks
+from hf_featreuse.pruning.selecting import Removal, rank_removals
+
+__all__ = ["Removal", "accuracy_on", "prune_blocks", "rank_removals"]

@@ -1,0 +1,56 @@
+"""Write a shallower model where plain `from_pretrained` finds it, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from hf_featreuse.errors import CheckpointError, ConfigurationError
+from hf_featreuse.pruning.removing import logits_difference
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise `ConfigurationError` if a folder that is to be written holds something."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(f"`--output_dir {folder}` exists and is not empty. Pass another folder.")
+
+
+def save_whole(model: PreTrainedModel, processor: BaseImageProcessor | None, folder: str | Path) -> None:
+    """Save a model and its image processor, read them back, and only then give the folder its name.
+
+    Raises:
+        ConfigurationError: the folder holds something.
+        CheckpointError: what was written does not load as the same model.
+    """
+    check_folder(folder)
+    folder = Path(os.path.abspath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        written = Path(temporary) / "model"
+        model.save_pretrained(written)
+        if processor is not None:
+            processor.save_pretrained(written)
+        _check_reload(model, written)
+        # Replaces an empty folder; on one file system it happens at once.
+        written.replace(folder)
+
+
+def _check_reload(model: PreTrainedModel, folder: Path) -> None:
+    """Load a checkpoint as a user would and compare."""
+    with torch.random.fork_rng([]):
+        loaded: Any = type(model).from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    again, report = loaded
+    problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
+    weights = again.state_dict()
+    wrong = [key for key, value in model.state_dict().items() if not torch.equal(value.cpu(), weights[key])]
+    if problems or wrong or logits_difference(model, [], again.to(model.device)) != 0:
+        raise CheckpointError(
+            f"The checkpoint of this {type(model).__name__} does not load as the same model: "
+            f"{problems or wrong[:4] or 'its logits differ'}. Nothing was saved."
+        )
