@@ -23,6 +23,18 @@ def target_entries(target_blocks: str | Sequence[str], candidates: str) -> list[
     return [(entry, lambda name, entry=entry: name == entry or name.endswith(f".{entry}")) for entry in target_blocks]
 
 
+def match_targets(names: Sequence[str], target_blocks: str | Sequence[str], model_name: str) -> set[str]:
+    """The names that a target selects; `BlockError` with the candidates where an entry selects none."""
+    candidates = listed(names)
+    found: set[str] = set()
+    for entry, matches in target_entries(target_blocks, candidates):
+        selected = {name for name in names if matches(name)}
+        if not selected:
+            raise no_match(entry, model_name, candidates)
+        found |= selected
+    return found
+
+
 def no_match(target: object, model_name: str, candidates: str, why: str = "") -> BlockError:
     """The error of an entry that selects no block."""
     return BlockError(f"`target_blocks={target!r}` matches no residual block of {model_name}{why}. {candidates}")
