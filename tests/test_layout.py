@@ -42,7 +42,7 @@ OPTIONAL = {"peft", "matplotlib", "sklearn", "torchvision", "wandb", "trackio", 
 # Modules of ours whose names are public besides those of `hf_featreuse` itself.
 PUBLIC_MODULES = {
     "hf_featreuse",
-    *(f"hf_featreuse.{m}" for m in ("data", "inspection", "metrics", "model_card", "plotting", "small_models")),
+    *(f"hf_featreuse.{m}" for m in ("analysis", "data", "inspection", "metrics", "model_card", "plotting", "small_models")),
 }
 
 
