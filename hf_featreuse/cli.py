@@ -176,7 +176,7 @@ VERBS = (
     ),
     Verb(
         name="analyze",
-        summary="show what each residual block of trained models does, and the accuracy without some of them",
+        summary="compare what the residual blocks of trained models do",
         description="Compare trained image classifiers side by side: linear CKA between their blocks, the length of "
         "what each block adds, accuracy without each block, without the last or random blocks, and after each depth. "
         "Writes analysis.json, plots and one self-contained index.html to a folder.",
