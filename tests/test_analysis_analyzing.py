@@ -1,5 +1,6 @@
 """Analyses with known answers: zeroed branches, whole models, one batch or several, and models it must refuse."""
 
+import gc
 import json
 import math
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, NUM_LABELS, batch, build, snapshot
+from torch import nn
 from training_runs import plain_net, same_bits, state_of
 from transformers import MobileViTConfig, MobileViTForImageClassification, ResNetConfig, ResNetForImageClassification
 
@@ -121,6 +123,36 @@ def test_last_exit_is_the_model():
     assert analysis.early_exit[-2] == analysis.blocks[-1].accuracy_without
 
 
+class InPlace(nn.Module):
+    """A network whose blocks add to their input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(AddsInPlace(12, 12) for _ in range(2))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        x = pixel_values[:, :, 0, :4].flatten(1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class AddsInPlace(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input.add_(super().forward(input))
+
+
+def test_blocks_that_add_in_place_are_measured():
+    model, data = InPlace(), batch(8)
+    block = analyze(model, [data]).blocks[0]
+    before = data["pixel_values"][:, :, 0, :4].flatten(1)
+    added = nn.functional.linear(before, model.blocks[0].weight, model.blocks[0].bias)
+    expected = (added.norm(dim=1) / before.norm(dim=1)).mean().item()
+    assert expected > 0.1
+    assert block.residual_ratio == pytest.approx(expected, rel=1e-4)
+
+
 # Streaming
 
 
@@ -148,6 +180,21 @@ def test_cka_of_many_small_batches_nears_that_of_one():
     parts = np.array(analyze(model, halves(data, *[16] * 16), random_draws=0).cka)
     assert whole[0, -1] < 0.9
     assert np.abs(whole - parts).max() < 0.05
+
+
+def test_memory_does_not_grow_with_the_batches():
+    """Between batches, all living tensors together hold as many elements as after the one before."""
+    model, data = build("vit").requires_grad_(False), batch(16)
+    living = []
+
+    def batches():
+        for _ in range(5):
+            yield data
+            # No name may keep these tensors alive until the next batch.
+            living.append(sum(thing.numel() for thing in gc.get_objects() if type(thing) is torch.Tensor))
+
+    analyze(model, batches())
+    assert len(set(living[1:])) == 1, living
 
 
 def test_batch_too_small_for_cka_is_left_out_of_it():

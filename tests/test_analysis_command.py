@@ -1,33 +1,23 @@
 """`featreuse analyze` on tiny checkpoints and the handwritten digits."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
+from tiny_checkpoints import DIGITS, save
 from transformers import AutoModelForImageClassification
 
 from hf_featreuse.analysis import analyze_model
 from hf_featreuse.cli import main
 from hf_featreuse.data import EvalTransform, ImageCollator, load_image_data
-from hf_featreuse.small_models import small_config, small_image_processor
+from hf_featreuse.small_models import small_image_processor
 
 pytest.importorskip("matplotlib", reason="plots need the extra `examples`")
 pytest.importorskip("sklearn", reason="the digits need the extra `examples`")
-
-DIGITS = [str(digit) for digit in range(10)]
-
-
-def save(folder, depth: int = 2, labels: list[str] = DIGITS, model_type: str = "vit", **overrides) -> str:
-    """A tiny checkpoint with random weights, and its image processor."""
-    torch.manual_seed(depth)
-    if model_type == "vit":
-        overrides = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, **overrides}
-        overrides["num_hidden_layers"] = depth
-    config = small_config(model_type, 8, len(labels), labels, overrides)
-    AutoModelForImageClassification.from_config(config).save_pretrained(folder)
-    small_image_processor(config, 8).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +102,49 @@ def test_labels_go_by_name(tiny, tmp_path):
     assert content["models"][0]["accuracy"] == content["models"][1]["accuracy"]
 
 
-def test_image_folder_split_and_targets(tmp_path, capsys):
+@pytest.fixture
+def pets(tmp_path) -> list[str]:
+    """A folder of 24 images, as arguments."""
     for index in range(24):
         folder = tmp_path / "images" / "train" / ("cat", "dog")[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (10 * index, 0, 90)).save(folder / f"{index}.png")
+    return ["--data", str(tmp_path / "images"), "--batch_size", "4"]
+
+
+def test_image_folder_split_and_targets(tmp_path, capsys, pets):
     model = save(tmp_path / "pets", labels=["cat", "dog"])
-    data = ["--data", str(tmp_path / "images"), "--split", "train", "--batch_size", "4"]
+    data = [*pets, "--split", "train"]
     code, content = analyze(tmp_path, model, *data, "--target_blocks", "layers.1", "vit.layers.0")
     assert code == 0, capsys.readouterr().err
     assert content["data"]["split"] == "train"
     assert content["models"][0]["num_samples"] == 20  # 15 % are the validation split
     assert len(content["models"][0]["blocks"]) == 2
+
+
+def test_classes_of_other_names_are_said(tmp_path, pets):
+    model = save(tmp_path / "chats", labels=["chat", "chien"])
+    code, content = analyze(tmp_path, model, *pets, "--random_draws", "0")
+    assert code == 0
+    assert content["models"][0]["notes"] == [
+        "The model calls its classes chat, chien and the data cat, dog; they were matched in this order."
+    ]
+
+
+@pytest.mark.slow
+def test_no_bar_is_shown_where_none_is_wanted(tmp_path, pets):
+    """In a process of its own, as the tests switch the bars of datasets off."""
+    model = save(tmp_path / "pets", labels=["cat", "dog"])
+    program = "import sys; from hf_featreuse.cli import main; sys.exit(main())"
+    arguments = ["analyze", model, *pets, "--split", "train", "--output_dir", str(tmp_path / "report")]
+    environment = {
+        name: value for name, value in os.environ.items() if "PROGRESS" not in name and "VERBOS" not in name
+    }
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+    command = [sys.executable, "-c", program, *arguments, "--disable_tqdm"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert result.stderr == ""
+    assert "Report: " in result.stdout
 
 
 def test_progress_bars_are_on_stderr(tiny, tmp_path, capsys):

@@ -75,7 +75,10 @@ def test_folder_holds_everything(three, tmp_path, count):
     folder = page.parent
     assert {path.name for path in folder.iterdir()} == FILES
     content = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
-    assert content == {"data": {"data": "digits"}, "models": [json.loads(json.dumps(a.to_dict())) for a in three[:count]]}
+    assert content == {
+        "data": {"data": "digits"},
+        "models": [json.loads(json.dumps(a.to_dict())) for a in three[:count]],
+    }
     for name in FILES - {"analysis.json", "index.html"}:
         with Image.open(folder / name) as image:
             assert (image.format, image.width) == ("PNG", 1200)

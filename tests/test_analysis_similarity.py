@@ -19,27 +19,27 @@ def rotation(width: int, seed: int) -> torch.Tensor:
     return torch.linalg.qr(features(width, width, seed))[0]
 
 
-def hsic_from_definition(k: torch.Tensor, l: torch.Tensor) -> float:
-    """The U-statistic of Song et al. 2012, theorem 2: the mean of a kernel over all ordered sets of four samples."""
+def hsic_from_definition(k: torch.Tensor, m: torch.Tensor) -> float:
+    """The U-statistic of Song et al. 2012: the mean of a kernel over all ordered sets of four samples."""
     total = 0.0
     for i, j, q, r in itertools.permutations(range(len(k)), 4):
-        total += float(k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q]))
+        total += float(k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]))
     return total / math.perm(len(k), 4)
 
 
 def test_hsic_is_the_u_statistic():
     first, second = features(7, 3, 0), features(7, 5, 1)
-    k, l = first @ first.T, second @ second.T
-    estimate = unbiased_hsic(torch.stack([k, l]))
-    assert estimate[0, 1].item() == pytest.approx(hsic_from_definition(k, l), rel=1e-10)
-    assert estimate[1, 1].item() == pytest.approx(hsic_from_definition(l, l), rel=1e-10)
+    k, m = first @ first.T, second @ second.T
+    estimate = unbiased_hsic(torch.stack([k, m]))
+    assert estimate[0, 1].item() == pytest.approx(hsic_from_definition(k, m), rel=1e-10)
+    assert estimate[1, 1].item() == pytest.approx(hsic_from_definition(m, m), rel=1e-10)
     assert torch.equal(estimate, estimate.T)
 
 
 def test_cka_of_the_definition():
     first, second = features(7, 3, 0), features(7, 5, 1)
-    k, l = first @ first.T, second @ second.T
-    expected = hsic_from_definition(k, l) / math.sqrt(hsic_from_definition(k, k) * hsic_from_definition(l, l))
+    k, m = first @ first.T, second @ second.T
+    expected = hsic_from_definition(k, m) / math.sqrt(hsic_from_definition(k, k) * hsic_from_definition(m, m))
     assert linear_cka(first, second) == pytest.approx(expected, rel=1e-9)
 
 

@@ -42,6 +42,7 @@ def test_interval_of_a_mean():
     assert half[1] - half[0] == pytest.approx((high - low) / math.sqrt(2), rel=1e-6)
     assert mean_interval(values, 3) == pytest.approx((0.5, 0.5))
     assert mean_interval([0.5], 3) is None
+    assert mean_interval([0.5], 1) == (0.5, 0.5)
     assert mean_interval([0.0, 1.0], 100) == (0.0, 1.0)
 
 

@@ -42,7 +42,8 @@ OPTIONAL = {"peft", "matplotlib", "sklearn", "torchvision", "wandb", "trackio", 
 # Modules of ours whose names are public besides those of `hf_featreuse` itself.
 PUBLIC_MODULES = {
     "hf_featreuse",
-    *(f"hf_featreuse.{m}" for m in ("analysis", "data", "inspection", "metrics", "model_card", "plotting", "small_models")),
+    "hf_featreuse.analysis",
+    *(f"hf_featreuse.{m}" for m in ("data", "inspection", "metrics", "model_card", "plotting", "small_models")),
 }
 
 

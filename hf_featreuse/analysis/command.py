@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import datasets
@@ -12,7 +13,7 @@ import transformers
 from torch import nn
 
 from hf_featreuse.analysis.analyzing import analyze_model, check_options
-from hf_featreuse.analysis.opening import class_ids_of, evaluation_loader, open_classifier
+from hf_featreuse.analysis.opening import class_notes, evaluation_loader, open_classifier
 from hf_featreuse.analysis.report import check_output_dir, write_report
 from hf_featreuse.analysis.similarity import SMALLEST_BATCH
 from hf_featreuse.data import ImageData, load_image_data
@@ -91,8 +92,6 @@ def run(options: argparse.Namespace) -> str:
         split = data.splits[options.split]
         target = targets[0] if targets and len(targets) == 1 else targets
         opened = [open_classifier(name, target) for name in options.models]
-        for one in opened:
-            class_ids_of(one, data.label_names)
         loaders = [
             evaluation_loader(
                 one,
@@ -108,18 +107,18 @@ def run(options: argparse.Namespace) -> str:
         analyses = []
         for one, loader in zip(opened, loaders, strict=True):
             nn.Module.to(one.model, _device(options))
-            analyses.append(
-                analyze_model(
-                    one.model,
-                    loader,
-                    one.blocks,
-                    random_draws=options.random_draws,
-                    seed=options.seed,
-                    allow_inexact_skip=options.allow_inexact_skip,
-                    name=one.name,
-                    disable_tqdm=options.disable_tqdm,
-                )
+            analysis = analyze_model(
+                one.model,
+                loader,
+                one.blocks,
+                random_draws=options.random_draws,
+                seed=options.seed,
+                allow_inexact_skip=options.allow_inexact_skip,
+                name=one.name,
+                disable_tqdm=options.disable_tqdm,
             )
+            notes = [*analysis.notes, *class_notes(one, data.label_names)]
+            analyses.append(dataclasses.replace(analysis, notes=notes))
             nn.Module.to(one.model, "cpu")
     about = {
         "data": options.data if data.name is None else data.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ _MARKERS = ("o", "s", "^", "D", "v")
 _PANEL_INCHES = 3.6
 _MAPS_IN_A_ROW = 3
 _MOST_TICKS = 8
+_CHARACTERS_IN_A_ROW = 140
+_TITLE_CHARACTERS = 90
 
 Named = Sequence[tuple[str, ModelAnalysis]]
 
@@ -30,13 +33,14 @@ def plot_cka(analyses: Named, path: Path) -> Path:
     """Draw a map of linear CKA for each model, all in the same colours; grey where it is not defined."""
     columns = min(_MAPS_IN_A_ROW, max(2, len(analyses)))
     rows = math.ceil(len(analyses) / columns)
-    figure = empty_figure((4.6 if columns == 2 else 3.2) * rows)
+    figure = empty_figure((4.7 if columns == 2 else 3.3) * rows)
+    figure.set_layout_engine("constrained", h_pad=0.1)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (name, analysis) in zip(panels, analyses, strict=False):
         values = np.array([[np.nan if v is None else v for v in row] for row in analysis.cka])
         axes.set_facecolor("0.8")
         axes.imshow(values, origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-        axes.set_title(name, fontsize=11)
+        axes.set_title(textwrap.fill(name, _TITLE_CHARACTERS // columns), fontsize=11)
         ticks = range(0, len(values), math.ceil(len(values) / _MOST_TICKS))
         axes.set_xticks(list(ticks))
         axes.set_yticks(list(ticks))
@@ -56,10 +60,11 @@ def plot_features(analyses: Named, path: Path) -> Path:
         for axes, key in ((ratio, "residual_ratio"), (cosine, "cosine_similarity")):
             values = [np.nan if v is None else v for v in (getattr(block, key) for block in analysis.blocks)]
             _line(axes, index, range(len(values)), values, name)
-    _finish(ratio, "block", "residual ratio |f(x)| / |x|", analyses)
+    _finish(ratio, "block", "residual ratio |f(x)| / |x|")
     ratio.set_ylim(bottom=0)
-    _finish(cosine, "block", "cosine of input and output", analyses)
-    cosine.set_ylim(top=1.02)
+    _name_models(ratio)
+    _finish(cosine, "block", "cosine of input and output")
+    cosine.set_ylim(min(0, cosine.get_ylim()[0]), 1.02)
     return save_figure(figure, path)
 
 
@@ -71,8 +76,9 @@ def plot_single_drops(analyses: Named, path: Path) -> Path:
         axes.axhline(100 * analysis.accuracy.value, color=_colour(index), linestyle="--", linewidth=1)
         accuracies = [block.accuracy_without for block in analysis.blocks]
         _accuracies(axes, index, accuracies, name, offset=0.08 * (index - (len(analyses) - 1) / 2))
-    _finish(axes, "block dropped", "accuracy (%)", analyses)
+    _finish(axes, "block dropped", "accuracy (%)")
     _from_zero(axes)
+    _name_models(axes)
     return save_figure(figure, path)
 
 
@@ -84,11 +90,12 @@ def plot_many_drops(analyses: Named, path: Path) -> Path:
         _accuracies(panels[0], index, analysis.early_exit, name)
         _accuracies(panels[1], index, analysis.drop_last, name)
         _random_drops(panels[2], index, analysis, name)
-    _finish(panels[0], "exit after this many blocks", "accuracy (%)", analyses)
-    _finish(panels[1], "last blocks dropped", "", analyses)
-    _finish(panels[2], "random blocks dropped", "", analyses)
+    _finish(panels[0], "exit after this many blocks", "accuracy (%)")
+    _finish(panels[1], "last blocks dropped", "")
+    _finish(panels[2], "random blocks dropped", "")
     panels[2].set_xlim(panels[1].get_xlim())
     _from_zero(panels[0])
+    _name_models(panels[0])
     return save_figure(figure, path)
 
 
@@ -164,8 +171,8 @@ def _colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
-def _finish(axes: Axes, x_label: str, y_label: str, analyses: Named) -> None:
-    """Label the axes, with whole numbers along x, and name the models above where there are several."""
+def _finish(axes: Axes, x_label: str, y_label: str) -> None:
+    """Label the axes, with whole numbers along x."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(x_label)
@@ -174,8 +181,14 @@ def _finish(axes: Axes, x_label: str, y_label: str, analyses: Named) -> None:
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(analyses) > 1 and axes is axes.figure.axes[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, borderaxespad=0.2)
+
+
+def _name_models(axes: Axes) -> None:
+    """Name the models above all panels where there are several."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) > 1:
+        columns = max(1, _CHARACTERS_IN_A_ROW // (max(map(len, names)) + 6))
+        axes.figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
 
 
 def _from_zero(axes: Axes) -> None:

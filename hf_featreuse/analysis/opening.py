@@ -118,19 +118,35 @@ def class_ids_of(opened: OpenModel, label_names: Sequence[str]) -> list[int]:
     Raises:
         DataError: neither is possible.
     """
-    config = opened.model.config
-    ids = {str(name): int(index) for index, name in (config.id2label or {}).items()}
-    if len(ids) == len(config.id2label or {}) and all(name in ids for name in label_names):
-        return [ids[name] for name in label_names]
-    own = [name for name, _ in sorted(ids.items(), key=lambda pair: pair[1])]
-    # Names that transformers makes up carry no meaning.
-    unnamed = own == [f"LABEL_{index}" for index in range(len(own))]
-    if len(label_names) == config.num_labels and (unnamed or not set(own) & set(label_names)):
+    own = _class_names(opened)
+    if len(set(own)) == len(own) and set(label_names) <= set(own):
+        return [own.index(name) for name in label_names]
+    if len(label_names) == len(own) and (_is_unnamed(own) or not set(own) & set(label_names)):
         return list(range(len(label_names)))
     raise DataError(
-        f"`{opened.name}` has {config.num_labels} classes ({_listed(own)}) and the data {len(label_names)} "
+        f"`{opened.name}` has {len(own)} classes ({_listed(own)}) and the data {len(label_names)} "
         f"({_listed(label_names)}): they are not the same. Pass the data that the model was trained for."
     )
+
+
+def class_notes(opened: OpenModel, label_names: Sequence[str]) -> list[str]:
+    """What to know where the classes of model and data were matched by their order."""
+    own = _class_names(opened)
+    if _is_unnamed(own) or set(label_names) <= set(own):
+        return []
+    names = f"{_listed(own)} and the data {_listed(label_names)}"
+    return [f"The model calls its classes {names}; they were matched in this order."]
+
+
+def _class_names(opened: OpenModel) -> list[str]:
+    """Names of the model's classes, in the order of their ids."""
+    names = opened.model.config.id2label or {}
+    return [name for _, name in sorted((int(index), str(name)) for index, name in names.items())]
+
+
+def _is_unnamed(names: Sequence[str]) -> bool:
+    """Whether transformers made the names up, so that they mean nothing."""
+    return list(names) == [f"LABEL_{index}" for index in range(len(names))]
 
 
 def _listed(names: Sequence[str]) -> str:

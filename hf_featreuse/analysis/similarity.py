@@ -1,8 +1,8 @@
 """Linear CKA between layers, from the unbiased estimator of HSIC over minibatches.
 
-Sources: Song et al. 2012 (JMLR 13, "Feature Selection via Dependence Maximization", equation 5) for the estimator;
-Nguyen, Raghu and Kornblith 2021 (arXiv 2010.15327, section 3.1) for its average over minibatches. Only Gram matrices,
-samples by samples, are compared, so layers of different widths can be.
+Sources: Song et al. 2012 (JMLR 13, "Feature Selection via Dependence Maximization") for the estimator; Nguyen, Raghu
+and Kornblith 2021 (arXiv 2010.15327) for its average over minibatches. Only Gram matrices, samples by samples, are
+compared, so layers of different widths can be.
 """
 
 from __future__ import annotations
@@ -77,6 +77,5 @@ def unbiased_hsic(grams: torch.Tensor) -> torch.Tensor:
 
 def cka(hsic: torch.Tensor) -> torch.Tensor:
     """Normalise HSIC of all pairs by that of each layer with itself; NaN where that is not positive."""
-    own = hsic.diagonal()
-    scale = torch.where(own > 0, own, torch.nan).sqrt()
+    scale = hsic.diagonal().sqrt()
     return hsic / torch.outer(scale, scale)
