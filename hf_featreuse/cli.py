@@ -18,6 +18,7 @@ from typing import get_args
 import huggingface_hub.utils
 import transformers
 
+from hf_featreuse.analysis import command as analysis_command
 from hf_featreuse.errors import FeatureReuseError
 from hf_featreuse.inspection import inspect_model
 from hf_featreuse.pruning.command import add_prune_arguments, prune
@@ -177,6 +178,15 @@ VERBS = (
         "against a vanilla step; and which modules cannot be skipped, and why. Reads the configuration alone.",
         add_arguments=_add_inspect_arguments,
         run=_inspect,
+    ),
+    Verb(
+        name="analyze",
+        summary="compare what the residual blocks of trained models do",
+        description="Compare trained image classifiers side by side: linear CKA between their blocks, the length of "
+        "what each block adds, accuracy without each block, without the last or random blocks, and after each depth. "
+        "Writes analysis.json, plots and one self-contained index.html to a folder.",
+        add_arguments=analysis_command.add_arguments,
+        run=analysis_command.run,
     ),
     Verb(
         name="prune",

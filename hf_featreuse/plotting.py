@@ -114,7 +114,7 @@ def plot_training(
         _draw_raster(axes[-1], shares, last_step, block_names)
     axes[-1].set_xlabel("optimizer step")
     axes[-1].set_xlim(0, last_step)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_inspection(report: ModelReport, path: str | Path, *, title: str | None = None) -> Path:
@@ -150,7 +150,7 @@ def plot_inspection(report: ModelReport, path: str | Path, *, title: str | None 
     if arithmetic:
         _draw_bars(axes[1], arithmetic, _ORANGE, "arithmetic\n(% of a vanilla step)")
     _label_blocks(axes[-1], [block.name for block in blocks])
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def dropped_shares(schedule: FeatureReuseSchedule, num_steps: int, max_columns: int = _MAX_COLUMNS) -> np.ndarray:
@@ -204,8 +204,8 @@ def _column_width(num_steps: int, max_columns: int) -> int:
     return next((width for width in (1, 2, 4, 6, 12) if width >= least), 12 * math.ceil(least / 12))
 
 
-def _new_figure(heights: Sequence[float], title: str | None) -> tuple[Figure, list[Axes]]:
-    """Make the figure and axes of these heights in inches, one above the other, that share their x axis."""
+def empty_figure(height: float) -> Figure:
+    """Make a figure of this height in inches and of the width of all; `ConfigurationError` without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -214,16 +214,23 @@ def _new_figure(heights: Sequence[float], title: str | None) -> tuple[Figure, li
             'Plotting needs matplotlib, which is not installed. Run `pip install "hf_featreuse[examples]"`, or leave '
             "the plot out."
         ) from error
-    # Each panel needs half an inch more, for its legend.
-    figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5 * len(heights) + 0.4), layout="constrained")
+    figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _new_figure(heights: Sequence[float], title: str | None) -> tuple[Figure, list[Axes]]:
+    """Make the figure and axes of these heights in inches, one above the other, that share their x axis."""
+    # Each panel needs half an inch more, for its legend.
+    figure = empty_figure(sum(heights) + 0.5 * len(heights) + 0.4)
     if title:
         figure.suptitle(title, fontsize=13)
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     return figure, list(axes[:, 0])
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG and make its folder if missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)

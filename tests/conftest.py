@@ -19,7 +19,7 @@ pytest.register_assert_rewrite("architecture_checks")
 QUICK = {"vit", "convnext", "swin", "resnet-basic", "hiera", "mobilevit", "siglip"}
 ALL_QUICK = "test_blocks_are_exactly_those_labelled"
 # Files of which only the cases of ViT are in the fast selection.
-VIT_ALONE = {"test_resume", "test_trainer_binding"}
+VIT_ALONE = {"test_resume", "test_trainer", "test_trainer_binding"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -202,6 +202,7 @@ def test_checkpoints_are_ordered_by_number_and_other_folders_ignored(run: Path) 
     assert last_whole_checkpoint(run) == str(run / "checkpoint-10")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [*FILES, "deleted state"])
 @pytest.mark.parametrize("explicit", [False, True], ids=["newest", "path"])
 def test_resuming_falls_back_to_the_last_whole_checkpoint_and_says_so(

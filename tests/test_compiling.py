@@ -140,6 +140,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "settings"), SETTINGS)
 def test_gradients_and_buffers_are_those_of_eager(architecture: str, settings: dict[str, Any]) -> None:
     eager, compiled = build(architecture), build(architecture)
@@ -201,6 +202,7 @@ def test_freezing_and_dropping_are_exact_to_the_bit(tmp_path: Path) -> None:
     assert {StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE} <= watch.kinds
 
 
+@pytest.mark.slow
 def test_resuming_is_exact_to_the_bit(tmp_path: Path) -> None:
     def made(folder: Path, **changed: Any) -> FeatureReuseTrainer:
         arguments = config(folder, gradient_accumulation_steps=2, per_device_train_batch_size=2, **changed, **COMPILED)
@@ -309,6 +311,7 @@ def compiled_model(part: str) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["wrapped", "in place", "block", "wrapped block"])
 @pytest.mark.parametrize("changed", [COMPILED, {}], ids=["torch_compile", "plain"])
 def test_a_model_that_is_compiled_already_is_refused(part: str, changed: dict[str, Any], tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_share_is_that_of_the_flop_counter(architecture, train_trunk, stem_and_f
 
 
 @every_architecture
+@pytest.mark.slow
 def test_every_set_of_blocks_is_within_two_percent(architecture):
     model = build(architecture).eval()
     blocks = find_residual_blocks(model, {"pixel_values": IMAGE})

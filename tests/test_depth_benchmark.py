@@ -19,6 +19,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 def test_every_arm_is_trained_pruned_and_measured(benchmark, tmp_path, capsys):
     path = tmp_path / "new" / "depth.json"
     record = benchmark.main(

@@ -93,6 +93,7 @@ def test_steps_of_a_cycle_weigh_the_mean(depth_steps, freeze_steps):
 # Expectations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_trunk", [False, True])
 @pytest.mark.parametrize(
     "name, freeze",

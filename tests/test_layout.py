@@ -48,7 +48,7 @@ PUBLIC_MODULES = {
     "hf_featreuse",
     *(
         f"hf_featreuse.{m}"
-        for m in ("data", "inspection", "metrics", "model_card", "plotting", "pruning", "small_models")
+        for m in ("analysis", "data", "inspection", "metrics", "model_card", "plotting", "pruning", "small_models")
     ),
 }
 

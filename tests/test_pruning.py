@@ -72,6 +72,7 @@ def assert_is_the_skipping_model(model, pruned, drop: list[str], inputs) -> None
 # Families
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", WITH_BLOCKS, ids=lambda architecture: architecture.name)
 def test_what_each_family_can_express(architecture, tmp_path):
     model, inputs = architecture.build(), architecture.batch(seed=5)

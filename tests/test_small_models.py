@@ -60,6 +60,7 @@ def test_small_families_run_and_have_blocks(model_type, image_size):
     assert sum(parameter.numel() for parameter in model.parameters()) < 7e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", SMALL_FAMILIES)
 @pytest.mark.parametrize("image_size", [11, 48])
 def test_small_families_take_other_small_sizes(model_type, image_size):
@@ -67,6 +68,7 @@ def test_small_families_take_other_small_sizes(model_type, image_size):
     assert output.logits.shape == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", SMALL_FAMILIES)
 def test_large_images_get_the_default_configuration(model_type):
     config = small_config(model_type, 224, 3)

@@ -29,6 +29,7 @@ def entries(trainer: RecordingTrainer) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logs_are_means_over_the_steps_since_the_last_log(

@@ -119,10 +119,10 @@ def _heading(report: ModelReport) -> str:
 def _table(report: ModelReport) -> str:
     """One line a block; the prefix that all names share moves into the heading where a line would be too long."""
     names = [block.name for block in report.blocks]
-    lines = _aligned(_rows(report, names, "block"))
+    lines = aligned(_rows(report, names, "block"))
     prefix = common_prefix(names)
     if len(lines[0]) > _TABLE_WIDTH and prefix:
-        lines = _aligned(_rows(report, [name.removeprefix(prefix) for name in names], f"block of {prefix[:-1]}"))
+        lines = aligned(_rows(report, [name.removeprefix(prefix) for name in names], f"block of {prefix[:-1]}"))
     return "\n".join(lines)
 
 
@@ -146,7 +146,7 @@ def _rows(report: ModelReport, names: Sequence[str], heading: str) -> list[list[
     return [row[:2] + row[3:] for row in rows] if same_class else rows
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
     """Pad every column; those of words to the right, those of numbers to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     words = {index for index, heading in enumerate(rows[0]) if heading.startswith(("block", "class"))}

@@ -1,0 +1,116 @@
+"""Write analyses to a folder: one JSON file, the plots, and one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_featreuse.analysis.figures import FIGURES
+from hf_featreuse.analysis.page import render_page
+from hf_featreuse.analysis.results import ModelAnalysis
+from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.plotting import empty_figure
+
+JSON_FILE, PAGE_FILE = "analysis.json", "index.html"
+
+
+def write_report(
+    analyses: Sequence[ModelAnalysis],
+    output_dir: str | os.PathLike[str],
+    *,
+    data: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write one or more analyses, side by side, to a folder.
+
+    It gets `analysis.json`, four PNG plots and `index.html`, which holds the plots and links to nothing. Either all
+    files appear or none: they are written beside the folder and moved, the page last. Needs matplotlib, which comes
+    with `pip install "hf_featreuse[examples]"`.
+
+    Args:
+        analyses (`Sequence[ModelAnalysis]`): from [`analyze_model`], at least one; depths may differ.
+        output_dir (`str` or `os.PathLike`): the folder; made if missing.
+        data (`dict[str, Any]`, *optional*): what the models were measured on, by what to call it, for page and JSON.
+        overwrite (`bool`, defaults to `False`): whether to replace files of this name in a folder that is not empty.
+
+    Returns:
+        `pathlib.Path`: the page.
+
+    Raises:
+        ConfigurationError: there is no analysis, the folder is not empty or cannot be written, or matplotlib is
+            missing.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse.analysis import analyze_model, write_report
+        >>> config = ViTConfig(
+        ...     hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, image_size=32
+        ... )
+        >>> batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.tensor([0, 1, 0, 1])}
+        >>> analysis = analyze_model(ViTForImageClassification(config), [batch])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_report([analysis], folder).name
+        'index.html'
+    """
+    if not analyses:
+        raise ConfigurationError("`analyses` is empty. Pass at least one result of `analyze_model`.")
+    check_output_dir(output_dir, overwrite)
+    named = list(zip(short_names([analysis.model for analysis in analyses]), analyses, strict=True))
+    content = {"data": dict(data or {}), "models": [analysis.to_dict() for analysis in analyses]}
+    with _all_or_none(Path(output_dir)) as folder:
+        _write(folder / JSON_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        plots = [draw(named, folder / name) for name, draw, *_ in FIGURES]
+        _write(folder / PAGE_FILE, render_page(named, plots, data or {}))
+    return Path(output_dir) / PAGE_FILE
+
+
+def check_output_dir(output_dir: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuse a folder that cannot take a report, before anything is computed."""
+    empty_figure(1)
+    folder = Path(output_dir)
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            raise ConfigurationError(
+                f"`output_dir={str(folder)!r}` (--output_dir) is not empty. Pass another folder, or `overwrite=True` "
+                "(--overwrite_output_dir) to replace the report in it."
+            )
+        with _all_or_none(folder, keep=False):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"`output_dir={str(folder)!r}` (--output_dir) cannot be written: {error.strerror}. Pass another folder."
+        ) from None
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each path or Hub id; where two share one, as many parts as tell them apart."""
+    parts = [Path(name).parts for name in names]
+    candidates = (["/".join(part[-length:]) for part in parts] for length in range(1, max(map(len, parts)) + 1))
+    short = next((found for found in candidates if len(set(found)) == len(set(names))), list(names))
+    seen: dict[str, int] = {}
+    for index, name in enumerate(short):
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] > 1:
+            short[index] = f"{name} ({seen[name]})"
+    return short
+
+
+@contextlib.contextmanager
+def _all_or_none(folder: Path, keep: bool = True) -> Iterator[Path]:
+    """A folder to write into, whose files move to `folder` at the end unless something fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
+        yield Path(temporary)
+        if keep:
+            for file in sorted(Path(temporary).iterdir(), key=lambda path: path.name == PAGE_FILE):
+                os.replace(file, folder / file.name)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
