@@ -105,6 +105,28 @@ def table(groups: dict[tuple[str, str], Group]) -> list[str]:
     return lines
 
 
+def search_table(path: Path) -> list[str]:
+    """Every setting tried on the validation part: difference to vanilla at equal arithmetic."""
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    runs = [run for run in runs if run["split"] == "validation"]
+    vanilla = {(r["task"], r["model_type"], r["steps"], r["seed"]): r for r in runs if r["arm"] == "vanilla"}
+    cells: dict = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        base = vanilla.get((run["task"], run["model_type"], run["steps"], run["seed"]))
+        if base and run["budget"] == "arithmetic":
+            row = (run["arm"], run["options"])
+            cells[row][run["task"], run["model_type"]].append(100 * (run["accuracy"] - base["accuracy"]))
+    columns = sorted({cell for row in cells.values() for cell in row}, key=order)
+    lines = [
+        f"| arm | options | {' | '.join(f'{task}, {MODEL_NAMES[model]}' for task, model in columns)} |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for (arm, options), row in sorted(cells.items()):
+        shown = [f"{interval(row[c])[0]:+.1f} ± {interval(row[c])[1]:.1f}" if c in row else "-" for c in columns]
+        lines.append(f"| {NAMES[arm]} | {options.replace(',', ', ') or 'defaults'} | {' | '.join(shown)} |")
+    return lines if cells else []
+
+
 def plot(found: dict, path: Path) -> None:
     """Difference to vanilla of every arm, with its interval, a panel for every task and model."""
     cells = [cell for cell in sorted(found, key=order) if ("vanilla", "steps") in found[cell]]
@@ -155,6 +177,8 @@ def main() -> None:
     if options.print:
         print(text)
         return
+    if search := search_table(options.results):
+        text += "\n".join(["### Settings tried on the validation part", "", *search, ""])
     plot(found, ROOT / "docs" / "images" / "accuracy.png")
     picture = "![Accuracy points over vanilla training, with 95 % intervals](images/accuracy.png)"
     before, _, rest = PAGE.read_text().partition(BEGIN)
