@@ -93,7 +93,19 @@ def test_what_each_family_can_express(architecture, tmp_path):
         again, report = type(model).from_pretrained(tmp_path, output_loading_info=True, attn_implementation=attention)
         assert not any(report.values())
         with torch.no_grad():
-            assert torch.equal(again(**inputs)[0], pruned.eval()(**inputs)[0])
+            # A copy is aligned in memory; loaded weights are not, and on some machines they round otherwise.
+            assert torch.equal(copy.deepcopy(again)(**inputs)[0], pruned.eval()(**inputs)[0])
+
+
+def test_weights_that_are_not_aligned_in_memory_change_nothing():
+    """As those of a checkpoint: on some machines kernels for unaligned memory round otherwise."""
+    architecture = by_name("regnet-y")
+    model = architecture.build()
+    for parameter in model.parameters():
+        parameter.data = torch.cat([torch.zeros(1), parameter.data.flatten()])[1:].view(parameter.shape)
+        assert parameter.data_ptr() % 64
+    pruned = prune_blocks(model, drop=[0], inputs=architecture.batch(1, seed=6))
+    assert len(find_residual_blocks(pruned, architecture.batch())) == len(architecture.blocks) - 1
 
 
 @pytest.mark.parametrize("name", TOGETHER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -195,6 +196,15 @@ def _new_names(model: nn.Module, dropped: Sequence[ResidualBlock]) -> dict[str, 
     return renamed
 
 
+def _logits(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Logits from aligned copies of the weights.
+
+    Weights that were loaded lie at any offset of their file, and kernels for unaligned memory may round otherwise.
+    """
+    weights = {name: value.clone() for name, value in chain(model.named_parameters(), model.named_buffers())}
+    return torch.func.functional_call(model, weights, args, dict(kwargs))[0]
+
+
 def logits_difference(
     model: nn.Module,
     dropped: Sequence[ResidualBlock],
@@ -208,8 +218,8 @@ def logits_difference(
         kwargs = {key: _noise(value, generator) for key, value in kwargs.items()}
     with undisturbed(model), undisturbed(other), torch.no_grad():
         with skip_blocks(dropped, allow_inexact=True):
-            expected = model(*args, **kwargs)[0]
-        found = other(*args, **kwargs)[0]
+            expected = _logits(model, args, kwargs)
+        found = _logits(other, args, kwargs)
     return 0.0 if torch.equal(expected, found) else (expected - found).abs().max().item() or math.nan
 
 
