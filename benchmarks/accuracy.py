@@ -1,7 +1,8 @@
-"""Accuracy of vanilla training, drop path, stochastic depth, masked freeze and feature reuse, over seeds.
+r"""Accuracy of vanilla training, drop path, stochastic depth, masked freeze and feature reuse, over seeds.
 
     OMP_NUM_THREADS=1 python benchmarks/accuracy.py --tasks digits digits-few --jobs 2
-    OMP_NUM_THREADS=1 python benchmarks/accuracy.py --tasks cifar10 --data uoft-cs/cifar10 --jobs 2
+    OMP_NUM_THREADS=1 python benchmarks/accuracy.py --jobs 2 --data uoft-cs/cifar10 \
+        --tasks cifar10 cifar10-few finetune
 
 Every run ends as one line of JSON in --out, and a run that is there is not run again: stop and start at will.
 `python benchmarks/accuracy_report.py` makes tables and plots of the lines.
@@ -9,78 +10,36 @@ Every run ends as one line of JSON in --out, and a run that is there is not run 
 Each arm runs at equal optimizer steps ("steps") and, where its steps are cheaper than plain ones, at equal arithmetic
 ("arithmetic"): with as many more steps as the arithmetic of the plain run allows. Images are decoded once, so that the
 data is never the limit. Options are searched with --split validation, a fifth of the training images; --split test is
-for the figures that are reported.
+for the figures that are reported. Fine-tuning starts from models that the command itself trains first, plainly, on six
+of the ten classes, and keeps in outputs/accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import functools
 import json
 import multiprocessing
 import os
 import platform
-import statistics
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
-from torch import nn
+from tasks import MODELS, TASKS, Images, load
 from transformers import AutoModelForImageClassification, PrinterCallback
+from variants import VariantConfig, VariantTrainer, mean_share
 
-from hf_featreuse import FeatureReuseConfig, FeatureReuseTrainer, find_residual_blocks, measure_step_costs, skip_blocks
-from hf_featreuse.data import load_image_data
+from hf_featreuse import find_residual_blocks, measure_step_costs, skip_blocks
 from hf_featreuse.metrics import build_compute_metrics, rank_top_k
 from hf_featreuse.small_models import parse_overrides, small_config
 
 DEFAULT_OUT = Path(__file__).parent / "results" / "accuracy.jsonl"
-MODELS = ("vit", "convnext", "resnet")
-_SAMPLED_PLANS = 200
+CHECKPOINTS = Path(__file__).parents[1] / "outputs" / "accuracy"
 _ROBUSTNESS_IMAGES = 1000
 
-
-@dataclass(frozen=True)
-class Task:
-    """What is learnt: data, models by type with their options, and the length of a plain run.
-
-    Args:
-        image_size (`int`): in pixels.
-        train_images (`int`, *optional*): how many of the training images are used; `None` takes all.
-        steps (`int`): optimizer steps of a plain run, of `batch_size` images.
-        models (`dict[str, str]`): options of the small model of each type.
-        data (`bool`): whether `--data` names the images; else they are scikit-learn's digits.
-        test_images (`int`, *optional*): how many of the test images are used; `None` takes all.
-        crop (`int`): pixels by which training images are shifted at random; flips too where it is not 0.
-    """
-
-    image_size: int
-    train_images: int | None
-    steps: int
-    models: dict[str, str]
-    data: bool = False
-    test_images: int | None = None
-    crop: int = 0
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-
-
-_SMALL = {
-    "vit": "hidden_size=64,num_hidden_layers=8,num_attention_heads=2,intermediate_size=128",
-    "convnext": "hidden_sizes=[32,64],depths=[3,5]",
-    "resnet": "embedding_size=16,hidden_sizes=[16,32],depths=[5,5]",
-}
-TASKS = {
-    # Long enough to converge, and little data trained for long, where plain training overfits.
-    "digits": Task(8, None, 600, dict.fromkeys(MODELS, "")),
-    "digits-few": Task(8, 150, 600, dict.fromkeys(MODELS, "")),
-    # Short and underfitting, and little data trained for long.
-    "cifar10": Task(32, 10_000, 1000, _SMALL, data=True, test_images=4000, crop=4),
-    "cifar10-few": Task(32, 1000, 1000, _SMALL, data=True, test_images=4000, crop=4),
-}
 ARMS = {
     "vanilla": {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
     "stochastic_depth": {"masked_freeze_steps": 0},
@@ -111,70 +70,18 @@ class Run:
         return tuple(vars(self).values())
 
 
-class Images(torch.utils.data.Dataset):
-    """Decoded images, with their labels."""
-
-    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
-        self.pixels, self.labels = pixels, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.pixels[index], self.labels[index]
-
-
-class Batches:
-    """Collates, normalises and, for training, shifts and flips: the same for every arm of a seed."""
-
-    def __init__(self, seed: int, crop: int) -> None:
-        self.generator, self.crop = np.random.default_rng(seed), crop
-
-    def __call__(self, examples: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        pixels = torch.stack([image for image, _ in examples]).float().div_(127.5).sub_(1)
-        if self.crop:
-            size = pixels.shape[-1]
-            padded = nn.functional.pad(pixels, [self.crop] * 4, mode="reflect")
-            shifts = self.generator.integers(0, 2 * self.crop + 1, (len(examples), 2))
-            pixels = torch.stack(
-                [image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, shifts, strict=True)]
-            )
-            flipped = torch.from_numpy(self.generator.random(len(examples)) < 0.5)
-            pixels[flipped] = pixels[flipped].flip(-1)
-        return {"pixel_values": pixels, "labels": torch.stack([label for _, label in examples])}
-
-
-@functools.cache
-def decoded(data_name: str | None) -> tuple[Images, Images]:
-    """All training and test images as bytes."""
-    splits = load_image_data(data_name, splits=("train", "validation", "test")).splits
-    parts = []
-    for split in (splits["train"], splits.get("test") or splits["validation"]):
-        rows = split.__getitems__(range(len(split)))
-        parts.append(Images(torch.stack([row["pixel_values"] for row in rows]), torch.tensor(split.labels)))
-    return parts[0], parts[1]
-
-
-def load(task: Task, run: Run, data_name: str | None) -> tuple[Images, Images]:
-    """Training images, drawn by the seed, and those that accuracy is measured on."""
-    train, test = decoded(data_name if task.data else None)
-    rows = np.arange(len(train))
-    if run.split == "validation":
-        # The same images are held out for every seed.
-        rows = np.random.default_rng(0).permutation(rows)
-        held_out, rows = rows[: len(rows) // 5], rows[len(rows) // 5 :]
-        test = Images(train.pixels[held_out], train.labels[held_out])
-    rows = np.random.default_rng(run.seed).permutation(rows)[: task.train_images]
-    kept = slice(task.test_images)
-    return Images(train.pixels[rows], train.labels[rows]), Images(test.pixels[kept], test.labels[kept])
-
-
-def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: str) -> FeatureReuseTrainer:
+def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: str) -> VariantTrainer:
     task = TASKS[run.task]
     overrides = ",".join(filter(None, [task.models[run.model_type], MODEL_OPTIONS.get(run.arm, "")]))
     torch.manual_seed(run.seed)
-    config = small_config(run.model_type, task.image_size, num_labels=10, overrides=overrides)
-    args = FeatureReuseConfig(
+    config = small_config(run.model_type, task.image_size, num_labels=len(task.classes), overrides=overrides)
+    if task.start is None:
+        model = AutoModelForImageClassification.from_config(config)
+    else:
+        model = AutoModelForImageClassification.from_pretrained(
+            started(task.start, run.model_type), config=config, ignore_mismatched_sizes=True
+        )
+    args = VariantConfig(
         output_dir=folder,
         max_steps=max_steps,
         per_device_train_batch_size=task.batch_size,
@@ -192,10 +99,9 @@ def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: 
         bf16=torch.cuda.is_available(),
         **{**parse_overrides(run.options), **ARMS[run.arm]},
     )
-    trainer = FeatureReuseTrainer(
-        AutoModelForImageClassification.from_config(config),
+    trainer = VariantTrainer(
+        model,
         args,
-        data_collator=Batches(run.seed, task.crop),
         train_dataset=train,
         eval_dataset=test,
         compute_metrics=build_compute_metrics((1,)),
@@ -205,18 +111,33 @@ def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: 
     return trainer
 
 
+def started(task: str, model_type: str) -> Path:
+    """Folder of the plainly trained model that runs of another task start from."""
+    return CHECKPOINTS / f"{task}-{model_type}"
+
+
+def make_start(task: str, model_type: str, data_name: str | None) -> None:
+    """Train a model plainly for others to start from, on training images alone."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    transformers.utils.logging.set_verbosity_error()
+    run = Run(task, model_type, "vanilla", "", "steps", seed=0, split="validation")
+    train, test = load(TASKS[task], run.seed, run.split, data_name)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(run, train, test, TASKS[task].steps, folder)
+        trainer.train()
+        print(f"{task}, {model_type}: {trainer.evaluate()['eval_accuracy']:.1%} on images held out", flush=True)
+        trainer.save_model(str(started(task, model_type)))
+
+
 def steps_at_equal_arithmetic(run: Run, steps: int) -> int:
     """Optimizer steps whose arithmetic is that of so many plain ones."""
     task = TASKS[run.task]
     blank = Images(torch.zeros(1, 3, task.image_size, task.image_size, dtype=torch.uint8), torch.zeros(1).long())
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(run, blank, blank, steps, folder)
-        options = trainer.reuse_args
         blocks = find_residual_blocks(trainer.model)
-        costs = measure_step_costs(trainer.model, blocks, train_trunk=options.train_trunk)
-        schedule = options.schedule(len(blocks), steps, run.seed)
-        plans = (schedule.plan(step, batch_size=task.batch_size) for step in range(min(steps, _SAMPLED_PLANS)))
-        return round(steps / statistics.mean(costs.share(plan) for plan in plans))
+        costs = measure_step_costs(trainer.model, blocks, train_trunk=trainer.args.train_trunk)
+        return round(steps / mean_share(trainer.args, costs, len(blocks), steps))
 
 
 def execute(run: Run, data_name: str | None) -> dict:
@@ -224,7 +145,7 @@ def execute(run: Run, data_name: str | None) -> dict:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     transformers.utils.logging.set_verbosity_error()
     task = TASKS[run.task]
-    train, test = load(task, run, data_name)
+    train, test = load(task, run.seed, run.split, data_name)
     steps = run.steps or task.steps
     if run.budget == "arithmetic":
         steps = steps_at_equal_arithmetic(run, steps)
@@ -233,7 +154,8 @@ def execute(run: Run, data_name: str | None) -> dict:
         result = trainer.train()
         metrics = trainer.evaluate()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        few = Images(test.pixels[:_ROBUSTNESS_IMAGES], test.labels[:_ROBUSTNESS_IMAGES])
+        costs = trainer.step_costs
+        few = test.rows(slice(_ROBUSTNESS_IMAGES))
         dropped = []
         for block in find_residual_blocks(trainer.model):
             with skip_blocks([block]):
@@ -244,7 +166,7 @@ def execute(run: Run, data_name: str | None) -> dict:
         "accuracy": metrics["eval_accuracy"],
         "test_loss": metrics["eval_loss"],
         "train_loss": logs[-1]["loss"],
-        "compute_share": statistics.mean(entry.get("compute_share", 1.0) for entry in logs),
+        "compute_share": mean_share(trainer.args, costs, len(trainer.feature_reuse.blocks), steps) if costs else 1.0,
         "accuracy_without_block": dropped,
         "seconds": result.metrics["train_runtime"],
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
@@ -259,7 +181,7 @@ def planned(options: argparse.Namespace) -> list[Run]:
             task=task,
             model_type=model_type,
             arm=arm,
-            options="" if arm in plain else options.options,
+            options=settings,
             budget=budget,
             seed=seed,
             split=options.split,
@@ -269,13 +191,16 @@ def planned(options: argparse.Namespace) -> list[Run]:
         for task in options.tasks
         for model_type in options.models
         for arm in options.arms
+        for settings in ([""] if arm in plain else options.options)
         for budget in options.budgets
-        if applies(arm, model_type, budget)
+        if applies(arm, model_type, budget, settings)
     ]
 
 
-def applies(arm: str, model_type: str, budget: str) -> bool:
+def applies(arm: str, model_type: str, budget: str, settings: str) -> bool:
     """Whether there is such a run: plain steps cost the same at both budgets; drop path is ConvNeXt's own."""
+    if model_type == "resnet" and "scale_kept=true" in settings:
+        return False
     if arm == "drop_path":
         return model_type == "convnext" and budget == "steps"
     if arm == "feature_reuse_sample":
@@ -291,7 +216,10 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["steps", "arithmetic"], choices=("steps", "arithmetic"))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument(
-        "--options", default="", help="Options of every arm that drops, as in drop_rate=0.2,train_trunk=true."
+        "--options",
+        nargs="+",
+        default=[""],
+        help="Options of the arms that drop, as in drop_rate=0.2,train_trunk=true; several are tried in turn.",
     )
     parser.add_argument("--steps", type=int, help="Optimizer steps of a plain run; by default the task's.")
     parser.add_argument("--split", default="test", choices=("test", "validation"), help="Where accuracy is measured.")
@@ -308,6 +236,10 @@ def main() -> None:
     print(f"{len(runs)} runs to do, {len(planned(options)) - len(runs)} done before")
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        starts = {(TASKS[run.task].start, run.model_type) for run in runs if TASKS[run.task].start}
+        missing = [(*start, options.data) for start in sorted(starts) if not started(*start).exists()]
+        for future in [pool.submit(make_start, *start) for start in missing]:
+            future.result()
         pending = {pool.submit(execute, run, options.data): run for run in runs}
         for count, future in enumerate(concurrent.futures.as_completed(pending), 1):
             record = future.result()

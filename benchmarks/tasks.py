@@ -1,0 +1,143 @@
+"""What the models of the accuracy study learn: images, architectures and the length of a plain run."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from hf_featreuse.data import load_image_data
+
+MODELS = ("vit", "convnext", "resnet")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt.
+
+    Args:
+        image_size (`int`): in pixels.
+        steps (`int`): optimizer steps of a plain run, of `batch_size` images.
+        models (`dict[str, str]`): options of the small model of each type.
+        data (`bool`): whether `--data` names the images; else they are scikit-learn's digits.
+        train_images (`int`, *optional*): how many of the training images are used; `None` takes all.
+        test_images (`int`, *optional*): how many of the test images are used; `None` takes all.
+        classes (`tuple[int, ...]`): the classes that are told apart.
+        start (`str`, *optional*): task whose plainly trained model the run starts from; `None` starts from scratch.
+        shift (`int`): pixels by which training images are shifted at random; flips too where it is not 0.
+        batch_size (`int`): images in an optimizer step.
+        learning_rate (`float`): peak of the one-cycle schedule.
+    """
+
+    image_size: int
+    steps: int
+    models: dict[str, str]
+    data: bool = False
+    train_images: int | None = None
+    test_images: int | None = None
+    classes: tuple[int, ...] = field(default=tuple(range(10)))
+    start: str | None = None
+    shift: int = 0
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+
+
+_DIGITS = {"vit": "", "convnext": "hidden_sizes=[24,48],depths=[2,4]", "resnet": ""}
+_CIFAR10 = {
+    "vit": "hidden_size=64,num_hidden_layers=8,num_attention_heads=2,intermediate_size=128,patch_size=8",
+    "convnext": "hidden_sizes=[32,64],depths=[3,5],patch_size=4",
+    "resnet": "embedding_size=16,hidden_sizes=[16,32],depths=[5,5]",
+}
+# Animals and vehicles on both sides.
+_SIX, _FOUR = (0, 1, 2, 3, 4, 8), (5, 6, 7, 9)
+TASKS = {
+    "digits": Task(8, 400, _DIGITS),
+    "digits-few": Task(8, 400, _DIGITS, train_images=150),
+    "cifar10": Task(32, 600, _CIFAR10, data=True, train_images=10_000, test_images=4000, shift=4),
+    "cifar10-few": Task(32, 600, _CIFAR10, data=True, train_images=500, test_images=4000, shift=4),
+    "six-classes": Task(32, 2000, _CIFAR10, data=True, classes=_SIX, test_images=4000, shift=4),
+    "finetune": Task(
+        32,
+        200,
+        _CIFAR10,
+        data=True,
+        train_images=400,
+        test_images=4000,
+        classes=_FOUR,
+        start="six-classes",
+        shift=4,
+        learning_rate=5e-4,
+    ),
+}
+
+
+class Images(torch.utils.data.Dataset):
+    """Decoded images, with their labels.
+
+    Args:
+        pixels (`torch.Tensor`): bytes, of shape (images, channels, height, width).
+        labels (`torch.Tensor`): of shape (images,).
+    """
+
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.pixels[index].float().div_(127.5).sub_(1), "labels": self.labels[index]}
+
+    def rows(self, rows: np.ndarray | slice) -> Images:
+        return Images(self.pixels[rows], self.labels[rows])
+
+    def of_classes(self, classes: tuple[int, ...]) -> Images:
+        """The images of these classes, numbered from 0 in their order."""
+        if len(classes) == 10:
+            return self
+        found = self.rows(np.flatnonzero(np.isin(self.labels.numpy(), classes)))
+        return Images(found.pixels, torch.searchsorted(torch.tensor(classes), found.labels))
+
+
+class ShiftedImages(Images):
+    """Images to train on, shifted by up to `shift` pixels and flipped at random: the same for every arm of a seed."""
+
+    def __init__(self, images: Images, shift: int, seed: int) -> None:
+        padding = ((0, 0), (0, 0), (shift, shift), (shift, shift))
+        super().__init__(torch.from_numpy(np.pad(images.pixels.numpy(), padding, mode="reflect")), images.labels)
+        self.size, self.shift, self.generator = images.pixels.shape[-1], shift, np.random.default_rng(seed)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        y, x, flip = self.generator.integers(0, (2 * self.shift + 1, 2 * self.shift + 1, 2))
+        example = super().__getitem__(index)
+        pixels = example["pixel_values"][:, y : y + self.size, x : x + self.size]
+        return {**example, "pixel_values": pixels.flip(-1) if flip else pixels}
+
+
+@functools.cache
+def _decoded(data_name: str | None) -> tuple[Images, Images]:
+    """All training and test images as bytes."""
+    splits = load_image_data(data_name, splits=("train", "validation", "test")).splits
+    parts = []
+    for split in (splits["train"], splits.get("test") or splits["validation"]):
+        rows = split.__getitems__(range(len(split)))
+        parts.append(Images(torch.stack([row["pixel_values"] for row in rows]), torch.tensor(split.labels)))
+    return parts[0], parts[1]
+
+
+def load(task: Task, seed: int, split: str, data_name: str | None) -> tuple[Images, Images]:
+    """Training images, drawn by the seed, and those that accuracy is measured on.
+
+    With `split="validation"` these are a fifth of the training images, the same for every seed, and test images are
+    not looked at.
+    """
+    train, test = (images.of_classes(task.classes) for images in _decoded(data_name if task.data else None))
+    if split == "validation":
+        rows = np.random.default_rng(0).permutation(len(train))
+        held_out = len(rows) // 5
+        test, train = train.rows(rows[:held_out]), train.rows(rows[held_out:])
+    rows = np.random.default_rng(seed).permutation(len(train))[: task.train_images]
+    train, test = train.rows(rows), test.rows(slice(task.test_images))
+    return ShiftedImages(train, task.shift, seed) if task.shift else train, test
