@@ -20,8 +20,6 @@ pytest.importorskip("timm", reason="timm, or the torchvision that it needs, is m
 from tiny_timm import TIMM, TIMM_SKIPPABLE, TIMM_WITH_BLOCKS
 
 CASES = {case.name: case for case in TIMM}
-# As for LeViT in transformers.
-GRAPH_IN_CACHE = {"levit": "its cache of attention biases keeps the graph of the call that filled it"}
 
 
 def names(blocks) -> tuple[str, ...]:
@@ -126,7 +124,7 @@ def test_train_only_one_block(case):
     check_train_only_one_block(case)
 
 
-@each(TIMM_SKIPPABLE, GRAPH_IN_CACHE)
+@each(TIMM_SKIPPABLE)
 def test_costs_are_those_of_the_flop_counter(case):
     # Hiera's trunk holds whole layers with attention, whose gradients are taken to cost as much as a matrix product's.
     check_costs_are_those_of_the_flop_counter(case, rel=0.04 if case.name == "hiera" else 0.02)
