@@ -1,15 +1,13 @@
 """Time a step of Trainer, of FeatureReuseTrainer and of each of its kinds of step, in one interleaved run.
 
     OMP_NUM_THREADS=2 python benchmarks/speed.py
-
-    OMP_NUM_THREADS=2 python benchmarks/speed.py --granularity sample
+    OMP_NUM_THREADS=2 python benchmarks/speed.py --granularity batch sample --peers
 
 Rounds of the trainers take turns on copies of one model, so that a machine whose speed drifts slows all alike. Each
 time is printed as a ratio to the plain step's, beside the ratio of the arithmetic (the FLOP bound): a skipped block
 costs nothing; masked freeze runs the whole forward, input gradients down to the lowest block that trains, and weight
-gradients of the blocks that train. With sets drawn by sample, the stock Trainer runs too with the DropPath of
-transformers, and that of timm where it is installed, around the same blocks at the same rates: they compute every
-sample and mask some.
+gradients of the blocks that train. The peers are the stock Trainer with the DropPath of transformers, and that of timm
+where it is installed, around the same blocks at the same rates: they compute every sample and mask some.
 
 On a CUDA device the memory is the peak allocated in a step; on the CPU it is the activations saved for backward plus
 the gradients.
@@ -26,16 +24,17 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from overhead import kind_row, measure_discovery, measure_memory, measure_overhead
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.models.beit.modeling_beit import BeitDropPath
 
 from hf_featreuse import (
-    FeatureReuse,
     FeatureReuseArguments,
     FeatureReuseConfig,
     FeatureReuseTrainer,
@@ -43,7 +42,21 @@ from hf_featreuse import (
 )
 from hf_featreuse.small_models import small_config
 
-MEGABYTE = 2**20
+GRANULARITIES = ("batch", "sample")
+REUSE = {"batch": "FeatureReuseTrainer", "sample": "FeatureReuseTrainer by sample"}
+# In the order of the table.
+ROWS = (
+    "Trainer",
+    "transformers DropPath",
+    "timm DropPath",
+    "stochastic_depth",
+    "masked_freeze",
+    "vanilla",
+    "FeatureReuseTrainer",
+    "stochastic_depth by sample",
+    "masked_freeze by sample",
+    "FeatureReuseTrainer by sample",
+)
 
 
 class StepTimer(TrainerCallback):
@@ -63,7 +76,7 @@ class StepTimer(TrainerCallback):
         self._last = now
 
 
-def parse() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_type", default="vit")
     parser.add_argument(
@@ -75,7 +88,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--drop_rate", type=float, default=0.5)
     parser.add_argument("--drop_rate_schedule", default="uniform", choices=("uniform", "linear"))
-    parser.add_argument("--granularity", default="batch", choices=("batch", "sample"), help="As drop_granularity.")
+    parser.add_argument(
+        "--granularity", nargs="+", default=["batch"], choices=GRANULARITIES, help="As drop_granularity; one or both."
+    )
+    parser.add_argument("--peers", action="store_true", help="Time drop path of transformers and timm as well.")
     parser.add_argument("--train_trunk", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -89,7 +105,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--cpu", action="store_true", help="Stay on the CPU where there is a GPU.")
     parser.add_argument("--json", type=Path, help="Write the figures to this file as well.")
-    return parser.parse_args()
+    return parser
 
 
 def make_trainer(cls, config, model, options: argparse.Namespace, folder: str, seed: int, **reuse):
@@ -134,28 +150,39 @@ def with_drop_path(model: nn.Module, rates: list[float], drop_path: type[nn.Modu
     return model
 
 
-def make_arms(model: nn.Module, options: argparse.Namespace) -> dict[str, tuple]:
-    """Class of the trainer, class of its arguments and model, by row of the table."""
-    arms = {
-        "Trainer": (Trainer, TrainingArguments, model),
-        "FeatureReuseTrainer": (FeatureReuseTrainer, FeatureReuseConfig, copy.deepcopy(model)),
-    }
-    if options.granularity == "sample":
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table: which trainer, over which model, with which options of feature reuse."""
+
+    trainer: type[Trainer]
+    config: type[TrainingArguments]
+    model: nn.Module
+    reuse: dict
+
+
+def make_arms(model: nn.Module, options: argparse.Namespace) -> dict[str, Arm]:
+    arms = {"Trainer": Arm(Trainer, TrainingArguments, model, {})}
+    for granularity in options.granularity:
+        reuse = reuse_options(options, granularity)
+        arms[REUSE[granularity]] = Arm(FeatureReuseTrainer, FeatureReuseConfig, copy.deepcopy(model), reuse)
+    if options.peers:
         count = len(find_residual_blocks(model))
-        rates = FeatureReuseArguments(**reuse_options(options)).schedule(count, max_steps=1, seed=0).rates
-        arms["transformers DropPath"] = (Trainer, TrainingArguments, with_drop_path(model, rates, BeitDropPath))
+        rates = FeatureReuseArguments(**reuse_options(options, "batch")).schedule(count, max_steps=1, seed=0).rates
+        layers = {"transformers DropPath": BeitDropPath}
         if importlib.util.find_spec("timm"):
             from timm.layers import DropPath
 
-            arms["timm DropPath"] = (Trainer, TrainingArguments, with_drop_path(model, rates, DropPath))
+            layers["timm DropPath"] = DropPath
+        for name, layer in layers.items():
+            arms[name] = Arm(Trainer, TrainingArguments, with_drop_path(model, rates, layer), {})
     return arms
 
 
-def reuse_options(options: argparse.Namespace) -> dict:
+def reuse_options(options: argparse.Namespace, granularity: str) -> dict:
     return {
         "drop_rate": options.drop_rate,
         "drop_rate_schedule": options.drop_rate_schedule,
-        "drop_granularity": options.granularity,
+        "drop_granularity": granularity,
         "train_trunk": options.train_trunk,
     }
 
@@ -166,112 +193,50 @@ def measure(options: argparse.Namespace) -> dict:
     settings = small_config(options.model_type, options.image_size, num_labels=10, overrides=options.config_overrides)
     model = transformers.AutoModelForImageClassification.from_config(settings)
     arms = make_arms(model, options)
-    seconds, bounds, ratios = defaultdict(list), defaultdict(list), []
+    seconds, bounds, ratios, trainers = defaultdict(list), defaultdict(list), [], {}
     with tempfile.TemporaryDirectory() as folder:
         for index in range(options.rounds):
-            names = list(arms)[index % len(arms) :] + list(arms)[: index % len(arms)]
             means = {}
-            for name in names:
-                cls, config, trained = arms[name]
-                changed = reuse_options(options) if cls is FeatureReuseTrainer else {}
-                trainer = make_trainer(cls, config, trained, options, folder, index, **changed)
-                # Each kind of step makes a graph when it first comes.
-                trainer.add_callback(timer := StepTimer(warm_up=3 if options.torch_compile else 1))
-                trainer.remove_callback(PrinterCallback)
-                trainer.train()
-                means[name] = statistics.mean(timer.seconds.values())
-                seconds[name] += timer.seconds.values()
-                if isinstance(trainer, FeatureReuseTrainer):
-                    reusing = trainer
-                    for step, elapsed in timer.seconds.items():
-                        plan = trainer.feature_reuse.plan(step, batch_size=options.batch_size)
-                        share = trainer.step_costs.share(plan)
-                        seconds[plan.kind.value].append(elapsed)
-                        bounds[plan.kind.value].append(share)
-                        bounds[name].append(share)
-            ratios.append(means["FeatureReuseTrainer"] / means["Trainer"])
-            plain = means["Trainer"]
+            for name in [*arms][index % len(arms) :] + [*arms][: index % len(arms)]:
+                trainers[name], times = run_round(arms[name], options, folder, index)
+                means[name] = statistics.mean(times.values())
+                seconds[name] += times.values()
+                if arms[name].reuse:
+                    note_kinds(trainers[name], times, name, options, seconds, bounds)
+            ratios.append({name: mean / means["Trainer"] for name, mean in means.items() if name != "Trainer"})
+            shown = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios[-1].items())
             print(
-                f"round {index + 1} of {options.rounds}: plain step {plain:.3f} s, ratio {ratios[-1]:.3f}", flush=True
+                f"round {index + 1} of {options.rounds}: plain step {means['Trainer']:.3f} s, ratios: {shown}",
+                flush=True,
             )
-    return {
-        "seconds": seconds,
-        "bounds": bounds,
-        "memory": measure_memory(reusing.model, reusing.feature_reuse, options),
-        "ratio of each round": ratios,
-        "overhead ms": measure_overhead(reusing, options.batch_size),
-        "discovery in forwards": measure_discovery(reusing.model, options.image_size),
-    }
+    reusing = {name: trainer for name, trainer in trainers.items() if arms[name].reuse}
+    figures = {"seconds": seconds, "bounds": bounds, "ratio of each round": ratios}
+    figures["memory"] = measure_memory(reusing, options)
+    figures["overhead ms"] = {name: measure_overhead(trainer, options) for name, trainer in reusing.items()}
+    first = next(iter(reusing.values()))
+    figures["discovery in forwards"] = measure_discovery(first.model, options.image_size)
+    return figures
 
 
-def measure_overhead(trainer: FeatureReuseTrainer, batch_size: int, steps: int = 400) -> float:
-    """Milliseconds a step that plan, contexts and logging take by themselves: the step with nothing inside."""
-    loss = torch.zeros((), device=trainer.args.device)
-    started = time.perf_counter()
-    for step in range(steps):
-        with trainer.feature_reuse.step(step, batch_size=batch_size) as plan:
-            pass
-        trainer._step_log.add(step, plan, trainer.step_costs.share(plan), loss)
-    return (time.perf_counter() - started) / steps * 1000
+def run_round(arm: Arm, options: argparse.Namespace, folder: str, seed: int) -> tuple[Trainer, dict[int, float]]:
+    """Train for a round; give the trainer and the seconds of each step."""
+    trainer = make_trainer(arm.trainer, arm.config, arm.model, options, folder, seed, **arm.reuse)
+    # Each kind of step makes a graph when it first comes.
+    trainer.add_callback(timer := StepTimer(warm_up=3 if options.torch_compile else 1))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer, timer.seconds
 
 
-def measure_discovery(model: nn.Module, image_size: int, repeats: int = 15) -> float:
-    """Time to find the blocks, in forwards of the same batch of one; medians of alternating calls."""
-    inputs = {"pixel_values": torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)}
-    forwards, searches = [], []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        model(**inputs)
-        forwards.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        find_residual_blocks(model, inputs)
-        searches.append(time.perf_counter() - started)
-    return statistics.median(searches) / statistics.median(forwards)
-
-
-def measure_memory(model, reuse: FeatureReuse, options: argparse.Namespace) -> dict[str, float]:
-    """Largest memory of a step in megabytes, by row, over the first plans of the schedule."""
-    size, device = options.image_size, next(model.parameters()).device
-    batch = {
-        "pixel_values": torch.randn(options.batch_size, 3, size, size, device=device),
-        "labels": torch.zeros(options.batch_size, dtype=torch.long, device=device),
-    }
-    model.train()
-    outside = FeatureReuse(
-        model, [], FeatureReuseConfig(stochastic_depth_steps=0, masked_freeze_steps=0).schedule(0, 1, 0)
-    )
-    memory = {"Trainer": step_memory(model, outside, 0, batch)}
-    for step in range(6):
-        row = reuse.plan(step, batch_size=options.batch_size).kind.value
-        memory[row] = max(memory.get(row, 0.0), step_memory(model, reuse, step, batch))
-    memory["FeatureReuseTrainer"] = max(value for row, value in memory.items() if row != "Trainer")
-    return memory
-
-
-def step_memory(model, reuse: FeatureReuse, step: int, batch: dict[str, torch.Tensor]) -> float:
-    """Memory of one step in megabytes."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    is_cuda = batch["labels"].is_cuda
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    with (
-        reuse.step(step, batch_size=len(batch["labels"])),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        loss = model(**batch).loss
-        peak = sum(saved.values())
-        loss.backward()
-    peak += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    model.zero_grad(set_to_none=True)
-    return (torch.cuda.max_memory_allocated() if is_cuda else peak) / MEGABYTE
+def note_kinds(trainer, times: dict[int, float], name: str, options: argparse.Namespace, seconds, bounds) -> None:
+    """Add the times and the bounds of a round by kind of step."""
+    granularity = trainer.feature_reuse.schedule.drop_granularity
+    for step, elapsed in times.items():
+        plan = trainer.feature_reuse.plan(step, batch_size=options.batch_size)
+        share, row = trainer.step_costs.share(plan), kind_row(plan.kind.value, granularity)
+        seconds[row].append(elapsed)
+        bounds[row].append(share)
+        bounds[name].append(share)
 
 
 def table(figures: dict) -> str:
@@ -281,37 +246,50 @@ def table(figures: dict) -> str:
         "| step | mean s | ratio to Trainer | FLOP bound | ratio / bound | memory MB | steps |",
         "|---|---|---|---|---|---|---|",
     ]
-    rows = ("Trainer", "transformers DropPath", "timm DropPath", "stochastic_depth", "masked_freeze", "vanilla")
-    for row in (*rows, "FeatureReuseTrainer"):
+    for row in ROWS:
         times = figures["seconds"].get(row)
         if times:
             bound = statistics.mean(figures["bounds"].get(row) or [1.0])
             ratio = statistics.mean(times) / base
             memory = figures["memory"].get(row)
-            lines.append(
-                f"| {row} | {statistics.mean(times):.3f} | {ratio:.3f} | {bound:.3f} | {ratio / bound:.3f} | "
-                f"{'-' if memory is None else format(memory, '.0f')} | {len(times)} |"
+            cells = (
+                row.replace("_", " "),
+                f"{statistics.mean(times):.3f}",
+                f"{ratio:.3f}",
+                f"{bound:.3f}",
+                f"{ratio / bound:.3f}",
+                "-" if memory is None else f"{memory:.0f}",
+                str(len(times)),
             )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def described(options: argparse.Namespace) -> dict:
+    """What figures were measured on, for JSON."""
+    on_cpu = getattr(options, "cpu", False) or not torch.cuda.is_available()
+    return {
+        "device": "CPU" if on_cpu else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}",
+        "settings": {key: value for key, value in vars(options).items() if key != "json"},
+    }
+
+
 def main() -> None:
-    options = parse()
+    options = make_parser().parse_args()
     transformers.utils.logging.set_verbosity_error()
-    figures = measure(options)
-    device = "CPU" if options.cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
-    versions = (
-        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    )
-    settings = {key: value for key, value in vars(options).items() if key != "json"}
-    print(f"\n{device}, {torch.get_num_threads()} threads, {versions}\n{settings}\n\n{table(figures)}")
-    share = figures["overhead ms"] / 1000 / statistics.mean(figures["seconds"]["Trainer"])
-    print(f"\nPlan, contexts and logging: {figures['overhead ms']:.2f} ms a step, {share:.3%} of a plain step.")
-    print(f"Finding the blocks: {figures['discovery in forwards']:.2f} forwards of a batch of one.")
+    found = {**described(options), **measure(options)}
+    print(f"\n{found['device']}, {found['threads']} threads, {found['versions']}\n{found['settings']}\n")
+    print(f"{table(found)}\n")
+    for name, milliseconds in found["overhead ms"].items():
+        share = milliseconds / 1000 / statistics.mean(found["seconds"]["Trainer"])
+        print(f"{name}: plan, contexts and logging {milliseconds:.2f} ms a step, {share:.3%} of a plain step.")
+    print(f"Finding the blocks: {found['discovery in forwards']:.2f} forwards of a batch of one.")
     if options.json:
-        record = {"device": device, "threads": torch.get_num_threads(), "versions": versions, "settings": settings}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**record, **figures}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

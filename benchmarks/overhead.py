@@ -1,0 +1,91 @@
+"""What the method costs beside the time of a step: memory, its own overhead, finding the blocks."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from hf_featreuse import FeatureReuse, FeatureReuseConfig, FeatureReuseTrainer, find_residual_blocks
+
+MEGABYTE = 2**20
+
+
+def kind_row(kind: str, granularity: str) -> str:
+    """Name of the row of a kind of step."""
+    return kind if granularity == "batch" else f"{kind} by sample"
+
+
+def measure_overhead(trainer: FeatureReuseTrainer, options: argparse.Namespace, steps: int = 400) -> float:
+    """Milliseconds a step that plan, contexts and logging take by themselves: the step with nothing inside."""
+    loss = torch.zeros((), device=trainer.args.device)
+    started = time.perf_counter()
+    for step in range(steps):
+        with trainer.feature_reuse.step(step, batch_size=options.batch_size) as plan:
+            pass
+        trainer._step_log.add(step, plan, trainer.step_costs.share(plan), loss)
+    return (time.perf_counter() - started) / steps * 1000
+
+
+def measure_discovery(model: nn.Module, image_size: int, repeats: int = 15) -> float:
+    """Time to find the blocks, in forwards of the same batch of one; medians of alternating calls."""
+    inputs = {"pixel_values": torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)}
+    forwards, searches = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        model(**inputs)
+        forwards.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        find_residual_blocks(model, inputs)
+        searches.append(time.perf_counter() - started)
+    return statistics.median(searches) / statistics.median(forwards)
+
+
+def measure_memory(trainers: dict[str, FeatureReuseTrainer], options: argparse.Namespace) -> dict[str, float]:
+    """Largest memory of a step in megabytes, by row, over the first plans of each schedule."""
+    memory: dict[str, float] = {}
+    for name, trainer in trainers.items():
+        model, reuse = trainer.model, trainer.feature_reuse
+        size, device = options.image_size, next(model.parameters()).device
+        batch = {
+            "pixel_values": torch.randn(options.batch_size, 3, size, size, device=device),
+            "labels": torch.zeros(options.batch_size, dtype=torch.long, device=device),
+        }
+        model.train()
+        plain = FeatureReuseConfig(stochastic_depth_steps=0, masked_freeze_steps=0).schedule(0, 1, 0)
+        memory["Trainer"] = step_memory(model, FeatureReuse(model, [], plain), 0, batch)
+        for step in range(6):
+            kind = reuse.plan(step, batch_size=options.batch_size).kind.value
+            found = step_memory(model, reuse, step, batch)
+            for row in (kind_row(kind, reuse.schedule.drop_granularity), name):
+                memory[row] = max(memory.get(row, 0.0), found)
+    return memory
+
+
+def step_memory(model, reuse: FeatureReuse, step: int, batch: dict[str, torch.Tensor]) -> float:
+    """Memory of one step in megabytes."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    is_cuda = batch["labels"].is_cuda
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with (
+        reuse.step(step, batch_size=len(batch["labels"])),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        loss = model(**batch).loss
+        peak = sum(saved.values())
+        loss.backward()
+    peak += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    model.zero_grad(set_to_none=True)
+    return (torch.cuda.max_memory_allocated() if is_cuda else peak) / MEGABYTE

@@ -1,0 +1,113 @@
+"""Speed on two architectures at several drop rates, and the tables and the picture of docs/performance.md.
+
+    OMP_NUM_THREADS=2 python benchmarks/performance.py
+
+Each line of `CASES` is one interleaved run of benchmarks/speed.py, kept in benchmarks/results; one that is there is not
+run again, unless --again. `--report` only writes the page: everything between its markers is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import images
+import speed
+import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+IMAGES = RESULTS / "images_vit_cpu.json"
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- begin: benchmarks/performance.py -->", "<!-- end -->"
+_VIT = ["--batch_size", "64"]
+_CONVNEXT = ["--model_type", "convnext", "--image_size", "64", "--batch_size", "16", "--config_overrides"]
+_CONVNEXT += ["patch_size=4,depths=[3,3,9,3],hidden_sizes=[96,192,384,768]"]
+_BOTH = ["--granularity", "batch", "sample", "--peers", "--rounds", "3", "--steps", "7"]
+# Title, and arguments of benchmarks/speed.py, by name of the file of results.
+CASES = {
+    "speed_vit_0.2": ("ViT-S layers on 65 tokens, rate 0.2", [*_VIT, *_BOTH, "--drop_rate", "0.2"]),
+    "speed_vit_0.5": ("ViT-S layers on 65 tokens, rate 0.5", [*_VIT, *_BOTH, "--drop_rate", "0.5"]),
+    "speed_convnext_0.2": ("ConvNeXt-T at 64 pixels, rate 0.2", [*_CONVNEXT, *_BOTH, "--drop_rate", "0.2"]),
+    "speed_convnext_0.5": ("ConvNeXt-T at 64 pixels, rate 0.5", [*_CONVNEXT, *_BOTH, "--drop_rate", "0.5"]),
+    "speed_vit_0.05": (
+        "ViT-S layers on 65 tokens, rate 0.05",
+        [*_VIT, "--drop_rate", "0.05", "--rounds", "3", "--steps", "9"],
+    ),
+}
+SHOWN = {
+    "transformers DropPath": "drop path",
+    "FeatureReuseTrainer": "feature reuse",
+    "FeatureReuseTrainer by sample": "by sample",
+}
+
+
+def load() -> dict[str, dict]:
+    """Results by name, of the cases that were run."""
+    found = {name: RESULTS / f"{name}.json" for name in CASES}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
+
+
+def plot(found: dict[str, dict], path: Path) -> None:
+    """Time of a mean step against the stock Trainer's, with the FLOP bound, a panel for each case."""
+    figure = Figure(figsize=(2.6 * len(found), 2.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (name, record) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        base = statistics.fmean(record["seconds"]["Trainer"])
+        rows = [row for row in SHOWN if row in record["seconds"]]
+        ratios = [statistics.fmean(record["seconds"][row]) / base for row in rows]
+        bounds = [statistics.fmean(record["bounds"].get(row) or [1.0]) for row in rows]
+        axis.bar([SHOWN[row] for row in rows], ratios, color=["#CC79A7", "#009E73", "#56B4E9"][-len(rows) :])
+        for place, bound in enumerate(bounds):
+            axis.plot([place - 0.4, place + 0.4], [bound, bound], color="black", linewidth=2)
+        axis.axhline(1, color="#666666", linewidth=1, linestyle="--")
+        axis.set_ylim(0, 1.25)
+        axis.set_title(CASES[name][0].replace(", ", "\\n"), fontsize=9)
+        axis.tick_params(axis="x", labelrotation=30, labelsize=8)
+        axis.tick_params(axis="y", labelsize=8)
+    figure.axes[0].set_ylabel("time of a step, Trainer = 1")
+    figure.text(0.995, 0.005, "black line: FLOP bound", ha="right", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def page(found: dict[str, dict]) -> str:
+    """What stands between the markers."""
+    parts = ["![Time of a mean step against the stock Trainer's, with the FLOP bound](images/performance.png)", ""]
+    for name, record in found.items():
+        parts += [f"### {CASES[name][0]}", "", speed.table(record), ""]
+        where = f"{record['device']}, {record['threads']} threads, {record['versions']}"
+        overhead = ", ".join(f"{key} {value:.2f} ms" for key, value in record["overhead ms"].items())
+        parts += [f"{where}. Own overhead of a step: {overhead}.", ""]
+    if IMAGES.exists():
+        parts += ["### From JPEG files at 224 pixels", ""]
+        parts += [images.tables(json.loads(IMAGES.read_text(encoding="utf-8"))), ""]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="Run what was run before.")
+    parser.add_argument("--report", action="store_true", help="Run nothing, write the page.")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    for name, (title, arguments) in [] if options.report else CASES.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists() and not options.again:
+            continue
+        print(title, flush=True)
+        settings = speed.make_parser().parse_args(arguments)
+        found = {**speed.described(settings), **speed.measure(settings)}
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(speed.table(found), flush=True)
+    found = load()
+    plot(found, ROOT / "docs" / "images" / "performance.png")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{page(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
