@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/performance.py
 
-Each line of `CASES` is one interleaved run of benchmarks/speed.py, kept in benchmarks/results; one that is there is not
-run again, unless --again. `--report` only writes the page: everything between its markers is replaced.
+Each of `CASES` is one interleaved run of benchmarks/speed.py, kept in benchmarks/results; one that is there is not run
+again, unless --again. `--report` only writes the page: everything between its markers is replaced.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
             axis.plot([place - 0.4, place + 0.4], [bound, bound], color="black", linewidth=2)
         axis.axhline(1, color="#666666", linewidth=1, linestyle="--")
         axis.set_ylim(0, 1.25)
-        axis.set_title(CASES[name][0].replace(", ", "\\n"), fontsize=9)
+        axis.set_title(CASES[name][0].replace(", ", "\n"), fontsize=9)
         axis.tick_params(axis="x", labelrotation=30, labelsize=8)
         axis.tick_params(axis="y", labelsize=8)
     figure.axes[0].set_ylabel("time of a step, Trainer = 1")
