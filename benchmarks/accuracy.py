@@ -34,7 +34,7 @@ from variants import VariantConfig, VariantTrainer, mean_share
 
 from hf_featreuse import find_residual_blocks, measure_step_costs, skip_blocks
 from hf_featreuse.metrics import build_compute_metrics, rank_top_k
-from hf_featreuse.small_models import parse_overrides, small_config
+from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
 
 DEFAULT_OUT = Path(__file__).parent / "results" / "accuracy.jsonl"
 CHECKPOINTS = Path(__file__).parents[1] / "outputs" / "accuracy"
@@ -140,8 +140,8 @@ def steps_at_equal_arithmetic(run: Run, steps: int) -> int:
         return round(steps / mean_share(trainer.args, costs, len(blocks), steps))
 
 
-def execute(run: Run, data_name: str | None) -> dict:
-    """Train and evaluate once."""
+def execute(run: Run, data_name: str | None, keep: Path | None = None) -> dict:
+    """Train and evaluate once; leave the model and its image processor in a folder of `keep`."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     transformers.utils.logging.set_verbosity_error()
     task = TASKS[run.task]
@@ -152,6 +152,10 @@ def execute(run: Run, data_name: str | None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(run, train, test, steps, folder)
         result = trainer.train()
+        if keep is not None:
+            kept = keep / "-".join((run.task, run.model_type, run.arm, run.budget, str(run.seed)))
+            trainer.save_model(str(kept))
+            small_image_processor(trainer.model.config, task.image_size).save_pretrained(kept)
         metrics = trainer.evaluate()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         costs = trainer.step_costs
@@ -160,15 +164,16 @@ def execute(run: Run, data_name: str | None) -> dict:
         for block in find_residual_blocks(trainer.model):
             with skip_blocks([block]):
                 dropped.append(trainer.evaluate(few)["eval_accuracy"])
+    share = mean_share(trainer.args, costs, len(trainer.feature_reuse.blocks), steps) if costs else 1.0
     return {
         **asdict(run),
         "trained_steps": steps,
-        "accuracy": metrics["eval_accuracy"],
-        "test_loss": metrics["eval_loss"],
-        "train_loss": logs[-1]["loss"],
-        "compute_share": mean_share(trainer.args, costs, len(trainer.feature_reuse.blocks), steps) if costs else 1.0,
-        "accuracy_without_block": dropped,
-        "seconds": result.metrics["train_runtime"],
+        "accuracy": round(metrics["eval_accuracy"], 6),
+        "test_loss": round(metrics["eval_loss"], 5),
+        "train_loss": round(logs[-1]["loss"], 5),
+        "compute_share": round(share, 5),
+        "accuracy_without_block": [round(accuracy, 4) for accuracy in dropped],
+        "seconds": round(result.metrics["train_runtime"], 1),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
     }
 
@@ -225,6 +230,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=("test", "validation"), help="Where accuracy is measured.")
     parser.add_argument("--data", help="Name or folder of CIFAR-10, for the tasks that take it.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
+    parser.add_argument("--keep", type=Path, help="Folder for the trained models, one folder each.")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     options = parser.parse_args()
     if options.data is None and any(TASKS[task].data for task in options.tasks):
@@ -240,7 +246,7 @@ def main() -> None:
         missing = [(*start, options.data) for start in sorted(starts) if not started(*start).exists()]
         for future in [pool.submit(make_start, *start) for start in missing]:
             future.result()
-        pending = {pool.submit(execute, run, options.data): run for run in runs}
+        pending = {pool.submit(execute, run, options.data, options.keep): run for run in runs}
         for count, future in enumerate(concurrent.futures.as_completed(pending), 1):
             record = future.result()
             with options.out.open("a") as file:

@@ -15,10 +15,11 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from accuracy import ARMS, DEFAULT_OUT, MODELS, TASKS
+from accuracy import ARMS, DEFAULT_OUT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import t as student
+from tasks import MODELS, TASKS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -67,16 +68,25 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def difference(group: Group, base: Group) -> tuple[float, float]:
-    """Of the accuracy to that of vanilla training with the same seed, in points, with its interval."""
+    """Of the accuracy to that of other training with the same seed, in points, with its interval."""
     return interval([100 * (run["accuracy"] - base[seed]["accuracy"]) for seed, run in group.items() if seed in base])
 
 
+def shown(group: Group, base: Group | None) -> str:
+    """A difference with its interval; bold where the interval leaves out zero."""
+    if not base or group is base:
+        return "-"
+    mean, half = difference(group, base)
+    text = f"{mean:+.1f} ± {half:.1f}"
+    return f"**{text}**" if abs(mean) > half else text
+
+
 def table(groups: dict[tuple[str, str], Group]) -> list[str]:
-    base = groups.get(("vanilla", "steps"), {})
+    vanilla = groups.get(("vanilla", "steps"))
     lines = [
-        "| arm | budget | steps | arithmetic of a step | accuracy % (sd) | difference to vanilla, 95 % interval "
+        "| arm | budget | steps | arithmetic of the run | accuracy % (sd) | to vanilla | to stochastic depth "
         "| test loss | lowest accuracy % without one block | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
         for budget in ("steps", "arithmetic"):
@@ -86,17 +96,17 @@ def table(groups: dict[tuple[str, str], Group]) -> list[str]:
             runs = list(group.values())
             accuracies = [100 * run["accuracy"] for run in runs]
             spread = f"{statistics.stdev(accuracies):.1f}" if len(runs) > 1 else "-"
-            mean, half = difference(group, base)
-            # An interval that leaves out zero is bold.
-            shown = f"{mean:+.1f} ± {half:.1f}"
-            shown = "-" if arm == "vanilla" else f"**{shown}**" if abs(mean) > half else shown
+            steps = statistics.fmean(run["trained_steps"] for run in runs)
+            plain = TASKS[runs[0]["task"]].steps if runs[0]["steps"] is None else runs[0]["steps"]
+            arithmetic = statistics.fmean(run["compute_share"] * run["trained_steps"] for run in runs) / plain
             cells = (
                 NAMES[arm],
                 "-" if arm == "vanilla" else f"equal {budget}",
-                f"{statistics.fmean(run['trained_steps'] for run in runs):.0f}",
-                f"{statistics.fmean(run['compute_share'] for run in runs):.2f}",
+                f"{steps:.0f}",
+                f"{arithmetic:.2f}",
                 f"{statistics.fmean(accuracies):.1f} ({spread})",
-                shown,
+                shown(group, vanilla),
+                shown(group, groups.get(("stochastic_depth", budget))) if arm != "vanilla" else "-",
                 f"{statistics.fmean(run['test_loss'] for run in runs):.3f}",
                 f"{statistics.fmean(100 * min(run['accuracy_without_block']) for run in runs):.1f}",
                 str(len(runs)),
@@ -118,12 +128,14 @@ def search_table(path: Path) -> list[str]:
             cells[row][run["task"], run["model_type"]].append(100 * (run["accuracy"] - base["accuracy"]))
     columns = sorted({cell for row in cells.values() for cell in row}, key=order)
     lines = [
-        f"| arm | options | {' | '.join(f'{task}, {MODEL_NAMES[model]}' for task, model in columns)} |",
-        "|---|---|" + "---|" * len(columns),
+        f"| arm | options | {' | '.join(f'{task}, {MODEL_NAMES[model]}' for task, model in columns)} | mean |",
+        "|---|---|" + "---|" * (len(columns) + 1),
     ]
     for (arm, options), row in sorted(cells.items()):
-        shown = [f"{interval(row[c])[0]:+.1f} ± {interval(row[c])[1]:.1f}" if c in row else "-" for c in columns]
-        lines.append(f"| {NAMES[arm]} | {options.replace(',', ', ') or 'defaults'} | {' | '.join(shown)} |")
+        known = [interval(row[cell]) if cell in row else None for cell in columns]
+        texts = ["-" if value is None else f"{value[0]:+.1f} ± {value[1]:.1f}" for value in known]
+        mean = "-" if None in known else f"{statistics.fmean(value[0] for value in known):+.1f}"
+        lines.append(f"| {NAMES[arm]} | {options.replace(',', ', ') or 'defaults'} | {' | '.join(texts)} | {mean} |")
     return lines if cells else []
 
 

@@ -32,6 +32,8 @@ from hf_featreuse.data import ImageCollator, ImageSplit, TrainTransform, load_im
 from hf_featreuse.small_models import small_config, small_image_processor
 
 SIZE = 224
+# How long a stage is timed.
+SECONDS = 2.0
 UNIFORM = {"drop_rate": 0.5, "drop_rate_schedule": "uniform"}
 ARMS = {
     "Trainer": (Trainer, TrainingArguments, {}),
@@ -49,11 +51,11 @@ def write_images(folder: Path, count: int) -> None:
         coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def rate(stage: Callable[[], object], images: int, seconds: float = 2.0) -> float:
+def rate(stage: Callable[[], object], images: int) -> float:
     """Images a second of a stage that takes so many images at a time."""
     stage()
     started, calls = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
+    while time.perf_counter() - started < SECONDS:
         stage()
         calls += 1
     return calls * images / (time.perf_counter() - started)
