@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from speed import StepTimer, described
-from transformers import AutoModelForImageClassification, PrinterCallback, Trainer, TrainingArguments
+from speed import described, timed_arguments, timed_training
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from hf_featreuse import FeatureReuseConfig, FeatureReuseTrainer
 from hf_featreuse.data import ImageCollator, ImageSplit, TrainTransform, load_image_data
@@ -94,28 +94,19 @@ def measure_training(split: ImageSplit, collator: ImageCollator, options: argpar
             for source, (data, workers) in sources.items():
                 for name in [*ARMS][:: 1 if index % 2 == 0 else -1]:
                     trainer_class, config_class, reuse = ARMS[name]
-                    args = config_class(
-                        output_dir=folder,
-                        per_device_train_batch_size=options.batch_size,
-                        max_steps=options.steps,
-                        save_strategy="no",
-                        logging_strategy="no",
-                        report_to="none",
-                        disable_tqdm=True,
+                    args = timed_arguments(
+                        config_class,
+                        folder,
+                        options,
+                        index,
                         dataloader_num_workers=workers,
-                        dataloader_pin_memory=torch.cuda.is_available(),
                         bf16=torch.cuda.is_available(),
-                        seed=index,
                         **reuse,
                     )
                     model = AutoModelForImageClassification.from_config(config)
                     model.load_state_dict(weights)
                     trainer = trainer_class(model, args, train_dataset=data, data_collator=collator)
-                    # Workers are started, and each kind of step seen once, before a step counts.
-                    trainer.add_callback(timer := StepTimer(warm_up=1))
-                    trainer.remove_callback(PrinterCallback)
-                    trainer.train()
-                    seconds[source][name] += timer.seconds.values()
+                    seconds[source][name] += timed_training(trainer).values()
             print(f"round {index + 1} of {options.rounds}", flush=True)
     return seconds
 

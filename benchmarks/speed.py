@@ -108,6 +108,30 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def timed_arguments(config, folder: str, options: argparse.Namespace, seed: int, **more):
+    """Arguments of a round: no logging, saving or evaluation between the steps."""
+    return config(
+        output_dir=folder,
+        per_device_train_batch_size=options.batch_size,
+        max_steps=options.steps,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        dataloader_pin_memory=False,
+        **more,
+    )
+
+
+def timed_training(trainer: Trainer, warm_up: int = 1) -> dict[int, float]:
+    """Train, and give the seconds of each optimizer step after those that warm up."""
+    trainer.add_callback(timer := StepTimer(warm_up))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return timer.seconds
+
+
 def make_trainer(cls, config, model, options: argparse.Namespace, folder: str, seed: int, **reuse):
     """A trainer over fixed random images, with no logging, saving or evaluation between the steps."""
     size = options.image_size
@@ -116,19 +140,14 @@ def make_trainer(cls, config, model, options: argparse.Namespace, folder: str, s
         {"pixel_values": torch.randn(3, size, size, generator=generator), "labels": index % model.config.num_labels}
         for index in range(options.batch_size)
     ]
-    args = config(
-        output_dir=folder,
-        per_device_train_batch_size=options.batch_size,
-        max_steps=options.steps,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+    args = timed_arguments(
+        config,
+        folder,
+        options,
+        seed,
         use_cpu=options.cpu,
         bf16=options.bf16,
         torch_compile=options.torch_compile,
-        seed=seed,
-        dataloader_pin_memory=False,
         **reuse,
     )
     return cls(model, args, train_dataset=data)
@@ -222,10 +241,7 @@ def run_round(arm: Arm, options: argparse.Namespace, folder: str, seed: int) -> 
     """Train for a round; give the trainer and the seconds of each step."""
     trainer = make_trainer(arm.trainer, arm.config, arm.model, options, folder, seed, **arm.reuse)
     # Each kind of step makes a graph when it first comes.
-    trainer.add_callback(timer := StepTimer(warm_up=3 if options.torch_compile else 1))
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer, timer.seconds
+    return trainer, timed_training(trainer, warm_up=3 if options.torch_compile else 1)
 
 
 def note_kinds(trainer, times: dict[int, float], name: str, options: argparse.Namespace, seconds, bounds) -> None:
