@@ -196,7 +196,7 @@ def batch(model: PreTrainedModel) -> dict:
 
 
 def report(model: PreTrainedModel) -> ModelReport:
-    return inspect_model(model, inputs=batch(model), drop_rate=0.5, drop_rate_schedule="uniform")
+    return inspect_model(model, inputs=batch(model), drop_rate=0.5, drop_rate_schedule="uniform", train_trunk=False)
 
 
 def row(model_type: str, model_class: str) -> Row:

@@ -85,7 +85,7 @@ def train(arm: str, data: dict[str, Any], options: argparse.Namespace) -> tuple[
     torch.manual_seed(options.seed)
     model = AutoModelForImageClassification.from_config(data["config"])
     method = dict(zip(("stochastic_depth_steps", "masked_freeze_steps"), ARMS[arm], strict=True))
-    method |= {"drop_rate": options.drop_rate, "drop_rate_schedule": options.drop_rate_schedule, "train_trunk": True}
+    method |= {"drop_rate": options.drop_rate, "drop_rate_schedule": options.drop_rate_schedule}
     cost = inspect_model(model, **method).costs["mean"]
     with tempfile.TemporaryDirectory() as folder:
         args = FeatureReuseConfig(

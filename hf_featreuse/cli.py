@@ -17,6 +17,7 @@ from typing import get_args
 
 import huggingface_hub.utils
 import transformers
+from transformers.hf_argparser import string_to_bool
 
 from hf_featreuse.analysis import command as analysis_command
 from hf_featreuse.errors import FeatureReuseError
@@ -129,8 +130,12 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--train_trunk",
-        action="store_true",
-        help="in masked-freeze steps, train everything outside the blocks as well",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=True,
+        metavar="BOOL",
+        help="in masked-freeze steps, train everything outside the blocks as well (default: true)",
     )
     parser.add_argument(
         "--target_blocks",

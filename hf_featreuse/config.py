@@ -69,8 +69,10 @@ class FeatureReuseArguments:
         },
     )
     train_trunk: bool = field(
-        default=False,
-        metadata={"help": "In masked-freeze steps, train everything outside the residual blocks as well."},
+        default=True,
+        metadata={
+            "help": "In masked-freeze steps, train everything outside the residual blocks (stem, norms, head) as well."
+        },
     )
     frozen_batch_norm: str = field(
         default="batch",
@@ -197,7 +199,8 @@ class FeatureReuseConfig(FeatureReuseArguments, TrainingArguments):
             residual block.
         scale_kept (`bool`, defaults to `False`): in stochastic-depth steps, divide the residual increment of each
             kept block by its survival probability. Refused for blocks with an activation after the addition.
-        train_trunk (`bool`, defaults to `False`): in masked-freeze steps, train everything outside the blocks too.
+        train_trunk (`bool`, defaults to `True`): in masked-freeze steps, train everything outside the blocks (stem,
+            norms, head) too.
         frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
             layers normalise in masked-freeze steps; their running statistics rest either way.
         allow_inexact_skip (`bool`, defaults to `False`): drop blocks too whose shortcut is no identity to the bit,

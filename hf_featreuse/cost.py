@@ -144,7 +144,7 @@ def measure_step_costs(
     blocks: Sequence[ResidualBlock],
     inputs: Mapping[str, Any] | torch.Tensor | None = None,
     *,
-    train_trunk: bool = False,
+    train_trunk: bool = True,
 ) -> StepCosts:
     """Count the arithmetic of a forward and backward of a small batch, block by block.
 
@@ -156,7 +156,7 @@ def measure_step_costs(
         blocks (`list[ResidualBlock]`): its blocks in forward order.
         inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch without labels; by default a
             batch of one is made from `model.config`.
-        train_trunk (`bool`, defaults to `False`): whether the trunk trains in masked-freeze steps.
+        train_trunk (`bool`, defaults to `True`): whether the trunk trains in masked-freeze steps.
 
     Raises:
         BlockError: no batch can be made, or the model returns no output to run backward from.
@@ -167,8 +167,8 @@ def measure_step_costs(
         >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
         >>> model = ViTForImageClassification(config)
         >>> costs = measure_step_costs(model, find_residual_blocks(model))
-        >>> 0 < costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (0, 1))) < costs.share(
-        ...     StepPlan(StepKind.MASKED_FREEZE, (0, 1))) < 1
+        >>> 0 < costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (1,))) < costs.share(
+        ...     StepPlan(StepKind.MASKED_FREEZE, (1,))) < 1
         True
     """
     args, kwargs = model_inputs(model, inputs)

@@ -28,7 +28,7 @@ class FeatureReuse:
         schedule (`FeatureReuseSchedule`): for L blocks.
         scale_kept (`bool`, defaults to `False`): in stochastic-depth steps, divide the residual increment of each kept
             block by its survival probability.
-        train_trunk (`bool`, defaults to `False`): in masked-freeze steps, let the trunk train as well.
+        train_trunk (`bool`, defaults to `True`): in masked-freeze steps, let the trunk train as well.
         frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
             layers normalise in masked-freeze steps; their running statistics rest either way.
         allow_inexact_skip (`bool`, defaults to `False`): take blocks too whose shortcut is no identity to the bit.
@@ -68,7 +68,7 @@ class FeatureReuse:
         schedule: FeatureReuseSchedule,
         *,
         scale_kept: bool = False,
-        train_trunk: bool = False,
+        train_trunk: bool = True,
         frozen_batch_norm: FrozenBatchNorm = "batch",
         allow_inexact_skip: bool = False,
     ) -> None:

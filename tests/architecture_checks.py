@@ -141,7 +141,7 @@ def check_costs_are_those_of_the_flop_counter(case: Architecture, rel: float = 0
     """The shares are those of counting each kind of step; `rel` is for masked freeze."""
     model = case.build()
     blocks = find_residual_blocks(model, case.batch(1))
-    costs = measure_step_costs(model, blocks, case.batch(1))
+    costs = measure_step_costs(model, blocks, case.batch(1), train_trunk=False)
     model.eval()
     assert costs.vanilla == counted(case, model, contextlib.nullcontext())
     for dropped in ((0,), tuple(range(len(blocks) // 2, len(blocks)))):

@@ -21,7 +21,8 @@ from variants import VariantConfig, VariantTrainer, mean_share  # noqa: E402
 
 
 def options(folder, **changed) -> VariantConfig:
-    settings = {"drop_rate": 0.5, "drop_rate_schedule": "uniform", "max_steps": 4, "seed": 3, **changed}
+    settings = {"drop_rate": 0.5, "drop_rate_schedule": "uniform", "train_trunk": False, "max_steps": 4, "seed": 3}
+    settings |= changed
     return VariantConfig(
         str(folder),
         per_device_train_batch_size=4,

@@ -43,14 +43,14 @@ def test_table(tiny, capsys):
 
 def test_options_reach_the_report(tiny, capsys):
     options = "--drop_rate 0.2 --drop_rate_schedule uniform --stochastic_depth_steps 2 --masked_freeze_steps 3"
-    assert main(["inspect", tiny, *options.split(), "--train_trunk", "--json"]) == 0
+    assert main(["inspect", tiny, *options.split(), "--train_trunk", "false", "--json"]) == 0
     expected = inspect_model(
         tiny,
         drop_rate=0.2,
         drop_rate_schedule="uniform",
         stochastic_depth_steps=2,
         masked_freeze_steps=3,
-        train_trunk=True,
+        train_trunk=False,
     )
     assert json.loads(capsys.readouterr().out) == expected.to_dict()
 

@@ -74,7 +74,7 @@ def test_every_block_of_a_stage_or_of_all_may_be_dropped(kind, dropped, checkpoi
     called: set[str] = set()
     for name in layers(model):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
-    reuse = FeatureReuse(model, blocks, Fixed(len(blocks), kind, tuple(chosen)))
+    reuse = FeatureReuse(model, blocks, Fixed(len(blocks), kind, tuple(chosen)), train_trunk=False)
     with reuse.step(0):
         loss = model(IMAGES, labels=LABELS).loss
         loss.backward()

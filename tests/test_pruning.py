@@ -460,5 +460,5 @@ def test_a_failed_save_leaves_nothing(tmp_path):
     # Says one thing, holds another: what is written cannot load as this model.
     pruned.config.num_hidden_layers = 4
     with pytest.raises(CheckpointError, match="does not load as the same model"):
-        saving.saving.save_whole(pruned, None, tmp_path / "out")
+        saving.save_whole(pruned, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

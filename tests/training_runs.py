@@ -29,8 +29,12 @@ def options(folder: Path, **changed: Any) -> dict[str, Any]:
 
 
 def config(folder: Path, **changed: Any) -> FeatureReuseConfig:
-    """The same with feature reuse; with seed 5 and two or more blocks all kinds of step come early."""
-    return FeatureReuseConfig(**options(folder, **{"drop_rate_schedule": "uniform", "reuse_seed": 5, **changed}))
+    """The same with feature reuse; with seed 5 and two or more blocks all kinds of step come early.
+
+    The trunk rests in masked-freeze steps, so that more is held still than by default.
+    """
+    fixed = {"drop_rate_schedule": "uniform", "reuse_seed": 5, "train_trunk": False}
+    return FeatureReuseConfig(**options(folder, **{**fixed, **changed}))
 
 
 def with_dropout(model: nn.Module, rate: float = 0.2) -> nn.Module:
