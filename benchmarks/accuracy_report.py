@@ -15,7 +15,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from accuracy import ARMS, DEFAULT_OUT
+from accuracy import ARMS, BUDGETS, DEFAULT_OUT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import t as student
@@ -32,6 +32,7 @@ NAMES = {
     "feature_reuse": "feature reuse",
     "feature_reuse_sample": "feature reuse, per sample",
 }
+BUDGET_NAMES = {"steps": "equal steps", "arithmetic": "equal arithmetic", "arithmetic-65": "65 % of the arithmetic"}
 MODEL_NAMES = {"vit": "ViT", "convnext": "ConvNeXt", "resnet": "ResNet"}
 COLOURS = {
     "vanilla": "#666666",
@@ -89,7 +90,7 @@ def table(groups: dict[tuple[str, str], Group]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
-        for budget in ("steps", "arithmetic"):
+        for budget in BUDGETS:
             group = groups.get((arm, budget))
             if not group:
                 continue
@@ -101,7 +102,7 @@ def table(groups: dict[tuple[str, str], Group]) -> list[str]:
             arithmetic = statistics.fmean(run["compute_share"] * run["trained_steps"] for run in runs) / plain
             cells = (
                 NAMES[arm],
-                "-" if arm == "vanilla" else f"equal {budget}",
+                "-" if arm == "vanilla" else BUDGET_NAMES[budget],
                 f"{steps:.0f}",
                 f"{arithmetic:.2f}",
                 f"{statistics.fmean(accuracies):.1f} ({spread})",
