@@ -1,6 +1,7 @@
 """Two gloo processes that run scenarios for the tests, and what watches them."""
 
 import datetime
+import faulthandler
 import os
 import socket
 import sys
@@ -59,13 +60,13 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def run_on_ranks(scenarios: dict[str, Scenario], folder: Path, timeout: float = 240) -> dict[str, list[Any]]:
+def run_on_ranks(scenarios: dict[str, Scenario], folder: Path, timeout: float = 300) -> dict[str, list[Any]]:
     """Run all scenarios on two processes, one after the other; results by name, then rank.
 
     A scenario that raises gives its exception's class and message.
     """
     context = multiprocessing.start_processes(
-        _work, args=(scenarios, folder, free_port()), nprocs=RANKS, join=False, start_method="spawn"
+        _work, args=(scenarios, folder, free_port(), timeout), nprocs=RANKS, join=False, start_method="spawn"
     )
     assert context is not None
     deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
@@ -78,7 +79,7 @@ def run_on_ranks(scenarios: dict[str, Scenario], folder: Path, timeout: float = 
     return {name: [results[name] for results in by_rank] for name in scenarios}
 
 
-def _work(rank: int, scenarios: dict[str, Scenario], folder: Path, port: int) -> None:
+def _work(rank: int, scenarios: dict[str, Scenario], folder: Path, port: int, timeout: float) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -89,8 +90,9 @@ def _work(rank: int, scenarios: dict[str, Scenario], folder: Path, port: int) ->
     )
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(folder / f"log_{rank}.txt", "w", buffering=1)
+    faulthandler.dump_traceback_later(timeout * 0.9, exit=True)
     # A rank that waits in vain raises.
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=120))
     results: dict[str, Any] = {}
     for name, scenario in scenarios.items():
         print(f"--- {name}")
