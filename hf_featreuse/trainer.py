@@ -200,21 +200,24 @@ class FeatureReuseTrainer(ExactTrainer):
         # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
         if (alone := find_lone_launch(os.environ, self.accelerator.num_processes)) is not None:
             logger.warning_once(alone)
+        together = self.accelerator.num_processes > 1
         try:
             self._bind(max_steps)
         except Exception as error:
-            tell_ranks_of_failure(error)
+            if together:
+                tell_ranks_of_failure(error)
             raise
         assert self.feature_reuse is not None
-        check_ranks_agree(self.feature_reuse)
+        if together:
+            check_ranks_agree(self.feature_reuse)
         prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
         wrapped = self.model_wrapped
-        if self.feature_reuse.blocks and isinstance(wrapped, DistributedDataParallel):
-            if not reduce_active_gradients(wrapped, self.feature_reuse):
-                logger.warning_once(
-                    "DistributedDataParallel has a communication hook already, which stays: all gradients travel, "
-                    "not those of the active blocks alone. Leave `comm_hook` unset for that."
-                )
+        is_ddp = self.feature_reuse.blocks and isinstance(wrapped, DistributedDataParallel)
+        if is_ddp and not reduce_active_gradients(wrapped, self.feature_reuse):
+            logger.warning_once(
+                "DistributedDataParallel has a communication hook already, which stays: all gradients travel, "
+                "not those of the active blocks alone. Leave `comm_hook` unset for that."
+            )
         return prepared
 
     def _bind(self, max_steps: int) -> None:

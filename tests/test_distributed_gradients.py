@@ -218,7 +218,7 @@ def refusals(folder: Path) -> dict[str, Any]:
 def frozen_when_wrapped() -> None:
     model = build("vit")
     model.vit.layers[0].requires_grad_(False)
-    ddp_model, _ = prepare(model)
+    ddp_model = DistributedDataParallel(model, find_unused_parameters=True)
     model.vit.layers[0].requires_grad_(True)
     blocks = find_residual_blocks(model)
     reduce_active_gradients(ddp_model, FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks))))
@@ -270,7 +270,8 @@ def test_a_step_of_twelve_layers_sends_at_most_six_tenths(results: dict[str, lis
     run = results["twelve_layers"][0]
     share = run["ours"] / run["plain"]
     print(f"bytes a step: plain DDP {run['plain'] / 20:.0f}, feature reuse {run['ours'] / 20:.0f}, share {share:.3f}")
-    assert run["plain"] == 20 * 4 * run["parameters"]
+    # Besides gradients plain DDP sends, once, the order of its buckets.
+    assert 0 <= run["plain"] - 20 * 4 * run["parameters"] < 1000
     assert share <= 0.6
 
 
