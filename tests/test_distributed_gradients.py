@@ -127,7 +127,7 @@ def both_ways(folder: Path, make: Callable[[], nn.Module], **options: Any) -> di
 
 LOOPS: dict[str, Callable[[Path], Any]] = {
     "vit": partial(both_ways, make=partial(build, "vit")),
-    # Buckets of a few kB: wholly at rest, wholly active, one active slice, several.
+    # Buckets of a few kB: wholly at rest, wholly active, or with one active slice. One bucket for all has several.
     "vit_small_buckets": partial(both_ways, make=partial(build, "vit"), bucket_cap_mb=0.01),
     "vit_one_bucket_a_weight": partial(both_ways, make=partial(build, "vit"), bucket_cap_mb=1e-6),
     "vit_bucket_views": partial(both_ways, make=partial(build, "vit"), gradient_as_bucket_view=True),
