@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     DynamoBackend,
     TorchDynamoPlugin,
     find_batch_size,
@@ -193,8 +192,8 @@ class FeatureReuseTrainer(ExactTrainer):
 
     @property
     def _wraps_in_ddp(self) -> bool:
-        kinds = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        return self.accelerator.num_processes > 1 and self.accelerator.distributed_type in kinds
+        # MULTI_CPU, MULTI_GPU and their like; FSDP, DeepSpeed and others go by other names.
+        return self.accelerator.distributed_type.value.startswith("MULTI_")
 
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
@@ -212,12 +211,13 @@ class FeatureReuseTrainer(ExactTrainer):
             check_ranks_agree(self.feature_reuse)
         prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
         wrapped = self.model_wrapped
-        is_ddp = self.feature_reuse.blocks and isinstance(wrapped, DistributedDataParallel)
-        if is_ddp and not reduce_active_gradients(wrapped, self.feature_reuse):
-            logger.warning_once(
-                "DistributedDataParallel has a communication hook already, which stays: all gradients travel, "
-                "not those of the active blocks alone. Leave `comm_hook` unset for that."
-            )
+        if self.feature_reuse.blocks and isinstance(wrapped, DistributedDataParallel):
+            only_active = reduce_active_gradients(wrapped, self.feature_reuse)
+            if not only_active:
+                logger.warning_once(
+                    "DistributedDataParallel has a communication hook already, which stays: all gradients travel, "
+                    "not those of the active blocks alone. Leave `comm_hook` unset for that."
+                )
         return prepared
 
     def _bind(self, max_steps: int) -> None:

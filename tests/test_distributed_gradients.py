@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from distributed_runs import GroupCounter, rank, run_on_ranks, world
@@ -212,6 +213,12 @@ def refusals(folder: Path) -> dict[str, Any]:
     ddp_model, reuse = prepare(build("vit"))
     ddp_model.register_comm_hook(None, fp16_compress_hook)
     found["other_hook"] = outcome(partial(reduce_active_gradients, ddp_model, reuse))
+    ddp_model, reuse = prepare(build("vit"))
+    ddp_model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    found["builtin_hook"] = outcome(partial(reduce_active_gradients, ddp_model, reuse))
+    ddp_model, reuse = prepare(build("vit"))
+    reuse.schedule = FeatureReuseSchedule(len(reuse.blocks), 0.5, "uniform", seed=rank())
+    found["other_seed"] = outcome(partial(reduce_active_gradients, ddp_model, reuse))
     return found
 
 
@@ -293,6 +300,7 @@ def test_a_loop_of_accelerate_gives_what_one_process_gives(results: dict[str, li
         ("other_model", "BlockError", "wraps another ViTForImageClassification"),
         ("frozen_when_wrapped", "BlockError", "[0-9]+ parameters require gradients, but [0-9]+ did when DDP wrapped"),
         ("inside_a_step", "StepError", "called inside a step"),
+        ("other_seed", "ConfigurationError", "The ranks do not agree .*seed: 0 on rank 0, 1 on rank 1"),
         ("penalty", "StepError", "rests in this step but got a gradient"),
     ],
 )
@@ -304,4 +312,5 @@ def test_what_cannot_be_exact_is_refused(name: str, error: str, message: str, re
 
 
 def test_another_communication_hook_stays(results: dict[str, list[Any]]) -> None:
-    assert [run["other_hook"] for run in results["refusals"]] == [False, False]
+    for name in ("other_hook", "builtin_hook"):
+        assert [run[name] for run in results["refusals"]] == [False, False]

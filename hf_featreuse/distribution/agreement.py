@@ -17,19 +17,28 @@ from hf_featreuse.errors import ConfigurationError
 _FAILURE = "failure"
 
 
-def check_ranks_agree(reuse: FeatureReuse) -> None:
+def check_ranks_agree(reuse: FeatureReuse, group: dist.ProcessGroup | None = None) -> None:
     """Compare blocks, schedule and seed over all ranks; every rank calls this, and all raise the same error.
 
     One exchange of a few hundred bytes; nothing at all in a single process.
 
     Args:
         reuse (`FeatureReuse`): of this rank.
+        group (`torch.distributed.ProcessGroup`, *optional*): ranks that train together; by default all.
 
     Raises:
         ConfigurationError: on every rank, naming what differs.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import FeatureReuse, FeatureReuseSchedule, find_residual_blocks
+        >>> from hf_featreuse.distribution import check_ranks_agree
+        >>> model = ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2))
+        >>> blocks = find_residual_blocks(model)
+        >>> check_ranks_agree(FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks))))
     """
-    if _world_size() > 1:
-        _compare(_settings(reuse))
+    if _world_size(group) > 1:
+        _compare(_settings(reuse), group)
 
 
 def tell_ranks_of_failure(error: Exception) -> None:
@@ -38,14 +47,14 @@ def tell_ranks_of_failure(error: Exception) -> None:
         _exchange({_FAILURE: f"{type(error).__name__}: {error}"})
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _world_size(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def _exchange(settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _exchange(settings: dict[str, Any], group: dist.ProcessGroup | None = None) -> list[dict[str, Any]]:
     """The settings of all ranks."""
-    gathered: list[Any] = [None] * _world_size()
-    dist.all_gather_object(gathered, settings)
+    gathered: list[Any] = [None] * _world_size(group)
+    dist.all_gather_object(gathered, settings, group=group)
     return gathered
 
 
@@ -69,9 +78,9 @@ def _settings(reuse: FeatureReuse) -> dict[str, Any]:
     }
 
 
-def _compare(settings: dict[str, Any]) -> None:
+def _compare(settings: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     """Raise `ConfigurationError` if the ranks differ or one of them failed."""
-    ranks = _exchange(settings)
+    ranks = _exchange(settings, group)
     failed = [f"rank {rank} ({found[_FAILURE]})" for rank, found in enumerate(ranks) if _FAILURE in found]
     if failed:
         raise ConfigurationError(

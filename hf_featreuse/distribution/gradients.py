@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_featreuse.distribution.agreement import check_ranks_agree
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.schedule import StepPlan
@@ -25,7 +26,8 @@ def reduce_active_gradients(ddp_model: DistributedDataParallel, reuse: FeatureRe
     """Let the ranks exchange, in each step of feature reuse, the gradients of its active parameters alone.
 
     Gradients are those of plain DDP, to the bit. [`FeatureReuseTrainer`] calls this itself; in a loop of your own call
-    it once, after wrapping and before the first backward. Called again, it follows the `reuse` passed last.
+    it once on every rank, after wrapping and before the first backward. Called again, it follows the `reuse` passed
+    last.
 
     Args:
         ddp_model (`DistributedDataParallel`): wraps `reuse.model`, with `find_unused_parameters=True`.
@@ -36,7 +38,8 @@ def reduce_active_gradients(ddp_model: DistributedDataParallel, reuse: FeatureRe
         and all gradients travel through it.
 
     Raises:
-        ConfigurationError: `ddp_model` is no DDP, has a static graph or does not look for unused parameters.
+        ConfigurationError: `ddp_model` is no DDP, has a static graph or does not look for unused parameters; or the
+            ranks have other blocks, schedules or options, which all of them raise.
         BlockError: it wraps another model, or parameters of it were frozen when it was wrapped.
         StepError: a step is open; in a backward, a parameter that rests got a gradient nevertheless.
 
@@ -64,14 +67,15 @@ def reduce_active_gradients(ddp_model: DistributedDataParallel, reuse: FeatureRe
         >>> torch.distributed.destroy_process_group()
     """
     _check(ddp_model, reuse)
+    group = ddp_model.process_group
+    assert group is not None
+    check_ranks_agree(reuse, group)
     for _, state in ddp_model._comm_hooks:
         if isinstance(state, _ActiveGradients):
             state.follow(reuse)
             return True
-    if ddp_model._comm_hooks:
+    if ddp_model._get_ddp_logging_data().get("comm_hook"):
         return False
-    group = ddp_model.process_group
-    assert group is not None
     ddp_model.register_comm_hook(_ActiveGradients(reuse, group), _reduce_active_slices)
     return True
 
@@ -82,6 +86,10 @@ def check_ddp_options(*, static_graph: bool | None, find_unused_parameters: bool
     Args:
         static_graph (`bool`, *optional*): DDP's option; `None` where it is left unset.
         find_unused_parameters (`bool`, *optional*): the same.
+
+    Example:
+        >>> from hf_featreuse.distribution import check_ddp_options
+        >>> check_ddp_options(static_graph=False, find_unused_parameters=True)
     """
     if static_graph:
         raise ConfigurationError(
