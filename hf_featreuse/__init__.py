@@ -4,6 +4,7 @@ from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_b
 from hf_featreuse.compiling import compile_blocks
 from hf_featreuse.config import FeatureReuseArguments, FeatureReuseConfig
 from hf_featreuse.cost import BlockCost, StepCosts, measure_step_costs
+from hf_featreuse.distribution import reduce_active_gradients
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.errors import (
     BadImageError,
@@ -51,6 +52,7 @@ __all__ = [
     "measure_step_costs",
     "prune_blocks",
     "rank_removals",
+    "reduce_active_gradients",
     "skip_blocks",
     "train_only",
     "trainable_blocks",

@@ -95,6 +95,7 @@ class FeatureReuse:
         self._parameters = [list(own_parameters(part)) for part in parts]
         self._norms = [norm_layers(part) for part in parts]
         self._all_norms = [norm for norms in self._norms for norm in norms]
+        self._trainable = {id(p) for part in self._parameters for p in part if p.requires_grad}
         self._trunk_trains = any(parameter.requires_grad for parameter in self._parameters[-1])
 
     def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
@@ -177,13 +178,33 @@ class FeatureReuse:
             allow_inexact=self.allow_inexact_skip,
         )
 
+    def active_parameters(self, plan: StepPlan) -> list[nn.Parameter]:
+        """Give the parameters that a step may move: those of the parts that are computed and train.
+
+        Known before the forward, and the same on every rank that has the same plan. Where every sample has its own
+        set, a block may train on any sample, so all blocks are active.
+
+        Args:
+            plan (`StepPlan`): of the step, as [`step`] yields it.
+        """
+        active = {id(p): p for index in self._active_parts(plan) for p in self._parameters[index]}
+        return [parameter for parameter in active.values() if id(parameter) in self._trainable]
+
+    def _active_parts(self, plan: StepPlan) -> set[int]:
+        """Indices of the blocks, and of the trunk after them, that are computed and train in a step."""
+        trunk = len(self.blocks)
+        if plan.sample_masks is not None or plan.kind is StepKind.VANILLA:
+            blocks = set(range(trunk))
+        else:
+            dropped = set(plan.dropped)
+            blocks = dropped if plan.kind is StepKind.MASKED_FREEZE else set(range(trunk)) - dropped
+        return blocks | ({trunk} if plan.kind is not StepKind.MASKED_FREEZE or self.train_trunk else set())
+
     def _frozen(self, plan: StepPlan) -> tuple[list[nn.Parameter], list]:
         """Parameters and normalisation layers that rest in a masked-freeze step."""
-        trunk = len(self.blocks)
         # Where every sample has its own set, any block may train, and is frozen sample by sample.
-        training = set(plan.dropped) if plan.sample_masks is None else set(range(trunk))
-        training |= {trunk} if self.train_trunk else set()
-        resting = [index for index in range(trunk + 1) if index not in training]
+        training = self._active_parts(plan)
+        resting = [index for index in range(len(self.blocks) + 1) if index not in training]
         # A parameter shared with a part that trains, trains.
         active = {id(p) for index in training for p in self._parameters[index]}
         parameters = [p for i in resting for p in self._parameters[i] if p.requires_grad and id(p) not in active]

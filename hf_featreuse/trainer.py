@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, find_batch_size
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    TorchDynamoPlugin,
+    find_batch_size,
+)
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
@@ -15,6 +22,13 @@ from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.compiling import compile_blocks
 from hf_featreuse.config import FeatureReuseArguments
 from hf_featreuse.cost import StepCosts, measure_step_costs
+from hf_featreuse.distribution import (
+    check_ddp_options,
+    check_ranks_agree,
+    find_lone_launch,
+    reduce_active_gradients,
+    tell_ranks_of_failure,
+)
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.exact_trainer import ExactTrainer
@@ -162,12 +176,49 @@ class FeatureReuseTrainer(ExactTrainer):
         self._dynamo_plugin = plugin if self.reuse_args.alternates and plugin.backend != DynamoBackend.NO else None
         if self._dynamo_plugin is not None:
             arguments["dynamo_plugin"] = TorchDynamoPlugin(backend=DynamoBackend.NO)
+        if self.reuse_args.alternates and self.args.ddp_find_unused_parameters is None:
+            # With activation checkpointing Trainer leaves the search out; it is needed, and goes with the kind of
+            # checkpointing that feature reuse allows.
+            for handler in arguments["kwargs_handlers"]:
+                if isinstance(handler, DistributedDataParallelKwargs):
+                    handler.find_unused_parameters = True
         return arguments
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        options = self.accelerator.ddp_handler
+        if self.reuse_args.alternates and self._wraps_in_ddp and options is not None:
+            check_ddp_options(static_graph=options.static_graph, find_unused_parameters=options.find_unused_parameters)
+
+    @property
+    def _wraps_in_ddp(self) -> bool:
+        # MULTI_CPU, MULTI_GPU and their like; FSDP, DeepSpeed and others go by other names.
+        return self.accelerator.distributed_type.value.startswith("MULTI_")
 
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
-        self._bind(max_steps)
-        return super()._prepare_for_training(max_steps, *args, **kwargs)
+        if (alone := find_lone_launch(os.environ, self.accelerator.num_processes)) is not None:
+            logger.warning_once(alone)
+        together = self.accelerator.num_processes > 1
+        try:
+            self._bind(max_steps)
+        except Exception as error:
+            if together:
+                tell_ranks_of_failure(error)
+            raise
+        assert self.feature_reuse is not None
+        if together:
+            check_ranks_agree(self.feature_reuse)
+        prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        wrapped = self.model_wrapped
+        if self.feature_reuse.blocks and isinstance(wrapped, DistributedDataParallel):
+            only_active = reduce_active_gradients(wrapped, self.feature_reuse)
+            if not only_active:
+                logger.warning_once(
+                    "DistributedDataParallel has a communication hook already, which stays: all gradients travel, "
+                    "not those of the active blocks alone. Leave `comm_hook` unset for that."
+                )
+        return prepared
 
     def _bind(self, max_steps: int) -> None:
         """Bind blocks, schedule and costs to the model that trains now."""
