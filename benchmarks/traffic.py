@@ -77,7 +77,7 @@ def count(make: Callable[[], nn.Module], options: argparse.Namespace, *, reused:
     images = torch.randn(1, 3, 32, 32)
     blocks = find_residual_blocks(model, {"pixel_values": images})
     schedule = FeatureReuseSchedule(len(blocks), options.drop_rate, options.drop_rate_schedule, seed=options.seed)
-    reuse = FeatureReuse(model, blocks, schedule, train_trunk=options.train_trunk)
+    reuse = FeatureReuse(model, blocks, schedule, train_trunk=not options.freeze_trunk)
     ddp_model = DistributedDataParallel(model, find_unused_parameters=reused)
     if reused:
         reduce_active_gradients(ddp_model, reuse)
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps to average over")
     parser.add_argument("--drop_rate", type=float, default=0.5)
     parser.add_argument("--drop_rate_schedule", default="uniform", choices=("uniform", "linear"))
-    parser.add_argument("--train_trunk", action="store_true", help="let the trunk train in masked-freeze steps too")
+    parser.add_argument("--freeze_trunk", action="store_true", help="as train_trunk=False")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -75,7 +75,7 @@ def small_net(net: type[nn.Module] = SharedNet) -> nn.Module:
 def prepare(model: nn.Module, **ddp: Any) -> tuple[DistributedDataParallel, FeatureReuse]:
     blocks = find_residual_blocks(model, batch(2))
     schedule = FeatureReuseSchedule(len(blocks), 0.5, "uniform", seed=5)
-    reuse = FeatureReuse(model, blocks, schedule)
+    reuse = FeatureReuse(model, blocks, schedule, train_trunk=False)
     return DistributedDataParallel(model, **{"find_unused_parameters": True, **ddp}), reuse
 
 
