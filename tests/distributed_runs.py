@@ -60,7 +60,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def run_on_ranks(scenarios: dict[str, Scenario], folder: Path, timeout: float = 300) -> dict[str, list[Any]]:
+def run_on_ranks(scenarios: dict[str, Scenario], folder: Path, timeout: float = 600) -> dict[str, list[Any]]:
     """Run all scenarios on two processes, one after the other; results by name, then rank.
 
     A scenario that raises gives its exception's class and message.
