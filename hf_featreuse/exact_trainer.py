@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 from transformers.utils import logging
 
 from hf_featreuse.checkpoints import checkpoint_fault, load_exactly, resolve_checkpoint
-from hf_featreuse.errors import CheckpointError
+from hf_featreuse.errors import CheckpointError, FeatureReuseError
 from hf_featreuse.faults import check_finite, check_writable, describe_last_whole, open_checkpoint
 from hf_featreuse.resume_state import RESUME_STATE_NAME, read_resume_state, write_resume_state
 
@@ -49,8 +49,10 @@ class ExactTrainer(Trainer):
             check_writable(folder)
         try:
             return super().train(checkpoint, *args, **kwargs)
-        except KeyboardInterrupt:
-            logger.warning(f"Interrupted after {self.state.global_step} steps. {describe_last_whole(folder)}")
+        except (KeyboardInterrupt, OSError, RuntimeError) as error:
+            if not isinstance(error, FeatureReuseError):  # Those say it themselves.
+                cause = f"{type(error).__name__} stopped training after {self.state.global_step} optimizer steps."
+                logger.warning(f"{cause} {describe_last_whole(folder)}")
             raise
 
     def _resume_state(self) -> dict[str, Any]:
@@ -79,8 +81,7 @@ class ExactTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step, run_folder = self.state.global_step, self._get_output_dir(trial)
         folder = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        if not self._shards and self.model is not None:
-            check_finite(self.model, step, run_folder)
+        self._check_finite()
         try:
             if self.args.should_save:
                 open_checkpoint(folder)
@@ -153,6 +154,7 @@ class ExactTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
         self._take_up(trial, int(self.state.epoch or 0) - 1, None, start_time)
+        self._check_finite()
         self._finalizing = True
         try:
             output = super()._finalize_training(trial, num_train_samples, start_time)
@@ -165,6 +167,11 @@ class ExactTrainer(Trainer):
         if self._finalizing and self._sums_are_whole and "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
+
+    def _check_finite(self) -> None:
+        """Raise `StepError` if a weight is NaN or infinite."""
+        if not self._shards and self.model is not None:
+            check_finite(self.model, self.state.global_step, str(self.args.output_dir))
 
     @property
     def _shards(self) -> bool:

@@ -19,7 +19,6 @@ from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.exact_trainer import ExactTrainer
-from hf_featreuse.faults import check_finite
 from hf_featreuse.model_card import write_model_card
 from hf_featreuse.probing import own_drop_path_rate, takes_dummy_inputs, undisturbed
 from hf_featreuse.refusals import check_engine, check_optimizer
@@ -129,8 +128,8 @@ class FeatureReuseTrainer(ExactTrainer):
         """Add what the steps since the last log did, then log as Trainer does."""
         if "loss" in logs and self._step_log is not None:
             logs.update(self._step_log.drain(self._mean_over_ranks))
-            if self._step_log.not_finite and not self._shards and self.model is not None:
-                check_finite(self.model, self.state.global_step, self._get_output_dir(None))
+            if self._step_log.not_finite:
+                self._check_finite()
         super().log(logs, start_time)
 
     def _resume_state(self) -> dict[str, Any]:
