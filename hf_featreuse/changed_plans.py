@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_featreuse.errors import ConfigurationError
@@ -67,6 +67,8 @@ class PlanSource:
         """The first of the steps 0..steps-1 that the two plan differently, or `None`."""
         if not self.changes(other, with_options=False):
             return None
+        # A sample's set follows from its position, not from how many there are.
+        other = replace(other, samples=self.samples)
         return next((step for step in range(steps) if self.plan(step) != other.plan(step)), None)
 
     def changes(self, now: PlanSource, *, with_options: bool = True) -> dict[str, tuple[Any, Any]]:
@@ -79,14 +81,13 @@ class PlanSource:
         return {**named, **(self.options if with_options else {})}
 
 
-def check_plans(saved: PlanSource, now: PlanSource, steps: int, checkpoint: str) -> str | None:
+def check_plans(saved: PlanSource, now: PlanSource, steps: int) -> str | None:
     """Say what changed since a checkpoint; `None` where nothing did.
 
     Args:
         saved (`PlanSource`): of the run that wrote the checkpoint.
         now (`PlanSource`): of the run that resumes it.
         steps (`int`): optimizer steps taken until the checkpoint.
-        checkpoint (`str`): its folder, for the messages.
 
     Raises:
         ConfigurationError: one of the steps taken would have had another plan.
@@ -99,15 +100,15 @@ def check_plans(saved: PlanSource, now: PlanSource, steps: int, checkpoint: str)
     step = saved.first_difference(now, steps)
     if step is not None:
         raise ConfigurationError(
-            f"The settings passed plan step {step} as {_describe(now.plan(step))}, but {checkpoint} was written after "
-            f"{steps} steps of which step {step} was {_describe(saved.plan(step))}. Saved: {before}. Passed: {after}. "
-            "Pass the saved settings to go on, or settings that differ only from step "
+            f"The settings passed plan step {step} as {_describe(now.plan(step))}, but the checkpoint was written "
+            f"after {steps} steps of which step {step} was {_describe(saved.plan(step))}. Saved: {before}. Passed: "
+            f"{after}. Pass the saved settings to go on, or settings that differ only from step "
             f"{steps} on; to train anew from these weights, load them with `from_pretrained` and leave "
             "`resume_from_checkpoint` out."
         )
     return (
-        f"Settings changed since {checkpoint}, and the plans of its {steps} steps are the same: from here on {after} "
-        f"(before: {before})."
+        f"Settings changed since the checkpoint, and the plans of its {steps} steps are the same: from here on "
+        f"{after} (before: {before})."
     )
 
 

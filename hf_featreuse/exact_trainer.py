@@ -96,18 +96,20 @@ class ExactTrainer(Trainer):
                 "`output_dir` elsewhere first; `save_total_limit` keeps fewer checkpoints."
             ) from error
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        values = dict(zip(("max_steps", "updates", "epochs", "resume_from_checkpoint", "trial"), args, strict=False))
-        folder = {**values, **kwargs}["resume_from_checkpoint"]
-        begun = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(
+        self, max_steps: int, updates_an_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        begun = super()._init_training_state(max_steps, updates_an_epoch, epochs, resume_from_checkpoint, trial)
+        folder = resume_from_checkpoint
         self._resumed, self._sums_are_whole, self._due = None, folder is None, (-1, None, None)
-        if folder is not None and not self.args.save_only_model:
+        if folder is not None:
             self._resumed = read_resume_state(folder, self.args.process_index, self.args.world_size)
             if self._resumed is None:
                 logger.warning(
-                    f"{folder} holds no {RESUME_STATE_NAME}: it was written by an older version, the stock Trainer or "
-                    "another number of processes. Training goes on; the first `loss` logged counts the steps from "
-                    f"{self.state.global_step} on alone, `train_loss` too, and changed settings go unnoticed."
+                    f"{folder} holds no {RESUME_STATE_NAME}: it was written by an older version, the stock Trainer, "
+                    "with `save_only_model`, or by another number of processes. Training goes on; the first `loss` "
+                    f"logged counts the steps from {self.state.global_step} on alone, `train_loss` too, and changed "
+                    "settings go unnoticed."
                 )
         return begun
 

@@ -57,18 +57,18 @@ PACKAGES = {"lomo_optim": _IN_BACKWARD, "schedulefree": _SCHEDULE_FREE}
 CLASSES = {"LayerWiseDummyOptimizer": _IN_BACKWARD}
 ENGINES = {
     "DeepSpeed": Refusal(
-        "It keeps gradients in flat buffers, in which the absent gradient of a frozen weight is a zero, and momentum "
-        "and weight decay then move the weight.",
+        "It keeps gradients in flat buffers, where the absent gradient of a frozen weight may become a zero, and "
+        "momentum and weight decay would then move the weight.",
         "Launch with `torchrun`, or `accelerate launch --multi_gpu`, without a DeepSpeed config; where the model does "
         'not fit, use FSDP2: `fsdp=True, fsdp_config={"version": 2}`.',
     ),
     "FSDP version 1": Refusal(
-        "It flattens the weights of several layers into one parameter, which must train or rest as a whole.",
+        "It flattens several weights into one parameter, and nothing shows yet that a part of it rests to the bit.",
         'Use FSDP2: `fsdp=True, fsdp_config={"version": 2}`, or `fsdp_version: 2` in the config of accelerate.',
     ),
     "nn.DataParallel": Refusal(
-        "Trainer chooses it where one process sees several GPUs; it copies the model in every step, without the "
-        "blocks that are left out.",
+        "Trainer chooses it where one process sees several GPUs; it copies the model to each of them in every step, "
+        "and nothing shows yet that blocks are left out and frozen in the copies.",
         "Launch one process a GPU: `torchrun --nproc_per_node <GPUs> script.py`; or show it one GPU only: "
         "`CUDA_VISIBLE_DEVICES=0`.",
     ),

@@ -159,7 +159,7 @@ class FeatureReuseTrainer(ExactTrainer):
         saved, now = (self._resumed or {}).get("plans"), self._plan_source()
         if saved is None or now is None:
             return
-        said = check_plans(PlanSource.from_json(saved), now, self.state.global_step, "the checkpoint")
+        said = check_plans(PlanSource.from_json(saved), now, self.state.global_step)
         if said is not None:
             logger.warning(said)
 

@@ -42,9 +42,9 @@ def test_the_first_step_that_differs_is_the_first_that_the_schedules_plan_otherw
     first = differing[0]
     assert saved.first_difference(now, 40) == first
     assert saved.first_difference(now, first) is None
-    assert check_plans(saved, now, first, "the checkpoint").startswith("Settings changed")
+    assert check_plans(saved, now, first).startswith("Settings changed")
     with pytest.raises(ConfigurationError) as caught:
-        check_plans(saved, now, first + 1, "the checkpoint")
+        check_plans(saved, now, first + 1)
     message = str(caught.value)
     assert f"step {first}" in message
     assert all(word in message for word in ("Saved:", "Passed:", "Pass the saved settings"))
@@ -62,7 +62,12 @@ def test_sets_by_sample_are_compared_for_every_sample() -> None:
     masks = [[each.schedule.plan(step, batch_size=64).sample_masks for step in range(20)] for each in (saved, now)]
     expected = next(step for step in range(20) if not np.array_equal(masks[0][step], masks[1][step]))
     assert saved.first_difference(now, 20) == expected
-    assert check_plans(saved, now, expected, "the checkpoint") is not None
+    assert check_plans(saved, now, expected) is not None
+
+
+def test_another_number_of_samples_is_no_other_plan() -> None:
+    saved = source(drop_granularity="sample", samples=4, last_step=30)
+    assert check_plans(saved, source(drop_granularity="sample", samples=8), 20) is not None
 
 
 def test_a_cycle_that_drops_all_is_vanilla_where_the_trunk_is_frozen() -> None:
@@ -74,11 +79,11 @@ def test_a_cycle_that_drops_all_is_vanilla_where_the_trunk_is_frozen() -> None:
 
 def test_nothing_is_said_where_nothing_changed() -> None:
     again = PlanSource.from_json(source(options={"train_trunk": True}).to_json())
-    assert check_plans(again, source(options={"train_trunk": True}), 10, "the checkpoint") is None
+    assert check_plans(again, source(options={"train_trunk": True}), 10) is None
 
 
 def test_an_option_that_changes_no_plan_is_said() -> None:
-    said = check_plans(source(options={"train_trunk": False}), source(options={"train_trunk": True}), 10, "it")
+    said = check_plans(source(options={"train_trunk": False}), source(options={"train_trunk": True}), 10)
     assert "train_trunk=True (before: train_trunk=False)" in said
 
 
