@@ -97,9 +97,16 @@ class ExactTrainer(Trainer):
             ) from error
 
     def _init_training_state(
-        self, max_steps: int, updates_an_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
     ) -> tuple[int, int]:
-        begun = super()._init_training_state(max_steps, updates_an_epoch, epochs, resume_from_checkpoint, trial)
+        begun = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         folder = resume_from_checkpoint
         self._resumed, self._sums_are_whole, self._due = None, folder is None, (-1, None, None)
         if folder is not None:

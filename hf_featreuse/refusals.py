@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import TrainingArguments
-from transformers.utils import strtobool
+from transformers.utils.generic import strtobool
 
 from hf_featreuse.errors import ConfigurationError
 
@@ -105,7 +104,7 @@ def check_engine(args: TrainingArguments, model: nn.Module | None) -> None:
         _refuse("nn.DataParallel", ENGINES["nn.DataParallel"], f" on {args.n_gpu} GPUs")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer] | None) -> None:
+def check_optimizer(optimizer: object) -> None:
     """Raise `ConfigurationError` for an optimizer, or a class of them, that cannot run feature reuse."""
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
     for base in kind.__mro__:
