@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, logging
 from transformers.utils.import_utils import is_peft_available
 
 from hf_featreuse.errors import CheckpointError
+from hf_featreuse.resume_state import resume_state_fault
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +105,8 @@ def checkpoint_fault(folder: str | Path) -> str | None:
         json.loads(state.read_text(encoding="utf-8"))
     except ValueError:
         return f"{TRAINER_STATE_NAME} is cut short"
+    if fault := resume_state_fault(folder):
+        return fault
     for path in sorted(folder.rglob("*.safetensors")):
         if not _is_whole_safetensors(path):
             return f"{path.name} is cut short"
@@ -124,6 +127,20 @@ def checkpoint_fault(folder: str | Path) -> str | None:
     return None
 
 
+def newest_whole(run_folder: str | Path, not_after: int | None = None) -> tuple[str | None, list[str]]:
+    """The newest whole checkpoint of a run, or `None`, and what is wrong with each of the newer ones."""
+    found = [
+        (step, path) for path in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (step := _step(path)) >= 0
+    ]
+    faults = []
+    for _, path in sorted((step, path) for step, path in found if not_after is None or step <= not_after)[::-1]:
+        fault = checkpoint_fault(path)
+        if fault is None:
+            return str(path), faults
+        faults.append(f"{path} ({fault})")
+    return None, faults
+
+
 def last_whole_checkpoint(run_folder: str | Path, not_after: int | None = None) -> str | None:
     """The newest whole checkpoint of a run; what is passed over is said in a warning.
 
@@ -137,17 +154,11 @@ def last_whole_checkpoint(run_folder: str | Path, not_after: int | None = None) 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
     """
-    found = [
-        (step, path) for path in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (step := _step(path)) >= 0
-    ]
-    faults = []
-    for _, path in sorted((step, path) for step, path in found if not_after is None or step <= not_after)[::-1]:
-        fault = checkpoint_fault(path)
-        if fault is None:
-            if faults:
-                logger.warning(f"Resuming from {path}, the last whole checkpoint. Passed over: {'; '.join(faults)}.")
-            return str(path)
-        faults.append(f"{path} ({fault})")
+    path, faults = newest_whole(run_folder, not_after)
+    if path is not None:
+        if faults:
+            logger.warning(f"Resuming from {path}, the last whole checkpoint. Passed over: {'; '.join(faults)}.")
+        return path
     if faults:
         raise CheckpointError(
             f"No checkpoint to resume from is whole: {'; '.join(faults)}. Delete them and pass "

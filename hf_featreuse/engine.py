@@ -35,6 +35,7 @@ class FeatureReuse:
 
     Attributes:
         current_plan (`StepPlan`, *optional*): the plan of the step that is open now.
+        trunk_trains (`bool`): whether any parameter outside the blocks requires gradients.
 
     Raises:
         BlockError: a block is not part of the model, inexact, inside another, or holds nothing that trains; the
@@ -96,7 +97,7 @@ class FeatureReuse:
         self._norms = [norm_layers(part) for part in parts]
         self._all_norms = [norm for norms in self._norms for norm in norms]
         self._trainable = {id(p) for part in self._parameters for p in part if p.requires_grad}
-        self._trunk_trains = any(parameter.requires_grad for parameter in self._parameters[-1])
+        self.trunk_trains = any(parameter.requires_grad for parameter in self._parameters[-1])
 
     def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
         """Give the plan of an optimizer step: the schedule's, except where it would leave nothing to train.
@@ -107,7 +108,7 @@ class FeatureReuse:
         # A schedule of the user's own that draws by batch need not know of samples.
         samples = {} if self.schedule.drop_granularity == "batch" else {"batch_size": batch_size, "position": position}
         plan = self.schedule.plan(global_step, **samples)
-        return plan if self._trunk_trains or len(plan.dropped) < len(self.blocks) else VANILLA_PLAN
+        return plan if self.trunk_trains or len(plan.dropped) < len(self.blocks) else VANILLA_PLAN
 
     @contextlib.contextmanager
     def step(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> Iterator[StepPlan]:

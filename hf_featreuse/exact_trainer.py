@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import logging
 
-from hf_featreuse.checkpoints import load_exactly, resolve_checkpoint
+from hf_featreuse.checkpoints import checkpoint_fault, load_exactly, resolve_checkpoint
+from hf_featreuse.errors import CheckpointError, FeatureReuseError
+from hf_featreuse.faults import check_finite, check_writable, describe_last_whole, open_checkpoint
+from hf_featreuse.resume_state import RESUME_STATE_NAME, read_resume_state, write_resume_state
 
 logger = logging.get_logger(__name__)
 
@@ -17,22 +24,163 @@ class ExactTrainer(Trainer):
     """`transformers.Trainer` with strict checkpoints and data sets that know their epoch; no feature reuse.
 
     Base of [`FeatureReuseTrainer`]. Weights are restored to the bit or not at all, a checkpoint that is cut short is
-    passed over for the last whole one before it, and random transforms draw the same in a resumed epoch.
+    passed over for the last whole one before it, random transforms draw the same in a resumed epoch, and the log
+    history after a resume is that of the uninterrupted run, times aside: checkpoints hold the sums behind it, too.
 
     Raises:
-        CheckpointError: in `train()`, no checkpoint is whole or one does not hold every weight.
+        CheckpointError: in `train()`, no checkpoint is whole, one does not hold every weight, or none can be written.
+        StepError: in `train()`, the weights are NaN or infinite when a checkpoint is due.
     """
+
+    # What the checkpoint holds besides Trainer's files, until the first epoch takes it up.
+    _resumed: dict[str, Any] | None = None
+    # Whether the sums behind `train_loss` are those of every step of the run.
+    _sums_are_whole = False
+    _finalizing = False
+    # The step, gradient norm and learning rate after which logs, evaluation and checkpoints were last due.
+    _due: tuple[int, float | None, float | None] = (-1, None, None)
+    _at_epoch_end = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train`. A checkpoint that is cut short is passed over for the last whole one before it."""
-        return super().train(resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir)), *args, **kwargs)
+        folder = str(self.args.output_dir)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, folder)
+        if self.args.should_save and self.args.save_strategy != SaveStrategy.NO:
+            check_writable(folder)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        except (KeyboardInterrupt, OSError, RuntimeError) as error:
+            if not isinstance(error, FeatureReuseError):  # Those say it themselves.
+                cause = f"{type(error).__name__} stopped training after {self.state.global_step} optimizer steps."
+                logger.warning(f"{cause} {describe_last_whole(folder)}")
+            raise
+
+    def _resume_state(self) -> dict[str, Any]:
+        """The sums behind the logs, as JSON holds them exactly."""
+        step, grad_norm, learning_rate = self._due
+        return {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar if self._sums_are_whole else None,
+            "last_logged": self._globalstep_last_logged,
+            "at_epoch_end": self._at_epoch_end,
+            "due": [step, None if grad_norm is None else float(grad_norm), learning_rate],
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take up sums that `_resume_state` gave."""
+        self._tr_loss = torch.full_like(self._tr_loss, state["loss"])
+        self._globalstep_last_logged = state["last_logged"]
+        self._sums_are_whole = state["total_loss"] is not None
+        self._total_loss_scalar = state["total_loss"] or 0.0
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The last of the files that every rank writes; `trainer_state.json` follows and closes the checkpoint.
+        super()._save_rng_state(output_dir)
+        write_resume_state(output_dir, self._resume_state(), self.args.process_index, self.args.world_size)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step, run_folder = self.state.global_step, self._get_output_dir(trial)
+        folder = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        self._check_finite()
+        try:
+            if self.args.should_save:
+                open_checkpoint(folder)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            fault = checkpoint_fault(folder)
+            if fault is None:  # Written whole: what failed came after it.
+                raise
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written to {folder}: {error} What is there of it is "
+                f"passed over on resume ({fault}). {describe_last_whole(run_folder)} Free space or pass an "
+                "`output_dir` elsewhere first; `save_total_limit` keeps fewer checkpoints."
+            ) from error
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        begun = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        folder = resume_from_checkpoint
+        self._resumed, self._sums_are_whole, self._due = None, folder is None, (-1, None, None)
+        if folder is not None:
+            self._resumed = read_resume_state(folder, self.args.process_index, self.args.world_size)
+            if self._resumed is None:
+                logger.warning(
+                    f"{folder} holds no {RESUME_STATE_NAME}: it was written by an older version, the stock Trainer, "
+                    "with `save_only_model`, or by another number of processes. Training goes on; the first `loss` "
+                    f"logged counts the steps from {self.state.global_step} on alone, `train_loss` too, and changed "
+                    "settings go unnoticed."
+                )
+        return begun
+
+    def _take_up(self, trial: Any, epoch: int, ignore_keys_for_eval: Any, start_time: float) -> None:
+        """Restore the sums, once; then do what was due at the end of an epoch after the checkpoint was written."""
+        state, self._resumed = self._resumed, None
+        if state is None:
+            return
+        self._restore(state)
+        ended = self.state.epoch == int(self.state.epoch or 0) or self.state.global_step >= self.state.max_steps
+        if ended and not state["at_epoch_end"]:
+            _, grad_norm, learning_rate = self._due = tuple(state["due"])
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            # The checkpoint that is here already is not due again.
+            self._maybe_log_save_evaluate(
+                self._tr_loss,
+                grad_norm,
+                self.model_wrapped,
+                trial,
+                epoch,
+                ignore_keys_for_eval,
+                start_time,
+                learning_rate=learning_rate,
+            )
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        step = self.state.global_step
+        # The second call after one step comes from the end of an epoch.
+        self._at_epoch_end = self._due[0] == step
+        self._due = (step, grad_norm, kwargs.get("learning_rate"))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._take_up(kwargs["trial"], kwargs["epoch"] - 1, kwargs["ignore_keys_for_eval"], kwargs["start_time"])
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at the last step, in the middle of an epoch: Trainer would take one step more.
+            self.control.should_training_stop = True
+            return
         # accelerate 1.15 tells a data set its epoch, but neither with several processes nor in the epoch of a resume.
         dataset = kwargs["train_dataloader"].dataset
         if callable(set_epoch := getattr(dataset, "set_epoch", None)):
             set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
+        self._take_up(trial, int(self.state.epoch or 0) - 1, None, start_time)
+        self._check_finite()
+        self._finalizing = True
+        try:
+            output = super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self._finalizing = False
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does; `train_loss` after a resume is the mean over the whole run, not of this call alone."""
+        if self._finalizing and self._sums_are_whole and "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+        super().log(logs, start_time)
+
+    def _check_finite(self) -> None:
+        """Raise `StepError` if a weight is NaN or infinite."""
+        if not self._shards and self.model is not None:
+            check_finite(self.model, self.state.global_step, str(self.args.output_dir))
 
     @property
     def _shards(self) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
+from hf_featreuse.changed_plans import PlanSource, check_plans
 from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.compiling import compile_blocks
 from hf_featreuse.config import FeatureReuseArguments
@@ -34,6 +35,7 @@ from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.exact_trainer import ExactTrainer
 from hf_featreuse.model_card import write_model_card
 from hf_featreuse.probing import own_drop_path_rate, takes_dummy_inputs, undisturbed
+from hf_featreuse.refusals import check_engine, check_optimizer
 from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.step_log import StepLog
 
@@ -58,8 +60,12 @@ class FeatureReuseTrainer(ExactTrainer):
         step_costs (`StepCosts`, *optional*): arithmetic of each kind of step.
 
     Raises:
+        ConfigurationError: an engine or optimizer cannot run feature reuse (DeepSpeed, FSDP1, `nn.DataParallel`,
+            optimizers that step in backward or are schedule-free); or, in `train()`, a setting that changed since the
+            checkpoint would have planned a step that was taken otherwise.
         BlockError: in `train()`, the model has no residual block that can be skipped and trained.
-        CheckpointError: in `train()`, no checkpoint is whole or one does not hold every weight.
+        CheckpointError: in `train()`, no checkpoint is whole, one does not hold every weight, or none can be written.
+        StepError: in `train()`, the weights became NaN or infinite.
 
     Example:
         >>> import torch
@@ -136,7 +142,40 @@ class FeatureReuseTrainer(ExactTrainer):
         """Add what the steps since the last log did, then log as Trainer does."""
         if "loss" in logs and self._step_log is not None:
             logs.update(self._step_log.drain(self._mean_over_ranks))
+            if self._step_log.not_finite:
+                self._check_finite()
         super().log(logs, start_time)
+
+    def _resume_state(self) -> dict[str, Any]:
+        assert self._step_log is not None
+        source = self._plan_source()
+        plans = None if source is None else source.to_json()
+        return {**super()._resume_state(), "by_kind": self._step_log.state(), "plans": plans}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        # A checkpoint of the base class has none.
+        if self._step_log is not None and "by_kind" in state:
+            self._step_log.restore(state["by_kind"])
+
+    def _plan_source(self) -> PlanSource | None:
+        """What the plans follow from; `None` where the schedule is of the user's own."""
+        reuse, options = self.feature_reuse, self.reuse_args
+        if reuse is None or type(reuse.schedule) is not FeatureReuseSchedule:
+            return None
+        samples = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        more = {name: getattr(options, name) for name in ("scale_kept", "train_trunk", "frozen_batch_norm")}
+        blocks = tuple(block.name for block in reuse.blocks)
+        return PlanSource(reuse.schedule, blocks, reuse.trunk_trains, samples, more)
+
+    def _check_plans(self) -> None:
+        """Refuse settings under which a step that was taken would have had another plan; say what else changed."""
+        saved, now = (self._resumed or {}).get("plans"), self._plan_source()
+        if saved is None or now is None:
+            return
+        said = check_plans(PlanSource.from_json(saved), now, self.state.global_step)
+        if said is not None:
+            logger.warning(said)
 
     def create_model_card(
         self,
@@ -169,6 +208,22 @@ class FeatureReuseTrainer(ExactTrainer):
         with contextlib.ExitStack() as self._compiled:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Refuse what cannot run feature reuse before there is an accelerator, then make it."""
+        if self.reuse_args.alternates:
+            check_engine(self.args, self.model)
+        super().create_accelerator_and_postprocess()
+        options = self.accelerator.ddp_handler
+        if self.reuse_args.alternates and self._wraps_in_ddp and options is not None:
+            check_ddp_options(static_graph=options.static_graph, find_unused_parameters=options.find_unused_parameters)
+
+    def _validate_args(self) -> None:
+        # The optimizers passed are known only here.
+        if self.reuse_args.alternates:
+            check_optimizer(self.optimizer)
+            check_optimizer((self.optimizer_cls_and_kwargs or (None,))[0])
+        super()._validate_args()
+
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # The plugin holds what `accelerate launch` was told, too. Left to accelerate, it compiles the whole model.
         arguments = super()._build_accelerator_args(**kwargs)
@@ -183,12 +238,6 @@ class FeatureReuseTrainer(ExactTrainer):
                 if isinstance(handler, DistributedDataParallelKwargs):
                     handler.find_unused_parameters = True
         return arguments
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        options = self.accelerator.ddp_handler
-        if self.reuse_args.alternates and self._wraps_in_ddp and options is not None:
-            check_ddp_options(static_graph=options.static_graph, find_unused_parameters=options.find_unused_parameters)
 
     @property
     def _wraps_in_ddp(self) -> bool:
@@ -257,6 +306,7 @@ class FeatureReuseTrainer(ExactTrainer):
         if blocks and self._dynamo_plugin is not None:
             self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
+        self._check_plans()
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
         """A batch of one to look at the model with: made from its config, or where that does not suit, the data's."""

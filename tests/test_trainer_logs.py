@@ -112,9 +112,10 @@ def test_a_loss_that_is_not_finite_is_left_out_as_trainer_does(tmp_path: Path) -
     class Broken(RecordingTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            return loss * float("nan") if self.state.global_step == 2 else loss
+            # The value alone: a gradient of NaN would end the run.
+            return loss + float("nan") if self.state.global_step == 2 else loss
 
-    arguments = config(tmp_path, max_steps=4, logging_steps=4, learning_rate=0.0, max_grad_norm=0.0)
+    arguments = config(tmp_path, max_steps=4, logging_steps=4)
     trainer = train(Broken(build("vit"), arguments, train_dataset=examples()))
     for entry in entries(trainer)[:1]:
         assert all(math.isfinite(value) for key, value in entry.items() if key.startswith("loss"))

@@ -78,8 +78,9 @@ class RecordingTrainer(FeatureReuseTrainer):
         loss = super().compute_loss(model, *args, **kwargs)
         for handle in handles:
             handle.remove()
-        self.plans.append((self.state.global_step, self.feature_reuse.current_plan))
-        self.computed.append(called)
+        if self.feature_reuse.current_plan is not None:  # Not in evaluation.
+            self.plans.append((self.state.global_step, self.feature_reuse.current_plan))
+            self.computed.append(called)
         return loss
 
 

@@ -1,0 +1,138 @@
+"""Fine-tune an image classifier with LoRA and feature reuse: only low-rank adapters in its residual blocks train.
+
+    accelerate launch examples/finetune_lora.py --dataset_name uoft-cs/cifar10 --output_dir outputs/lora
+
+Without `--dataset_name` it takes scikit-learn's handwritten digits. Takes every TrainingArguments and the options of
+feature reuse besides its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    PreTrainedModel,
+    set_seed,
+)
+
+from hf_featreuse import FeatureReuseConfig, FeatureReuseError, FeatureReuseTrainer, find_residual_blocks
+from hf_featreuse.data import (
+    EvalTransform,
+    ImageCollator,
+    TrainTransform,
+    default_crop_scale,
+    image_size,
+    load_image_data,
+)
+from hf_featreuse.metrics import build_compute_metrics, rank_top_k
+
+
+@dataclass
+class LoraArguments:
+    """What to fine-tune, on what, and how large the adapters are."""
+
+    model_name_or_path: str = field(
+        default="google/vit-base-patch16-224-in21k", metadata={"help": "Checkpoint to fine-tune."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub or a local folder. Default: the handwritten digits."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many images at most."})
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "An adapter's output is scaled by lora_alpha / lora_rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of an adapter."})
+    modules_to_save: list[str] = field(
+        default_factory=lambda: ["classifier"],
+        metadata={
+            "help": "Parts outside the blocks that train whole. In masked-freeze steps with --train_trunk only."
+        },
+    )
+    merged_dir: str | None = field(
+        default=None, metadata={"help": "Also write the model with the adapters merged into its weights there."}
+    )
+
+
+def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
+    """Put a low-rank adapter beside every linear layer of the residual blocks, as feature reuse finds them."""
+    targets = [
+        f"{block.name}.{name}"
+        for block in find_residual_blocks(model)
+        for name, module in block.module.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=arguments.lora_rank,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=targets,
+            modules_to_save=arguments.modules_to_save,
+        ),
+    )
+
+
+def run(argv: list[str]) -> None:
+    arguments, args = HfArgumentParser((LoraArguments, FeatureReuseConfig)).parse_args_into_dataclasses(argv)
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+    set_seed(args.seed)
+    with args.main_process_first(desc="loading the data"):
+        data = load_image_data(
+            arguments.dataset_name,
+            max_train_samples=arguments.max_train_samples,
+            max_eval_samples=arguments.max_eval_samples,
+            seed=args.seed,
+            splits=["train", "validation"],
+        )
+    processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
+    model = AutoModelForImageClassification.from_pretrained(
+        arguments.model_name_or_path,
+        num_labels=len(data.label_names),
+        label2id={label: index for index, label in enumerate(data.label_names)},
+        id2label=dict(enumerate(data.label_names)),
+        ignore_mismatched_sizes=True,  # A new head for the labels of the data.
+    )
+    model = add_adapters(model, arguments)
+    model.print_trainable_parameters()
+    size = image_size(processor)
+    # A digit mirrored is no digit.
+    flip = 0.0 if arguments.dataset_name is None else 0.5
+    transform = TrainTransform(size, scale=default_crop_scale(size), flip=flip, seed=args.seed)
+    trainer = FeatureReuseTrainer(
+        model,
+        args,
+        data_collator=ImageCollator.from_processor(processor),
+        train_dataset=data.splits["train"].with_transform(transform),
+        eval_dataset=data.splits["validation"].with_transform(EvalTransform(processor)),
+        processing_class=processor,
+        compute_metrics=build_compute_metrics(),
+        preprocess_logits_for_metrics=rank_top_k,
+    )
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    if arguments.merged_dir is not None and trainer.is_world_process_zero():
+        model.merge_and_unload().save_pretrained(arguments.merged_dir)
+        processor.save_pretrained(arguments.merged_dir)
+
+
+def main() -> None:
+    try:
+        run(sys.argv[1:])
+    except FeatureReuseError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What a run that cannot go on says and leaves behind: a last whole checkpoint, and how to go on from it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_featreuse.checkpoints import newest_whole
+from hf_featreuse.errors import CheckpointError, StepError
+
+
+def open_checkpoint(folder: str | Path) -> None:
+    """Take away the mark of a whole checkpoint, before what an earlier run left there is overwritten file by file."""
+    (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+def describe_last_whole(run_folder: str | Path) -> str:
+    """Say from which checkpoint a run that broke off can go on."""
+    last, _ = newest_whole(run_folder)
+    if last is None:
+        return f"There is no whole checkpoint in {run_folder} to go on from."
+    return f"The last whole checkpoint is {last}; `resume_from_checkpoint=True` goes on from it."
+
+
+def check_writable(run_folder: str | Path) -> None:
+    """Raise `CheckpointError` where no checkpoint could be written, before hours of training."""
+    try:
+        Path(run_folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"`output_dir={str(run_folder)!r}` cannot be written: {error.strerror}. Pass another folder, or "
+            '`save_strategy="no"` to train without checkpoints.'
+        ) from error
+
+
+def check_finite(model: nn.Module, step: int, run_folder: str | Path) -> None:
+    """Raise `StepError` if a weight is NaN or infinite: such a model is lost, and no checkpoint of it is wanted."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise StepError(
+                f"After {step} optimizer steps the weight `{name}` is NaN or infinite, so training was stopped and "
+                f"nothing was saved of it. {describe_last_whole(run_folder)} Lower `learning_rate`, clip gradients "
+                "with `max_grad_norm`, use bf16 instead of fp16, or look for bad values in the data."
+            )
