@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import torch
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DynamoBackend,
-    TorchDynamoPlugin,
-    find_batch_size,
-)
+from accelerate.utils import find_batch_size
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
 from hf_featreuse.changed_plans import PlanSource, check_plans
 from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.compiling import compile_blocks
-from hf_featreuse.config import FeatureReuseArguments
 from hf_featreuse.cost import StepCosts, measure_step_costs
-from hf_featreuse.distribution import (
-    check_ddp_options,
-    check_ranks_agree,
-    find_lone_launch,
-    reduce_active_gradients,
-    tell_ranks_of_failure,
-)
 from hf_featreuse.engine import FeatureReuse
+from hf_featreuse.engine_trainer import EngineTrainer
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
-from hf_featreuse.exact_trainer import ExactTrainer
 from hf_featreuse.model_card import write_model_card
 from hf_featreuse.probing import own_drop_path_rate, takes_dummy_inputs, undisturbed
-from hf_featreuse.refusals import check_engine, check_optimizer
 from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.step_log import StepLog
 
 logger = logging.get_logger(__name__)
 
 
-class FeatureReuseTrainer(ExactTrainer):
+class FeatureReuseTrainer(EngineTrainer):
     """A drop-in for `transformers.Trainer` that trains with feature reuse.
 
     Takes every argument of `Trainer`. With a plain `TrainingArguments` the options of feature reuse have their
@@ -88,12 +72,6 @@ class FeatureReuseTrainer(ExactTrainer):
     _step_log: StepLog | None = None
     # Optimizer step that is open, and index of its micro-batch.
     _micro_batch: tuple[int, int] = (-1, 0)
-    _dynamo_plugin: TorchDynamoPlugin | None = None
-
-    @property
-    def reuse_args(self) -> FeatureReuseArguments:
-        """The options of feature reuse: those of `args`, or the defaults where it is a plain `TrainingArguments`."""
-        return self.args if isinstance(self.args, FeatureReuseArguments) else FeatureReuseArguments()
 
     def get_residual_blocks(self, model: nn.Module) -> list[ResidualBlock]:
         """Choose the blocks b0..b(L-1) of the model that trains; override to choose others.
@@ -208,68 +186,14 @@ class FeatureReuseTrainer(ExactTrainer):
         with contextlib.ExitStack() as self._compiled:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """Refuse what cannot run feature reuse before there is an accelerator, then make it."""
-        if self.reuse_args.alternates:
-            check_engine(self.args, self.model)
-        super().create_accelerator_and_postprocess()
-        options = self.accelerator.ddp_handler
-        if self.reuse_args.alternates and self._wraps_in_ddp and options is not None:
-            check_ddp_options(static_graph=options.static_graph, find_unused_parameters=options.find_unused_parameters)
-
-    def _validate_args(self) -> None:
-        # The optimizers passed are known only here.
-        if self.reuse_args.alternates:
-            check_optimizer(self.optimizer)
-            check_optimizer((self.optimizer_cls_and_kwargs or (None,))[0])
-        super()._validate_args()
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        # The plugin holds what `accelerate launch` was told, too. Left to accelerate, it compiles the whole model.
-        arguments = super()._build_accelerator_args(**kwargs)
-        plugin = arguments["dynamo_plugin"]
-        self._dynamo_plugin = plugin if self.reuse_args.alternates and plugin.backend != DynamoBackend.NO else None
-        if self._dynamo_plugin is not None:
-            arguments["dynamo_plugin"] = TorchDynamoPlugin(backend=DynamoBackend.NO)
-        if self.reuse_args.alternates and self.args.ddp_find_unused_parameters is None:
-            # With activation checkpointing Trainer leaves the search out; it is needed, and goes with the kind of
-            # checkpointing that feature reuse allows.
-            for handler in arguments["kwargs_handlers"]:
-                if isinstance(handler, DistributedDataParallelKwargs):
-                    handler.find_unused_parameters = True
-        return arguments
-
-    @property
-    def _wraps_in_ddp(self) -> bool:
-        # MULTI_CPU, MULTI_GPU and their like; FSDP, DeepSpeed and others go by other names.
-        return self.accelerator.distributed_type.value.startswith("MULTI_")
-
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
-        if (alone := find_lone_launch(os.environ, self.accelerator.num_processes)) is not None:
-            logger.warning_once(alone)
-        together = self.accelerator.num_processes > 1
-        try:
-            self._bind(max_steps)
-        except Exception as error:
-            if together:
-                tell_ranks_of_failure(error)
-            raise
-        assert self.feature_reuse is not None
-        if together:
-            check_ranks_agree(self.feature_reuse)
+        reuse = self._bind_on_every_rank(lambda: self._bind(max_steps))
         prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
-        wrapped = self.model_wrapped
-        if self.feature_reuse.blocks and isinstance(wrapped, DistributedDataParallel):
-            only_active = reduce_active_gradients(wrapped, self.feature_reuse)
-            if not only_active:
-                logger.warning_once(
-                    "DistributedDataParallel has a communication hook already, which stays: all gradients travel, "
-                    "not those of the active blocks alone. Leave `comm_hook` unset for that."
-                )
+        self._send_active_gradients(reuse)
         return prepared
 
-    def _bind(self, max_steps: int) -> None:
+    def _bind(self, max_steps: int) -> FeatureReuse:
         """Bind blocks, schedule and costs to the model that trains now."""
         options, model = self.reuse_args, self.model
         assert model is not None
@@ -307,6 +231,7 @@ class FeatureReuseTrainer(ExactTrainer):
             self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
         self._check_plans()
+        return self.feature_reuse
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
         """A batch of one to look at the model with: made from its config, or where that does not suit, the data's."""
