@@ -56,7 +56,7 @@ counts = st.integers(0, 3)
 @st.composite
 def schedules(draw: Any, blocks: int | None = None) -> FeatureReuseSchedule:
     first = draw(st.integers(0, 5))
-    ratio = draw(st.tuples(counts, counts).filter(any))
+    ratio = draw(st.sampled_from([(depth, freeze) for depth in range(4) for freeze in range(4) if depth + freeze]))
     return FeatureReuseSchedule(
         draw(st.integers(1, 40)) if blocks is None else blocks,
         drop_rate=draw(rates),
@@ -282,4 +282,5 @@ def test_steps_leave_alone_what_they_must(data: Any, model: PreTrainedModel, sam
         after = {**state_of(model), **moments(model, optimizer)}
         moved = [name for name in after if not same_bits(weights[name], after[name])]
         assert [name for name in moved if rests and name.startswith(rests)] == []
-        assert moved or len(rests) == len(blocks) + 1
+        # Sets by sample may leave nothing to train; otherwise something trained.
+        assert moved or all(name.startswith(rests) for name in after)
