@@ -51,7 +51,7 @@ class LoraArguments:
     modules_to_save: list[str] = field(
         default_factory=lambda: ["classifier"],
         metadata={
-            "help": "Parts outside the blocks that train whole. In masked-freeze steps with --train_trunk only."
+            "help": "Parts outside the blocks that train whole; in masked-freeze steps not with --train_trunk false."
         },
     )
     merged_dir: str | None = field(
