@@ -74,12 +74,12 @@ TEXT = f"""# Architectures
 
 Every image classifier of transformers, in its default configuration. Blocks are found by structure, not from a list of
 classes: a module whose output is its input plus a branch. Anything else, such as a layer with a projection or a
-downsampling shortcut, belongs to the trunk: it always runs, and rests in masked-freeze steps.
+downsampling shortcut, belongs to the trunk: it always runs, and trains in both kinds of step.
 
 - *blocks*: residual blocks that can be skipped; each also trains alone.
 - *parameters in them*, *arithmetic in them*: share of the model's parameters, and of the arithmetic of a plain step.
 - *stochastic depth*, *masked freeze*: expected arithmetic of a step as a share of a plain step's, at a uniform drop
-  rate of 0.5 and with a trunk that rests in masked-freeze steps. Counted, not timed; {NONE} where it cannot be.
+  rate of 0.5 and the default `train_trunk=True`. Counted, not timed; {NONE} where it cannot be.
 - *checkpointing*: whether transformers offers gradient checkpointing for the class.
 
 The image is of the size that the configuration names, else of {IMAGE_SIZE} pixels. Blocks with an activation after
@@ -196,7 +196,7 @@ def batch(model: PreTrainedModel) -> dict:
 
 
 def report(model: PreTrainedModel) -> ModelReport:
-    return inspect_model(model, inputs=batch(model), drop_rate=0.5, drop_rate_schedule="uniform", train_trunk=False)
+    return inspect_model(model, inputs=batch(model), drop_rate=0.5, drop_rate_schedule="uniform")
 
 
 def row(model_type: str, model_class: str) -> Row:
