@@ -36,7 +36,7 @@ CASES = {
     "speed_convnext_0.5": ("ConvNeXt-T at 64 pixels, rate 0.5", [*_CONVNEXT, *_BOTH, "--drop_rate", "0.5"]),
     "speed_vit_0.05": (
         "ViT-S layers on 65 tokens, rate 0.05",
-        [*_VIT, "--drop_rate", "0.05", "--rounds", "3", "--steps", "9"],
+        [*_VIT, "--drop_rate", "0.05", "--rounds", "2", "--steps", "9"],
     ),
 }
 SHOWN = {
