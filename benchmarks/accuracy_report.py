@@ -159,7 +159,7 @@ def plot(found: dict, path: Path) -> None:
             axis.errorbar(mean, height, xerr=half, fmt="o", color=COLOURS[arm], mfc=filled, capsize=3)
         axis.axvline(0, color="#666666", linewidth=1)
         axis.set_yticks(
-            range(len(bars)), [f"{NAMES[arm]}{', =steps' * (b == 'steps')}" for arm, b in bars], fontsize=8
+            range(len(bars)), [f"{NAMES[arm]}{', equal steps' * (b == 'steps')}" for arm, b in bars], fontsize=8
         )
         axis.set_title(f"{cell[0]}, {MODEL_NAMES[cell[1]]}", fontsize=10)
         axis.set_xlabel("accuracy points over vanilla", fontsize=8)
