@@ -34,6 +34,9 @@ class ExactTrainer(Trainer):
 
     # What the checkpoint holds besides Trainer's files, until the first epoch takes it up.
     _resumed: dict[str, Any] | None = None
+    _resumed_from: str | None = None
+    # Whether the random state of the checkpoint is taken up already.
+    _rng_is_loaded = False
     # Whether the sums behind `train_loss` are those of every step of the run.
     _sums_are_whole = False
     _finalizing = False
@@ -109,6 +112,7 @@ class ExactTrainer(Trainer):
         )
         folder = resume_from_checkpoint
         self._resumed, self._sums_are_whole, self._due = None, folder is None, (-1, None, None)
+        self._resumed_from, self._rng_is_loaded = folder, False
         if folder is not None:
             self._resumed = read_resume_state(folder, self.args.process_index, self.args.world_size)
             if self._resumed is None:
@@ -129,6 +133,8 @@ class ExactTrainer(Trainer):
         ended = self.state.epoch == int(self.state.epoch or 0) or self.state.global_step >= self.state.max_steps
         if ended and not state["at_epoch_end"]:
             _, grad_norm, learning_rate = self._due = tuple(state["due"])
+            # An evaluation draws from the random state: it comes between the checkpoint and the next epoch, as it did.
+            self._load_rng_state(self._resumed_from)
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
             # The checkpoint that is here already is not due again.
             self._maybe_log_save_evaluate(
@@ -141,6 +147,12 @@ class ExactTrainer(Trainer):
                 start_time,
                 learning_rate=learning_rate,
             )
+            self._rng_is_loaded = True
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        loaded, self._rng_is_loaded = self._rng_is_loaded, False
+        if not loaded:
+            super()._load_rng_state(checkpoint)
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         step = self.state.global_step

@@ -27,7 +27,7 @@ from hf_featreuse import (
     reduce_active_gradients,
 )
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 6
 

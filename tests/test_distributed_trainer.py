@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from hf_featreuse import FeatureReuseTrainer
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 0.1, "max_steps": 8}
 CHECKPOINTING = {"activation_checkpointing": True}

@@ -15,6 +15,8 @@ from hf_featreuse import StepKind, checkpoints, exact_trainer
 from hf_featreuse.checkpoints import checkpoint_fault
 from hf_featreuse.resume_state import read_resume_state
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "every fourth step": {"logging_steps": 4},
     "longer than the run": {"logging_steps": 100},
