@@ -45,6 +45,7 @@ SHOWN = {
     "FeatureReuseTrainer": "feature reuse",
     "FeatureReuseTrainer by sample": "by sample",
 }
+COLOURS = dict(zip(SHOWN, ("#CC79A7", "#009E73", "#56B4E9"), strict=True))
 
 
 def load() -> dict[str, dict]:
@@ -62,7 +63,8 @@ def plot(found: dict[str, dict], path: Path) -> None:
         rows = [row for row in SHOWN if row in record["seconds"]]
         ratios = [statistics.fmean(record["seconds"][row]) / base for row in rows]
         bounds = [statistics.fmean(record["bounds"].get(row) or [1.0]) for row in rows]
-        axis.bar([SHOWN[row] for row in rows], ratios, color=["#CC79A7", "#009E73", "#56B4E9"][-len(rows) :])
+        axis.bar([SHOWN[row] for row in rows], ratios, color=[COLOURS[row] for row in rows])
+        axis.set_xlim(-0.6, len(SHOWN) - 0.4)
         for place, bound in enumerate(bounds):
             axis.plot([place - 0.4, place + 0.4], [bound, bound], color="black", linewidth=2)
         axis.axhline(1, color="#666666", linewidth=1, linestyle="--")
