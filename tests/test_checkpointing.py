@@ -73,7 +73,7 @@ def step_with(case_name: str, plan: StepPlan) -> int:
     return next(step for step in itertools.count() if schedule.plan(step) == plan)
 
 
-def build(case: Architecture, checkpointed: bool) -> tuple[PreTrainedModel, FeatureReuse]:
+def build(case: Architecture, checkpointed: bool, **options: Any) -> tuple[PreTrainedModel, FeatureReuse]:
     model = case.build()
     if hasattr(model.config, "use_cache"):
         # Checkpointing turns the cache off, and keys in a cache are laid out another way: rounding could differ.
@@ -81,7 +81,7 @@ def build(case: Architecture, checkpointed: bool) -> tuple[PreTrainedModel, Feat
     if checkpointed:
         model.activation_checkpointing_enable(NON_REENTRANT)
     blocks = find_residual_blocks(model, case.batch()) if case.blocks else []
-    return model, FeatureReuse(model, blocks, schedule_of(case))
+    return model, FeatureReuse(model, blocks, schedule_of(case), **options)
 
 
 def loss_of(case: Architecture, model: PreTrainedModel) -> torch.Tensor:
@@ -187,7 +187,7 @@ def test_a_masked_freeze_step_left_before_backward_is_an_error(case):
     """The recomputation would save tensors for weights that were frozen in the forward."""
     first, _, every_second = sets(case)
     for dropped in (first, every_second):
-        model, reuse = build(case, True)
+        model, reuse = build(case, True, train_trunk=False)
         with reuse.step(step_with(case.name, StepPlan(FREEZE, dropped))):
             loss = loss_of(case, model)
         with pytest.raises(CheckpointError):
