@@ -18,7 +18,7 @@ from torch import nn
 from hf_featreuse import FeatureReuseSchedule, FeatureReuseTrainer
 from hf_featreuse.distribution import find_lone_launch
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
 

@@ -53,6 +53,7 @@ def assert_same_run(resumed: RecordingTrainer, whole: RecordingTrainer, step: in
     assert same_bits(resumed.lr_scheduler.state_dict(), whole.lr_scheduler.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [(1, 1), (2, 1)], ids=["1-1", "2-1"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_resuming_at_every_step_of_a_cycle_equals_the_uninterrupted_run(

@@ -129,6 +129,7 @@ def test_hyperparameter_search_tries_drop_rates(tmp_path: Path) -> None:
     assert not bound_to(trainer, models[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_auto_find_batch_size_starts_again_after_running_out_of_memory(architecture: str, tmp_path: Path) -> None:
     class Small(RecordingTrainer):
