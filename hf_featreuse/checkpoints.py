@@ -1,4 +1,4 @@
-"""Read back what was saved: whole checkpoints only, every weight, to the bit.
+"""Read back what was saved: every weight, to the bit.
 
 transformers 5.23 writes a Trainer checkpoint under the key names of the published weights, and reads it back by the
 names inside the model with a load that is not strict: for ViT, DeiT, BEiT, Swin and DINOv2 most weights are then
@@ -8,8 +8,6 @@ missing and training goes on from what was there before (huggingface/transformer
 from __future__ import annotations
 
 import copy
-import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,10 @@ import safetensors.torch
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils.import_utils import is_peft_available
 
 from hf_featreuse.errors import CheckpointError
-from hf_featreuse.resume_state import resume_state_fault
-
-logger = logging.get_logger(__name__)
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
@@ -90,123 +83,6 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
     missing = sorted(set(get_peft_model_state_dict(model)) - saved)
     if missing:
         raise CheckpointError(_describe(folder, "adapter", {"missing": missing}))
-
-
-def checkpoint_fault(folder: str | Path) -> str | None:
-    """Say what is wrong with a checkpoint folder, or give `None` for a whole one.
-
-    A file that was cut short is found by its length and its end, without reading it through.
-    """
-    folder = Path(folder)
-    state = folder / TRAINER_STATE_NAME
-    if not state.is_file():
-        return f"{TRAINER_STATE_NAME}, which is written last, is missing"
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{TRAINER_STATE_NAME} is cut short"
-    if fault := resume_state_fault(folder):
-        return fault
-    for path in sorted(folder.rglob("*.safetensors")):
-        if not _is_whole_safetensors(path):
-            return f"{path.name} is cut short"
-    for path in sorted(folder.rglob("*.index.json")):
-        try:
-            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        except ValueError:
-            return f"{path.name} is cut short"
-        missing = sorted(shard for shard in shards if not (path.parent / shard).is_file())
-        if missing:
-            return f"{missing[0]} is missing"
-    # With `save_only_model` there is neither; sharded engines write the optimizer under other names.
-    if (folder / "scheduler.pt").is_file() and not [*folder.glob("optimizer*"), *folder.glob("global_step*")]:
-        return "optimizer.pt is missing"
-    for path in sorted(path for ending in ("*.pt", "*.bin", "*.pth") for path in folder.rglob(ending)):
-        if not zipfile.is_zipfile(path):
-            return f"{path.name} is cut short"
-    return None
-
-
-def newest_whole(run_folder: str | Path, not_after: int | None = None) -> tuple[str | None, list[str]]:
-    """The newest whole checkpoint of a run, or `None`, and what is wrong with each of the newer ones."""
-    found = [
-        (step, path) for path in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (step := _step(path)) >= 0
-    ]
-    faults = []
-    for _, path in sorted((step, path) for step, path in found if not_after is None or step <= not_after)[::-1]:
-        fault = checkpoint_fault(path)
-        if fault is None:
-            return str(path), faults
-        faults.append(f"{path} ({fault})")
-    return None, faults
-
-
-def last_whole_checkpoint(run_folder: str | Path, not_after: int | None = None) -> str | None:
-    """The newest whole checkpoint of a run; what is passed over is said in a warning.
-
-    Args:
-        run_folder (`str` or `Path`): the `output_dir` of a run, with folders `checkpoint-<step>`.
-        not_after (`int`, *optional*): leave out checkpoints of later steps.
-
-    Returns:
-        `str`: its folder; `None` where there is no checkpoint at all.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none is whole.
-    """
-    path, faults = newest_whole(run_folder, not_after)
-    if path is not None:
-        if faults:
-            logger.warning(f"Resuming from {path}, the last whole checkpoint. Passed over: {'; '.join(faults)}.")
-        return path
-    if faults:
-        raise CheckpointError(
-            f"No checkpoint to resume from is whole: {'; '.join(faults)}. Delete them and pass "
-            "`resume_from_checkpoint=False`, or another `output_dir`, to start anew."
-        )
-    return None
-
-
-def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | bool | None:
-    """The checkpoint to resume from: the one asked for, or the last whole one before it.
-
-    `True` and `"last"` ask for the newest in `output_dir`.
-    """
-    if resume_from_checkpoint in (None, False):
-        return None
-    if resume_from_checkpoint is True or resume_from_checkpoint == "last":
-        # Where there is none at all, Trainer's own error says so.
-        return last_whole_checkpoint(output_dir) or True
-    path = Path(str(resume_from_checkpoint))
-    if not path.is_dir():
-        raise CheckpointError(
-            f"`resume_from_checkpoint={str(path)!r}` is no folder. Pass a folder `checkpoint-<step>` of an earlier "
-            "run, or `True` for the newest one in `output_dir`."
-        )
-    fault = checkpoint_fault(path)
-    if fault is None or _step(path) < 0:
-        return str(path)
-    return last_whole_checkpoint(path.parent, not_after=_step(path))
-
-
-def _step(path: Path) -> int:
-    digits = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-    return int(digits) if digits.isdigit() else -1
-
-
-def _is_whole_safetensors(path: Path) -> bool:
-    """Whether the file is as long as its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length or length == 0:
-            return False
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
 
 
 def _read_file(folder: Path) -> dict[str, torch.Tensor] | None:

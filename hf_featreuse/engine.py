@@ -15,6 +15,7 @@ from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.freezing import FrozenBatchNorm, freeze, norm_layers, own_parameters, trunk_modules
 from hf_featreuse.per_sample import check_per_sample, skip_samples, train_samples
 from hf_featreuse.schedule import VANILLA_PLAN, FeatureReuseSchedule, StepKind, StepPlan
+from hf_featreuse.sharding import ready_shards, sharded_modules
 from hf_featreuse.skipping import skip_blocks
 
 
@@ -90,14 +91,20 @@ class FeatureReuse:
         self.frozen_batch_norm: FrozenBatchNorm = frozen_batch_norm
         self.allow_inexact_skip = allow_inexact_skip
         self.current_plan: StepPlan | None = None
-        # Walking the modules once keeps the work of a step to a few attribute writes a parameter.
-        trunk = trunk_modules(model, blocks)
-        parts = [list(block.module.modules()) for block in blocks] + [trunk]
+        self._read_parameters()
+        self.trunk_trains = any(parameter.requires_grad for parameter in self._parameters[-1])
+
+    def _read_parameters(self) -> None:
+        """Walk the modules once, which keeps the work of a step to a few attribute writes a parameter."""
+        trunk = trunk_modules(self.model, self.blocks)
+        parts = [list(block.module.modules()) for block in self.blocks] + [trunk]
+        self._sharded = sharded_modules(self.model)
         self._parameters = [list(own_parameters(part)) for part in parts]
         self._norms = [norm_layers(part) for part in parts]
         self._all_norms = [norm for norms in self._norms for norm in norms]
         self._trainable = {id(p) for part in self._parameters for p in part if p.requires_grad}
-        self.trunk_trains = any(parameter.requires_grad for parameter in self._parameters[-1])
+        held = ((module, name, p) for part in parts for module in part for name, p in module._parameters.items())
+        self._witness = next(((module, name, p) for module, name, p in held if p is not None), None)
 
     def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
         """Give the plan of an optimizer step: the schedule's, except where it would leave nothing to train.
@@ -137,6 +144,7 @@ class FeatureReuse:
                 "first one before entering the next; micro-batches of one optimizer step enter it in turn."
             )
         plan = self.plan(global_step, batch_size=batch_size, position=position)
+        self._follow_shards()
         with contextlib.ExitStack() as stack:
             stack.enter_context(count_batches_once(self._all_norms))
             for context in self._contexts(plan):
@@ -146,6 +154,15 @@ class FeatureReuse:
                 yield plan
             finally:
                 self.current_plan = None
+
+    def _follow_shards(self) -> None:
+        """Take up the parameters that the model holds now: sharding it replaces them."""
+        ready_shards(self._sharded)
+        if self._witness is not None:
+            module, name, parameter = self._witness
+            if module._parameters.get(name) is not parameter:
+                self._read_parameters()
+                ready_shards(self._sharded)
 
     def _contexts(self, plan: StepPlan) -> Iterator[contextlib.AbstractContextManager[None]]:
         """What is open during a step."""

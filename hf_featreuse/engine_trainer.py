@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend, TorchDynamoPlugin
+from torch.distributed.fsdp import StateDictType
 from torch.nn.parallel import DistributedDataParallel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from hf_featreuse.binding import plain_class
 from hf_featreuse.config import FeatureReuseArguments
 from hf_featreuse.distribution import (
     check_ddp_options,
@@ -19,8 +24,10 @@ from hf_featreuse.distribution import (
     tell_ranks_of_failure,
 )
 from hf_featreuse.engine import FeatureReuse
+from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.exact_trainer import ExactTrainer
-from hf_featreuse.refusals import check_engine, check_optimizer
+from hf_featreuse.refusals import check_engine, check_optimizer, fsdp_version
+from hf_featreuse.sharding import complete_state, forget_state, sharded_modules, without_unknown_embeddings
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +43,8 @@ class EngineTrainer(ExactTrainer):
 
     # How to compile the blocks; `None` where nothing is compiled, or the whole model in plain training.
     _dynamo_plugin: TorchDynamoPlugin | None = None
+    # Parameters whose optimizer state in the last checkpoint is none of theirs.
+    _without_state: Sequence[str] = ()
 
     @property
     def reuse_args(self) -> FeatureReuseArguments:
@@ -50,6 +59,12 @@ class EngineTrainer(ExactTrainer):
         options = self.accelerator.ddp_handler
         if self.reuse_args.alternates and self._wraps_in_ddp and options is not None:
             check_ddp_options(static_graph=options.static_graph, find_unused_parameters=options.find_unused_parameters)
+        if self.reuse_args.alternates and self.is_fsdp_enabled and self.reuse_args.drop_granularity == "sample":
+            raise ConfigurationError(
+                '`drop_granularity="sample"` does not go with FSDP2: a rank on which every sample drops a block would '
+                "not take part in gathering its weights, and the others would wait for it. Set "
+                '`drop_granularity="batch"`, or train with DistributedDataParallel.'
+            )
 
     def _validate_args(self) -> None:
         # The optimizers passed are known only here.
@@ -82,15 +97,77 @@ class EngineTrainer(ExactTrainer):
         """Bind blocks and schedule; stop on every rank if one fails to or has others."""
         if (alone := find_lone_launch(os.environ, self.accelerator.num_processes)) is not None:
             logger.warning_once(alone)
-        if self.accelerator.num_processes == 1:
-            return bind()
+        if self.reuse_args.alternates:
+            self._check_sharding()
         try:
             reuse = bind()
         except Exception as error:
             tell_ranks_of_failure(error)
             raise
         check_ranks_agree(reuse)
+        self._shard_block_by_block(reuse)
         return reuse
+
+    def _check_sharding(self) -> None:
+        """Refuse a model that is sharded before its blocks are found; say if sharding was asked for in vain."""
+        if self.model is not None and sharded_modules(self.model):
+            raise ConfigurationError(
+                f"This {type(self.model).__name__} is sharded already: it was loaded with a `distributed_config`, or "
+                "`train()` ran before. Its blocks are found in whole weights. Load it without, make a new trainer for "
+                'each `train()`, and pass `fsdp=True, fsdp_config={"version": 2}` to shard it.'
+            )
+        if fsdp_version(self.args) is not None and not self.is_fsdp_enabled:
+            logger.warning_once(
+                "FSDP was asked for, but accelerate shards on GPUs and their like only, and uses "
+                f"{self.accelerator.distributed_type.value} here: every process holds the whole model."
+            )
+
+    def _shard_block_by_block(self, reuse: FeatureReuse) -> None:
+        """Let FSDP2 gather the weights of each block alone, so that those of skipped blocks stay where they are."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None and reuse.blocks:
+            # The model's own list may nest units, at which accelerate 1.15 stops for ViT, or miss the blocks.
+            names = {plain_class(block.module).__name__ for block in reuse.blocks}
+            plugin.transformer_cls_names_to_wrap = sorted(names)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        with without_unknown_embeddings(model) if self.is_fsdp_enabled and model else contextlib.nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.model is not None and self.optimizer is not None
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        with complete_state(self.model, self._plain_optimizer) as self._without_state:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_fsdp_enabled and self._resumed is not None:
+            assert self.model is not None
+            forget_state(self.model, self._plain_optimizer, self._resumed.get("without_state", []))
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer inside accelerate's."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # pyright: ignore[reportReturnType]
+
+    def _resume_state(self) -> dict[str, Any]:
+        return {**super()._resume_state(), "without_state": self._without_state}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as Trainer does; a sharded model in whole, whatever `state_dict_type` checkpoints have."""
+        folder = str(output_dir or self.args.output_dir)
+        is_checkpoint = _internal_call and os.path.basename(folder).startswith(PREFIX_CHECKPOINT_DIR)
+        if not self.is_fsdp_enabled or is_checkpoint:
+            return super().save_model(output_dir, _internal_call)
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.state_dict_type = kind
 
     def _send_active_gradients(self, reuse: FeatureReuse) -> None:
         """Let DDP send the gradients of what trains in a step alone."""

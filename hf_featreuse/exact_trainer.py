@@ -6,16 +6,24 @@ import os
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import logging
 
-from hf_featreuse.checkpoints import checkpoint_fault, load_exactly, resolve_checkpoint
+from hf_featreuse.checkpoints import load_exactly
 from hf_featreuse.errors import CheckpointError, FeatureReuseError
-from hf_featreuse.faults import check_finite, check_writable, describe_last_whole, open_checkpoint
+from hf_featreuse.faults import (
+    check_writable,
+    describe_last_whole,
+    find_not_finite,
+    open_checkpoint,
+    refuse_not_finite,
+)
 from hf_featreuse.resume_state import RESUME_STATE_NAME, read_resume_state, write_resume_state
+from hf_featreuse.whole_checkpoints import checkpoint_fault, resolve_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -190,9 +198,12 @@ class ExactTrainer(Trainer):
         super().log(logs, start_time)
 
     def _check_finite(self) -> None:
-        """Raise `StepError` if a weight is NaN or infinite."""
-        if not self._shards and self.model is not None:
-            check_finite(self.model, self.state.global_step, str(self.args.output_dir))
+        """Raise `StepError` if a weight is NaN or infinite, on every rank alike where each holds a part."""
+        names = [None if self.model is None else find_not_finite(self.model)]
+        if self._shards:
+            names = gather_object(names)
+        if (name := next(filter(None, names), None)) is not None:
+            refuse_not_finite(name, self.state.global_step, str(self.args.output_dir))
 
     @property
     def _shards(self) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_featreuse.checkpoints import newest_whole
 from hf_featreuse.errors import CheckpointError, StepError
+from hf_featreuse.sharding import local_part
+from hf_featreuse.whole_checkpoints import newest_whole
 
 
 def open_checkpoint(folder: str | Path) -> None:
@@ -38,12 +40,18 @@ def check_writable(run_folder: str | Path) -> None:
         ) from error
 
 
-def check_finite(model: nn.Module, step: int, run_folder: str | Path) -> None:
-    """Raise `StepError` if a weight is NaN or infinite: such a model is lost, and no checkpoint of it is wanted."""
+def find_not_finite(model: nn.Module) -> str | None:
+    """The name of a weight that is NaN or infinite, in a sharded model in this rank's part; `None` if none is."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            raise StepError(
-                f"After {step} optimizer steps the weight `{name}` is NaN or infinite, so training was stopped and "
-                f"nothing was saved of it. {describe_last_whole(run_folder)} Lower `learning_rate`, clip gradients "
-                "with `max_grad_norm`, use bf16 instead of fp16, or look for bad values in the data."
-            )
+        if parameter.is_floating_point() and not bool(local_part(parameter).isfinite().all()):
+            return name
+    return None
+
+
+def refuse_not_finite(name: str, step: int, run_folder: str | Path) -> NoReturn:
+    """Raise `StepError` for a weight that is NaN or infinite: such a model is lost, and no checkpoint is wanted."""
+    raise StepError(
+        f"After {step} optimizer steps the weight `{name}` is NaN or infinite, so training was stopped and "
+        f"nothing was saved of it. {describe_last_whole(run_folder)} Lower `learning_rate`, clip gradients "
+        "with `max_grad_norm`, use bf16 instead of fp16, or look for bad values in the data."
+    )

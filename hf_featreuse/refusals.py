@@ -93,7 +93,7 @@ def check_engine(args: TrainingArguments, model: nn.Module | None) -> None:
     """
     if args.deepspeed or args.deepspeed_plugin is not None or _launched_with("DEEPSPEED"):
         _refuse("DeepSpeed", ENGINES["DeepSpeed"])
-    if _fsdp_version(args) == 1:
+    if fsdp_version(args) == 1:
         _refuse("FSDP version 1", ENGINES["FSDP version 1"])
     name = str(getattr(args.optim, "value", args.optim))
     if name in OPTIMIZERS:
@@ -125,7 +125,7 @@ def _launched_with(engine: str) -> bool:
     return bool(strtobool(os.environ.get(f"ACCELERATE_USE_{engine}", "false")))
 
 
-def _fsdp_version(args: TrainingArguments) -> int | None:
+def fsdp_version(args: TrainingArguments) -> int | None:
     """The version of FSDP that Trainer or accelerate will use, or `None`."""
     if args.fsdp:
         # Without plugin arguments it is that of torch_xla.

@@ -12,7 +12,7 @@ from typing import Any
 
 RESUME_STATE_NAME = "resume_state.json"
 # Files that a checkpoint cannot be resumed exactly without.
-_NEEDED = {".safetensors", ".pt", ".pth", ".bin"}
+_NEEDED = {".safetensors", ".pt", ".pth", ".bin", ".distcp"}
 
 
 def write_resume_state(folder: str | Path, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
@@ -33,7 +33,7 @@ def write_resume_state(folder: str | Path, state: dict[str, Any], rank: int = 0,
         0.1
     """
     folder = Path(folder)
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in _NEEDED)
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in _NEEDED)
     _path(folder, rank, ranks).write_text(json.dumps({**state, "files": files}), encoding="utf-8")
 
 

@@ -17,8 +17,9 @@ from tiny_models import ARCHITECTURES, build, examples
 from torch import nn
 from training_runs import config, same_bits, state_of, train
 
-from hf_featreuse import CheckpointError, FeatureReuseTrainer, checkpoints
-from hf_featreuse.checkpoints import checkpoint_fault, last_whole_checkpoint, load_weights, resolve_checkpoint
+from hf_featreuse import CheckpointError, FeatureReuseTrainer, whole_checkpoints
+from hf_featreuse.checkpoints import load_weights
+from hf_featreuse.whole_checkpoints import checkpoint_fault, last_whole_checkpoint, resolve_checkpoint
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 WEIGHTS = "model.safetensors"
@@ -175,7 +176,7 @@ def run(finished: tuple[Any, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def warnings_said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
-    monkeypatch.setattr(checkpoints.logger, "warning", said.append)
+    monkeypatch.setattr(whole_checkpoints.logger, "warning", said.append)
     return said
 
 

@@ -16,7 +16,7 @@ from tiny_models import examples
 from training_runs import RecordingTrainer, traces, train
 
 from hf_featreuse import CheckpointError, StepError, StepKind, exact_trainer
-from hf_featreuse.checkpoints import newest_whole
+from hf_featreuse.whole_checkpoints import newest_whole
 
 LAST = 6
 

@@ -12,8 +12,8 @@ from training_runs import RecordingTrainer, config, train
 from transformers import Trainer
 
 from hf_featreuse import StepKind, checkpoints, exact_trainer
-from hf_featreuse.checkpoints import checkpoint_fault
 from hf_featreuse.resume_state import read_resume_state
+from hf_featreuse.whole_checkpoints import checkpoint_fault
 
 pytestmark = pytest.mark.slow
 

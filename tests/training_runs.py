@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_featreuse import FeatureReuseConfig, FeatureReuseTrainer, StepKind
+from hf_featreuse.sharding import local_part
 
 
 def options(folder: Path, **changed: Any) -> dict[str, Any]:
@@ -112,9 +113,13 @@ class StepWatch(TrainerCallback):
     @staticmethod
     def take(model: nn.Module, optimizer: torch.optim.Optimizer, **_: Any) -> dict[str, Any]:
         """Everything that a step can move, by name."""
-        found: dict[str, Any] = state_of(model)
+        found: dict[str, Any] = {name: local_part(tensor).clone() for name, tensor in model.state_dict().items()}
         for name, parameter in model.named_parameters():
-            found[f"{name} (optimizer)"] = copy.deepcopy(dict(optimizer.state.get(parameter, {})))
+            state = optimizer.state.get(parameter, {})
+            found[f"{name} (optimizer)"] = {
+                key: local_part(value).clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+                for key, value in state.items()
+            }
         return found
 
 
