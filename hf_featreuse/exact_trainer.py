@@ -106,8 +106,8 @@ class ExactTrainer(Trainer):
                 raise
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {folder}: {error} What is there of it is "
-                f"passed over on resume ({fault}). {self._describe_ranks()}{describe_last_whole(run_folder)} Free space or pass an "
-                "`output_dir` elsewhere first; `save_total_limit` keeps fewer checkpoints."
+                f"passed over on resume ({fault}). {self._describe_ranks()}{describe_last_whole(run_folder)} Free "
+                "space or pass an `output_dir` elsewhere first; `save_total_limit` keeps fewer checkpoints."
             ) from error
 
     def _init_training_state(

@@ -14,7 +14,7 @@ import lost_rank_run
 import pytest
 import torch
 from distributed_runs import free_port
-from lost_rank_run import EARLIEST, STEPS, train_rank
+from lost_rank_run import EARLIEST, train_rank
 from test_kill import without_times
 from training_runs import same_bits
 
