@@ -265,7 +265,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("GB")
         axis.tick_params(labelsize=8)
-    figure.axes[-1].legend(fontsize=7, loc="lower right")
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
