@@ -24,6 +24,7 @@ import torch
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from overhead import saved_for_backward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -122,18 +123,9 @@ class Bench:
             in_backward (`bool`, defaults to `False`): step each weight as soon as its gradient is there, and free it.
         """
         reuse = FeatureReuse(self.model, self.blocks, schedule, train_trunk=train_trunk)
-        weights = {parameter.untyped_storage()._cdata for parameter in self.model.parameters()}
-        saved: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                saved[storage._cdata] = storage.nbytes()
-            return tensor
-
         with self.mode, self._tracked() as peak, self._stepping_in_backward(in_backward):
             with reuse.step(step, batch_size=self.batch_size):
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                with saved_for_backward(self.model) as saved:
                     loss = self.model(**self.batch).loss
                 activations = sum(saved.values())
                 loss.backward()

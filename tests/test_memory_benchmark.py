@@ -33,6 +33,7 @@ def bench(architecture: str, device: str) -> memory.Bench:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["vit", "convnext"])
 def test_fake_tensors_take_the_bytes_of_real_ones(architecture: str) -> None:
     fake, real = (bench(architecture, device) for device in ("fake", "cpu"))

@@ -17,11 +17,12 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import scaling  # noqa: E402
+import step_model  # noqa: E402
 import traffic  # noqa: E402
 
 DEPTH = StepPlan(StepKind.STOCHASTIC_DEPTH, (1, 3))
 FREEZE = StepPlan(StepKind.MASKED_FREEZE, (1, 3))
-ALL_PLANS = [scaling.VANILLA, DEPTH, FREEZE]
+ALL_PLANS = [step_model.VANILLA, DEPTH, FREEZE]
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_bytes_of_ddp_are_those_counted_at_the_process_group(name: str, freeze_t
     schedule = FeatureReuseSchedule(len(parts.blocks), 0.5, "uniform", seed=0)
     assert {kind for kind, _ in counted} == {StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE}
     for step, (kind, size) in enumerate(counted):
-        expected = scaling.ddp_bytes(parts, schedule.plan(step))
+        expected = step_model.ddp_bytes(parts, schedule.plan(step))
         print(f"{name}, {kind.value}: model {expected}, counted {size}")
         assert size == pytest.approx(expected, rel=0.02)
 
@@ -89,26 +90,26 @@ def test_collectives_of_fsdp2_by_hand() -> None:
     parts = scaling.measure_parts(lambda: build("vit"))
     block, trunk = parts.blocks[0], parts.trunk
     # Bytes: a weight is gathered in 2, a gradient reduced in 4.
-    vanilla, depth, freeze = (scaling.fsdp_collectives(parts, plan) for plan in ALL_PLANS)
-    assert vanilla == scaling.Collectives(5, 4, 5, 2 * (4 * block + trunk), 2 * 4 * block, 4 * (4 * block + trunk))
-    assert depth == scaling.Collectives(3, 2, 3, 2 * (2 * block + trunk), 2 * 2 * block, 4 * (2 * block + trunk))
-    assert freeze == scaling.Collectives(5, 4, 3, 2 * (4 * block + trunk), 2 * 4 * block, 4 * (2 * block + trunk))
+    vanilla, depth, freeze = (step_model.fsdp_collectives(parts, plan) for plan in ALL_PLANS)
+    assert vanilla == step_model.Collectives(5, 4, 5, 2 * (4 * block + trunk), 2 * 4 * block, 4 * (4 * block + trunk))
+    assert depth == step_model.Collectives(3, 2, 3, 2 * (2 * block + trunk), 2 * 2 * block, 4 * (2 * block + trunk))
+    assert freeze == step_model.Collectives(5, 4, 3, 2 * (4 * block + trunk), 2 * 4 * block, 4 * (2 * block + trunk))
     resting = scaling.measure_parts(lambda: build("vit"), train_trunk=False)
     # Blocks 1 to 3 are in backward, 1 and 3 train.
-    rest = scaling.fsdp_collectives(resting, FREEZE)
-    assert rest == scaling.Collectives(5, 3, 2, 2 * (4 * block + trunk), 2 * 3 * block, 4 * 2 * block)
+    rest = step_model.fsdp_collectives(resting, FREEZE)
+    assert rest == step_model.Collectives(5, 3, 2, 2 * (4 * block + trunk), 2 * 3 * block, 4 * 2 * block)
 
 
 def test_what_does_not_hide_is_added() -> None:
     parts = scaling.measure_parts(lambda: build("vit"))
-    fast, slow = scaling.Hardware(link=1e18), scaling.Hardware(link=1e6)
-    for engine in scaling.ENGINES.values():
-        assert engine(parts, scaling.VANILLA, 8, 4, fast).exposed == 0
-        step = engine(parts, scaling.VANILLA, 8, 4, slow)
+    fast, slow = step_model.Hardware(link=1e18), step_model.Hardware(link=1e6)
+    for engine in step_model.ENGINES.values():
+        assert engine(parts, step_model.VANILLA, 8, 4, fast).exposed == 0
+        step = engine(parts, step_model.VANILLA, 8, 4, slow)
         assert step.exposed == pytest.approx(step.wire / slow.link, rel=1e-3)
         # One rank sends nothing.
-        assert engine(parts, scaling.VANILLA, 1, 4, slow).wire == 0
-    assert scaling.fsdp_step(parts, DEPTH, 8, 4, fast).memory < scaling.ddp_step(parts, DEPTH, 8, 4, fast).memory
+        assert engine(parts, step_model.VANILLA, 1, 4, slow).wire == 0
+    assert step_model.fsdp_step(parts, DEPTH, 8, 4, fast).memory < step_model.ddp_step(parts, DEPTH, 8, 4, fast).memory
 
 
 @pytest.mark.slow
