@@ -63,6 +63,13 @@ class Fixed(FeatureReuseSchedule):
         return self.fixed
 
 
+def fixed_schedule(num_blocks: int, kind: StepKind, dropped: Sequence[int] = ()) -> FeatureReuseSchedule:
+    """A schedule of steps that are all alike."""
+    schedule = Fixed(num_blocks, 0.5, "uniform")
+    object.__setattr__(schedule, "fixed", StepPlan(kind, tuple(dropped)))
+    return schedule
+
+
 class StorageTracker(MemTracker):
     """torch's tracker without its hooks on weights, which frozen ones cannot take; totals do not need them."""
 
@@ -107,9 +114,7 @@ class Bench:
         return FeatureReuseSchedule(len(self.blocks), rate, "uniform", seed=0, drop_granularity=grain)
 
     def fixed(self, kind: StepKind, dropped: Sequence[int] = ()) -> FeatureReuseSchedule:
-        schedule = Fixed(len(self.blocks), 0.5, "uniform")
-        object.__setattr__(schedule, "fixed", StepPlan(kind, tuple(dropped)))
-        return schedule
+        return fixed_schedule(len(self.blocks), kind, dropped)
 
     def measure(
         self, schedule: FeatureReuseSchedule, step: int = 0, *, train_trunk: bool = True, in_backward: bool = False

@@ -1,8 +1,6 @@
 """One of two processes is lost: the other ends soon with a clear message, and the run goes on to the same bits."""
 
 import json
-import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +12,7 @@ import lost_rank_run
 import pytest
 import torch
 from distributed_runs import free_port
+from forked_runs import context, warm_forkserver
 from lost_rank_run import EARLIEST, train_rank
 from test_kill import without_times
 from training_runs import same_bits
@@ -35,19 +34,11 @@ FAULTS = [
     ("raise", "stochastic_depth backward"),
     ("raise", "masked_freeze forward"),
 ]
-context = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def warm_parent() -> None:
-    # Python 3.11 does not pass its path on to the server, from which processes start without importing anything.
-    paths = [str(Path(lost_rank_run.__file__).parent), os.environ.get("PYTHONPATH", "")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-        context.set_forkserver_preload(["lost_rank_run"])
-        process = context.Process(target=int)
-        process.start()
-        process.join()
+    warm_forkserver(lost_rank_run)
 
 
 def run_ranks(folder: Path, fault: str = "", point: str = "") -> list[int]:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import scaling  # noqa: E402
 import step_model  # noqa: E402
 import traffic  # noqa: E402
+from memory import fixed_schedule  # noqa: E402
 
 DEPTH = StepPlan(StepKind.STOCHASTIC_DEPTH, (1, 3))
 FREEZE = StepPlan(StepKind.MASKED_FREEZE, (1, 3))
@@ -51,17 +52,6 @@ def test_bytes_of_ddp_are_those_counted_at_the_process_group(name: str, freeze_t
         assert size == pytest.approx(expected, rel=0.02)
 
 
-class Fixed(FeatureReuseSchedule):
-    def plan(self, *_, **__) -> StepPlan:
-        return self.fixed
-
-
-def fixed(count: int, plan: StepPlan) -> FeatureReuseSchedule:
-    schedule = Fixed(count, 0.5, "uniform")
-    object.__setattr__(schedule, "fixed", plan)
-    return schedule
-
-
 @pytest.mark.parametrize("train_trunk", [True, False])
 @pytest.mark.parametrize("architecture", ["vit", "convnext"])
 def test_arithmetic_and_activations_are_those_of_a_real_step(architecture: str, train_trunk: bool) -> None:
@@ -70,7 +60,9 @@ def test_arithmetic_and_activations_are_those_of_a_real_step(architecture: str, 
     blocks = find_residual_blocks(model)
     images = torch.zeros(1, 3, model.config.image_size, model.config.image_size)
     for plan in ALL_PLANS:
-        with FeatureReuse(model, blocks, fixed(len(blocks), plan), train_trunk=train_trunk).step(0):
+        with FeatureReuse(
+            model, blocks, fixed_schedule(len(blocks), plan.kind, plan.dropped), train_trunk=train_trunk
+        ).step(0):
             saved = scaling.saved_bytes(model, images)
             if architecture == "vit":  # torch counts no fused attention of the CPU.
                 model.set_attn_implementation("eager")
