@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -65,24 +67,28 @@ def measure_memory(trainers: dict[str, FeatureReuseTrainer], options: argparse.N
     return memory
 
 
-def step_memory(model, reuse: FeatureReuse, step: int, batch: dict[str, torch.Tensor]) -> float:
-    """Memory of one step in megabytes."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+@contextlib.contextmanager
+def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that is saved for backward inside, weights left out."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage.nbytes()
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+def step_memory(model, reuse: FeatureReuse, step: int, batch: dict[str, torch.Tensor]) -> float:
+    """Memory of one step in megabytes."""
     is_cuda = batch["labels"].is_cuda
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    with (
-        reuse.step(step, batch_size=len(batch["labels"])),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
+    with reuse.step(step, batch_size=len(batch["labels"])), saved_for_backward(model) as saved:
         loss = model(**batch).loss
         peak = sum(saved.values())
         loss.backward()

@@ -18,6 +18,7 @@ from hf_featreuse.errors import CheckpointError, FeatureReuseError
 from hf_featreuse.faults import (
     check_writable,
     describe_last_whole,
+    describe_ranks,
     find_not_finite,
     open_checkpoint,
     refuse_not_finite,
@@ -63,8 +64,11 @@ class ExactTrainer(Trainer):
         except (KeyboardInterrupt, OSError, RuntimeError) as error:
             if not isinstance(error, FeatureReuseError):  # Those say it themselves.
                 cause = f"{type(error).__name__} stopped training after {self.state.global_step} optimizer steps."
-                logger.warning(f"{cause} {describe_last_whole(folder)}")
+                logger.warning(f"{cause} {self._describe_ranks()}{describe_last_whole(folder)}")
             raise
+
+    def _describe_ranks(self) -> str:
+        return describe_ranks(self.args.process_index, self.args.world_size)
 
     def _resume_state(self) -> dict[str, Any]:
         """The sums behind the logs, as JSON holds them exactly."""
@@ -88,6 +92,8 @@ class ExactTrainer(Trainer):
         # The last of the files that every rank writes; `trainer_state.json` follows and closes the checkpoint.
         super()._save_rng_state(output_dir)
         write_resume_state(output_dir, self._resume_state(), self.args.process_index, self.args.world_size)
+        # Rank 0 closes a checkpoint only when the files of every rank are there.
+        self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step, run_folder = self.state.global_step, self._get_output_dir(trial)
@@ -103,8 +109,8 @@ class ExactTrainer(Trainer):
                 raise
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {folder}: {error} What is there of it is "
-                f"passed over on resume ({fault}). {describe_last_whole(run_folder)} Free space or pass an "
-                "`output_dir` elsewhere first; `save_total_limit` keeps fewer checkpoints."
+                f"passed over on resume ({fault}). {self._describe_ranks()}{describe_last_whole(run_folder)} Free "
+                "space or pass an `output_dir` elsewhere first; `save_total_limit` keeps fewer checkpoints."
             ) from error
 
     def _init_training_state(

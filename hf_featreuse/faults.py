@@ -27,6 +27,16 @@ def describe_last_whole(run_folder: str | Path) -> str:
     return f"The last whole checkpoint is {last}; `resume_from_checkpoint=True` goes on from it."
 
 
+def describe_ranks(rank: int, ranks: int) -> str:
+    """Say which of several processes broke off, and that another may have done so first; of one process nothing."""
+    if ranks == 1:
+        return ""
+    return (
+        f"This is rank {rank} of {ranks} processes; if an exchange between them failed, another one ended first, and "
+        "its output says why. "
+    )
+
+
 def check_writable(run_folder: str | Path) -> None:
     """Raise `CheckpointError` where no checkpoint could be written, before hours of training."""
     try:

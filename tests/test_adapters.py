@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import batch, build, examples
 from torch import nn
@@ -24,7 +25,7 @@ def adapted(architecture: str, method: str, saved: tuple[str, ...] = ("classifie
     """A tiny model with adapters that do something, beside layers of its blocks."""
     targets = LAYERS[architecture]
     common = {"target_modules": targets, "modules_to_save": list(saved) or None, **changed}
-    options = LoraConfig(r=2, **common) if method == "lora" else IA3Config(feedforward_modules=[], **common)
+    options = LoraConfig(**{"r": 2, **common}) if method == "lora" else IA3Config(feedforward_modules=[], **common)
     model = get_peft_model(build(architecture), options)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -173,3 +174,57 @@ def test_an_adapter_checkpoint_of_another_method_is_refused(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="adapter"):
         other.train(resume_from_checkpoint=True)
     assert same_bits(state_of(other.model), before)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_adapters_of_convolutions_train_like_those_of_linear_layers(tmp_path: Path) -> None:
+    # PEFT asks for a rank that the groups of the depthwise convolution divide, and cannot merge it.
+    model, watch = adapted("convnext", "lora", target_modules=["dwconv", "pwconv1"], r=16), AdapterWatch()
+    assert any("dwconv.lora_A" in name for name, _ in model.named_parameters())
+    arguments = config(tmp_path, max_steps=8, weight_decay=0.1)
+    watch.trainer = RecordingTrainer(model, arguments, train_dataset=examples(), callbacks=[watch])
+    watch.trainer.train()
+    assert {StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE} <= watch.kinds
+
+
+class SavingInside(RecordingTrainer):
+    """Saves the adapter in the first micro-batch of every step, while blocks are skipped or frozen."""
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, *args, **kwargs)
+        self.save_model(f"{self.args.output_dir}/{self.plans[-1][1].kind.value}")
+        return loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", LAYERS)
+def test_an_adapter_saved_while_a_step_is_open_is_whole(architecture: str, method: str, tmp_path: Path) -> None:
+    base = copy.deepcopy(adapted(architecture, method).unload())
+    model = adapted(architecture, method)
+    # The weights stay as they are, so that every save holds the same.
+    arguments = config(tmp_path, learning_rate=0.0, max_steps=4)
+    train(SavingInside(model, arguments, train_dataset=examples()))
+    with torch.no_grad():
+        logits = model.eval()(**batch()).logits
+    wanted = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    assert len(wanted) == sum(p.requires_grad for p in model.parameters())
+    for kind in (StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE):
+        saved = safetensors.torch.load_file(tmp_path / kind.value / "adapter_model.safetensors")
+        assert same_bits({name: tensor.clone() for name, tensor in saved.items()}, wanted)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / kind.value).eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch()).logits, logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_resume_exactly_at_every_step_of_a_cycle(method: str, tmp_path: Path) -> None:
+    arguments = {"stochastic_depth_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = train(RecordingTrainer(adapted("vit", method), config(tmp_path, **arguments), train_dataset=examples()))
+    assert {StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE} <= {plan.kind for _, plan in whole.plans}
+    for step in (1, 2, 3):
+        again = config(tmp_path / "again", stochastic_depth_steps=2)
+        resumed = RecordingTrainer(adapted("vit", method), again, train_dataset=examples())
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert same_bits(state_of(resumed.model), state_of(whole.model))
+        assert same_bits(resumed.optimizer.state_dict(), whole.optimizer.state_dict())

@@ -37,6 +37,8 @@ AT_REST: dict[str, dict[str, Any]] = {
     "adamw_checkpointing": CHECKPOINTING,
     "adamw_accumulation": {"gradient_accumulation_steps": 2},
     "adamw_bf16": {"bf16": True},
+    "adamw_fp16": {"fp16": True},
+    "adamw_compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "adamw_fused": {"optim": "adamw_torch_fused"},
 }
 

@@ -1,6 +1,5 @@
 """kill -9 at random points, again and again: the run ends where the uninterrupted one ends, to the bit."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +11,7 @@ from typing import Any
 import killed_run
 import pytest
 import torch
+from forked_runs import context, warm_forkserver
 from killed_run import CASES, STEPS, train_to_the_end
 from test_resume import TIMES
 from training_runs import same_bits
@@ -22,20 +22,10 @@ KILLS_EACH = 8
 # The first kills wait for these; the others come at random.
 AWAITED = ("stochastic_depth forward", "masked_freeze backward", "save of weights", "save of the optimizer")
 
-# Processes forked from one that has imported everything and computed nothing.
-context = multiprocessing.get_context("forkserver")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def warm_parent() -> None:
-    # Python 3.11 does not pass its path on to the server.
-    paths = [str(Path(killed_run.__file__).parent), os.environ.get("PYTHONPATH", "")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-        context.set_forkserver_preload(["killed_run"])
-        process = context.Process(target=int)
-        process.start()
-        process.join()
+    warm_forkserver(killed_run)
 
 
 def start(folder: Path, case: str) -> tuple[Any, Connection]:

@@ -126,11 +126,12 @@ def test_what_a_step_freezes_or_drops_does_not_move_by_a_bit(
     "changed",
     [
         {"bf16": True},
+        {"fp16": True},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
         {"stochastic_depth_steps": 2, "masked_freeze_steps": 2},
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
     ],
-    ids=["bf16", "accumulation", "two-of-each", "activation-checkpointing"],
+    ids=["bf16", "fp16", "accumulation", "two-of-each", "activation-checkpointing"],
 )
 def test_freezing_holds_to_the_bit_with(architecture: str, changed: dict[str, Any], tmp_path: Path) -> None:
     if "activation_checkpointing" in changed and architecture not in WITH_CHECKPOINTING:
