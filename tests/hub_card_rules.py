@@ -1,4 +1,7 @@
-"""What the Hub would refuse in the metadata of a model card, after its public specification (hub-docs, modelcard.md)."""
+"""What the Hub would refuse in the metadata of a model card.
+
+Written after the public specification: `modelcard.md` of github.com/huggingface/hub-docs.
+"""
 
 import math
 import re

@@ -42,7 +42,6 @@ ALLOWED = {
     "faults": {"errors", "checkpoints"},
     "exact_trainer": {"errors", "checkpoints", "faults", "resume_state"},
     "engine_trainer": {"config", "distribution", "engine", "exact_trainer", "refusals"},
-    "hub": {"errors", "checkpoints", "plotting"},
     "trainer": {
         *("errors", "schedule", "probing", "blocks", "engine", "cost", "config", "step_log", "checkpoints"),
         *("skipping", "freezing", "compiling", "hub", "engine_trainer", "changed_plans"),

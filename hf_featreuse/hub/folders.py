@@ -87,7 +87,7 @@ def push_folder(
 
     Example:
         >>> from hf_featreuse.hub import push_folder
-        >>> push_folder("no/such/folder", "ada/vit-digits")
+        >>> push_folder("no/such/folder", "ada/vit-digits")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         hf_featreuse.errors.ConfigurationError: `no/such/folder` is no folder. Pass the `output_dir` of a run, or ...
