@@ -19,6 +19,7 @@ from hf_featreuse import FeatureReuseTrainer, HubError
 from hf_featreuse.cli import main
 from hf_featreuse.hub import push_folder
 
+ADAPTER_LABELS = ("cat", "dog", "owl")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "run_image_classification.py"
 
 
@@ -74,8 +75,13 @@ def train(
     """Train a tiny ViT, or LoRA on `base`; `push` are arguments of a push afterwards. Tell what happened."""
     with listening() as said:
         try:
-            model: Any = AutoModelForImageClassification.from_pretrained(base) if base else build("vit")
+            model: Any = build("vit")
             if base:
+                labels = {
+                    "id2label": dict(enumerate(ADAPTER_LABELS)),
+                    "label2id": {label: index for index, label in enumerate(ADAPTER_LABELS)},
+                }
+                model = AutoModelForImageClassification.from_pretrained(base, **labels, ignore_mismatched_sizes=True)
                 lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
                 model = get_peft_model(model, lora)
             trainer = FeatureReuseTrainer(

@@ -121,9 +121,10 @@ def test_the_example_publishes_all_that_belongs_and_plain_transformers_loads_it(
 
 
 def test_an_adapter_is_published_with_its_labels_and_loads_by_its_card(world, tmp_path):
-    base = build("vit")
-    base.config.id2label = dict(enumerate(("cat", "dog", "owl")))
-    base.save_pretrained(tmp_path / "base")
+    # The base knows other labels, and more of them.
+    config = ViTForImageClassification.config_class.from_dict({**build("vit").config.to_dict(), "id2label": None})
+    config.num_labels = 5
+    ViTForImageClassification(config).save_pretrained(tmp_path / "base")
     assert world.run(hub_runs.push, tmp_path / "base", "ada/base", new_card=True)["error"] is None
     ended = world.run(
         hub_runs.train,
@@ -140,7 +141,8 @@ def test_an_adapter_is_published_with_its_labels_and_loads_by_its_card(world, tm
     card = commit.files["README.md"].decode()
     for words in ("library_name: peft", "A LORA adapter", "[ada/animals]", "*masked-freeze*"):
         assert words in card
-    assert world.load(hub_loads.run_snippet, snippet_of(commit)).strip() in {"cat", "dog", "owl"}
+    assert world.load(hub_loads.run_snippet, snippet_of(commit)).strip() in hub_runs.ADAPTER_LABELS
+    assert (tmp_path / "lora" / "config.json").is_file()
 
 
 # While training goes on
@@ -239,10 +241,12 @@ def test_a_push_that_fails_for_good_is_reported_and_can_be_repeated(world, tmp_p
     command = f"featreuse push {out} {repo}"
     assert "the Hub does not answer" in ended["error"] and command in ended["error"]
     lost = [text for text in ended["said"] if "Training in progress, step" in text and "featreuse push" in text]
-    assert f"featreuse push {out}/checkpoint-3 {repo}" in lost[0] and f"checkpoint-6 {repo}" in lost[1]
+    assert f"featreuse push {out}/checkpoint-3 {repo} --new_card`" in lost[0] and f"checkpoint-6 {repo}" in lost[1]
     assert {*MODEL_FILES, "training.png"} <= {path.name for path in out.iterdir()} and not list(out.glob("_push-*"))
     assert world.hub.commits(repo) == []
     world.hub.faults.clear()
+    code, said, _ = world.run(hub_runs.featreuse, "push", f"{out}/checkpoint-3", f"{repo}-3", "--new_card")
+    assert code == 0 and "optimizer.pt" not in world.hub.commits(f"{repo}-3")[-1].files
     code, said, _ = world.run(hub_runs.featreuse, *command.split()[1:])
     assert code == 0 and f"{world.hub.url}/{repo}/commit/" in said
     (commit,) = world.hub.commits(repo)

@@ -17,8 +17,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from hf_featreuse.errors import CheckpointError, ConfigurationError
 from hf_featreuse.hub.card import build_model_card
-from hf_featreuse.hub.run_card import CARD_FILE
-from hf_featreuse.hub.sending import Target, make_repository, send
+from hf_featreuse.hub.sending import CARD_FILE, Target, make_repository, send
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Never pushed. `training_args.bin` is a pickle of the training arguments, the user's token among them.

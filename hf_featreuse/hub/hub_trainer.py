@@ -20,8 +20,8 @@ from transformers.utils.hub import PushInProgress, hf_api
 from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.errors import HubError
 from hf_featreuse.hub.folders import files_to_push
-from hf_featreuse.hub.run_card import CARD_FILE, PLOT_FILE, write_run_card, write_run_plot
-from hf_featreuse.hub.sending import Target, make_repository, send
+from hf_featreuse.hub.run_card import write_run_card, write_run_plot
+from hf_featreuse.hub.sending import CARD_FILE, Target, make_repository, send
 
 logger = logging.get_logger(__name__)
 
@@ -146,10 +146,10 @@ class HubTrainer(Trainer):
             # An adapter's files name no labels; those of its base are another task's.
             self._base_config().save_pretrained(folder)
         self.create_model_card(**kwargs)
+        self._finish_current_push()
         if self.hub_model_id is None or revision is not None:
             self.init_hf_repo(token=token, private=private, revision=revision)
             self.create_model_card(**kwargs)  # Which names the repository now.
-        self._finish_current_push()
         target, message = self._target(token, revision, private), commit_message or "End of training"
         if blocking:
             return self._send(folder, target, message, folder)
@@ -172,19 +172,29 @@ class HubTrainer(Trainer):
         if not running:  # What a process that was killed left behind.
             for stale in Path(str(self.args.output_dir)).glob(f"{_SNAPSHOT_PREFIX}*"):
                 shutil.rmtree(stale, ignore_errors=True)
-        # Links cost no space, and stay when the checkpoint itself is deleted.
-        snapshot = self._snapshot(Path(checkpoint_folder), _link_or_copy)
-        if is_adapter(self.model):
-            self._base_config().save_pretrained(snapshot)
-        (snapshot / CARD_FILE).unlink(missing_ok=True)  # A link to PEFT's card in the checkpoint.
-        (snapshot / PLOT_FILE).unlink(missing_ok=True)
-        self._write_card(snapshot)
+        try:
+            snapshot = self._checkpoint_snapshot(Path(checkpoint_folder))
+        except OSError as error:
+            # The checkpoint is whole; a full disk here is no reason to stop training.
+            again = self._target().again(checkpoint_folder)
+            logger.error(f"Step {step} is not pushed: {error}. Push it later with `{again}`.")
+            return
         target, message = self._target(), f"Training in progress, step {step}"
         jobs = [(snapshot, target, message, "", False)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
             jobs.append((snapshot, target, f"{message}, checkpoint", f"{name}/", True))
         self._in_background(jobs, Path(checkpoint_folder))
+
+    def _checkpoint_snapshot(self, checkpoint: Path) -> Path:
+        """A checkpoint as it is now, with a card."""
+        # Links cost no space, and stay when the checkpoint itself is deleted.
+        snapshot = self._snapshot(checkpoint, _link_or_copy)
+        if is_adapter(self.model):
+            self._base_config().save_pretrained(snapshot)
+        (snapshot / CARD_FILE).unlink(missing_ok=True)  # A link to PEFT's card in the checkpoint.
+        self._write_card(snapshot)
+        return snapshot
 
     def _snapshot(self, folder: Path, copy: Callable[[str, str], Any]) -> Path:
         """Keep the files of a folder as they are now, beside the run."""

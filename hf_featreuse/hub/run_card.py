@@ -15,6 +15,7 @@ from transformers.utils import logging
 from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.hub.card import build_model_card, is_hub_id
+from hf_featreuse.hub.sending import CARD_FILE
 
 if TYPE_CHECKING:
     from hf_featreuse.trainer import FeatureReuseTrainer
@@ -23,7 +24,6 @@ logger = logging.get_logger(__name__)
 
 # Name of the training plot beside the model.
 PLOT_FILE = "training.png"
-CARD_FILE = "README.md"
 _LISTED_ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "seed",
@@ -62,7 +62,7 @@ def write_run_card(
         base_model=base,
         dataset_name=dataset if dataset is None or isinstance(dataset, str) else ", ".join(dataset),
         settings=trainer.reuse_args.settings(),
-        metrics={key: value for key, value in (evaluations or [{}])[-1].items() if key.startswith("eval_")},
+        metrics={key: value for key, value in (evaluations or [{}])[-1].items() if _is_metric(key, value)},
         license=license or (licence_of(base) if base and is_hub_id(base) else None),
         plot_file=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
         architecture=type(model).__name__,
@@ -74,6 +74,11 @@ def write_run_card(
     own: list[str] = card.data["tags"]
     card.data["tags"] = own + [tag for tag in ([tags] if isinstance(tags, str) else tags or ()) if tag not in own]
     card.save(folder / CARD_FILE)
+
+
+def _is_metric(key: str, value: object) -> bool:
+    """Whether an entry of the log is a figure of an evaluation; a metric may also give lists or words."""
+    return key.startswith("eval_") and isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def write_run_plot(trainer: FeatureReuseTrainer, folder: str | Path) -> None:

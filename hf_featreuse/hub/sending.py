@@ -28,6 +28,7 @@ _Result = TypeVar("_Result")
 # Seconds before each further attempt. The client itself repeats uploads of large files; it asks for a repository,
 # has the card checked and commits once.
 _WAITS = (1.0, 4.0)
+CARD_FILE = "README.md"
 _PASSING = (408, 429, 500, 502, 503, 504)
 
 
@@ -48,9 +49,11 @@ class Target:
     token: str | None = None
 
     def again(self, folder: str | Path) -> str:
-        """The command that pushes a folder here."""
+        """The command that pushes a folder here; a checkpoint of a run has no card yet."""
         more = [f"--revision {shlex.quote(self.revision)}"] if self.revision else []
         more += ["--private"] if self.private else []
+        has_card = (Path(folder) / CARD_FILE).is_file()
+        more += ["--new_card"] if not has_card and any(Path(folder).glob("*.safetensors")) else []
         return shlex.join(["featreuse", "push", str(folder), self.repo_id]) + "".join(f" {flag}" for flag in more)
 
 
@@ -67,7 +70,7 @@ def make_repository(api: HfApi, target: Target, folder: str | Path) -> str:
             api.create_branch(url.repo_id, branch=target.revision, token=target.token, exist_ok=True)
         return url.repo_id
 
-    return _attempt(make, target, folder, "The repository could not be made")
+    return _attempt(make, target, folder, f"Making the repository {target.repo_id}")
 
 
 def send(
@@ -95,10 +98,10 @@ def send(
             target.repo_id, operations, commit_message=message, token=target.token, revision=target.revision
         )
 
-    return _attempt(commit, target, folder, f'"{message}" could not be pushed')
+    return _attempt(commit, target, folder, f'The push "{message}" to {target.repo_id}')
 
 
-def _attempt(call: Callable[[], _Result], target: Target, folder: str | Path, failed: str) -> _Result:
+def _attempt(call: Callable[[], _Result], target: Target, folder: str | Path, what: str) -> _Result:
     """Call, and call again after failures that pass."""
     for wait in (*_WAITS, None):
         try:
@@ -106,10 +109,10 @@ def _attempt(call: Callable[[], _Result], target: Target, folder: str | Path, fa
         except Exception as error:  # Whatever it is, the user must be told how to push again.
             if wait is None or not _passes(error):
                 raise HubError(
-                    f"{failed} to {target.repo_id}: {_reason(error)} What is in {folder} is whole; push it again "
-                    f"with `{target.again(folder)}`."
+                    f"{what} failed: {_reason(error)} Then `{target.again(folder)}` pushes what is in the folder, "
+                    "from which nothing was taken."
                 ) from error
-            logger.warning(f"{failed} to {target.repo_id} ({_first_line(error)}); trying again in {wait:g} s.")
+            logger.warning(f"{what} failed ({_first_line(error)}); trying again in {wait:g} s.")
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
@@ -139,7 +142,7 @@ def _reason(error: Exception) -> str:
         return "there is no such revision. Pass a branch."
     if isinstance(error, httpx2.TransportError) or status in _PASSING:
         return f"the Hub does not answer ({_first_line(error)}). Wait until it does."
-    return f"{_first_line(error)}."
+    return f"{_first_line(error)}. Mend that."
 
 
 def _first_line(error: Exception) -> str:
