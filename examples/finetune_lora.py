@@ -116,12 +116,17 @@ def run(argv: list[str]) -> None:
         compute_metrics=build_compute_metrics(),
         preprocess_logits_for_metrics=rank_top_k,
     )
+    trainer.card_details = {"dataset": data.name or arguments.dataset_name}
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
     if arguments.merged_dir is not None and trainer.is_world_process_zero():
         model.merge_and_unload().save_pretrained(arguments.merged_dir)
         processor.save_pretrained(arguments.merged_dir)

@@ -43,8 +43,6 @@ from hf_featreuse.data import (
     load_image_data,
 )
 from hf_featreuse.metrics import build_compute_metrics, rank_top_k
-from hf_featreuse.model_card import PLOT_FILE
-from hf_featreuse.plotting import plot_training
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
 
 logger = logging.getLogger("run_image_classification")
@@ -137,6 +135,7 @@ class ModelArguments:
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Replace a head of another number of classes by a new one."}
     )
+    license: str | None = field(default=None, metadata={"help": "Licence to state on the model card: apache-2.0, ..."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output folder that holds a run already."}
     )
@@ -359,6 +358,12 @@ def run(argv: list[str]) -> None:
         torch.set_num_threads(1)
     splits = add_transforms(data, processor, data_args, args.seed)
     trainer = make_trainer(model, processor, splits, args)
+    trainer.card_details = {
+        "finetuned_from": model_args.model_name_or_path,
+        # Of a local folder the card says only that it is one.
+        "dataset": data.name or data_args.dataset_name or data_args.train_dir or data_args.validation_dir,
+        "license": model_args.license,
+    }
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
@@ -370,23 +375,15 @@ def run(argv: list[str]) -> None:
         metrics = trainer.predict(splits["test"], metric_key_prefix="predict").metrics
         report(trainer, "predict", metrics, splits["test"])
     if args.do_train:
-        publish(trainer, model_args, data)
+        publish(trainer)
 
 
-def publish(trainer: FeatureReuseTrainer, model_args: ModelArguments, data: ImageData) -> None:
-    """Plot the run and write the model card; push both where asked to."""
-    if trainer.is_world_process_zero():
-        plot_training(
-            trainer.state.log_history,
-            trainer.feature_reuse.schedule,
-            Path(str(trainer.args.output_dir)) / PLOT_FILE,
-            block_names=[block.name for block in trainer.feature_reuse.blocks],
-        )
-    card = {"finetuned_from": model_args.model_name_or_path, "dataset": data.name}
+def publish(trainer: FeatureReuseTrainer) -> None:
+    """Write the model card with the plot of the run; push all of it where asked to."""
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(**card)
+        trainer.push_to_hub()
     else:
-        trainer.create_model_card(**card)
+        trainer.create_model_card()
     logger.info(f"Model, results, card and plot are in {trainer.args.output_dir}")
 
 

@@ -13,9 +13,11 @@ from hf_featreuse.errors import (
     ConfigurationError,
     DataError,
     FeatureReuseError,
+    HubError,
     StepError,
 )
 from hf_featreuse.freezing import train_only
+from hf_featreuse.hub import push_folder
 from hf_featreuse.inspection import BlockReport, ModelReport, inspect_model
 from hf_featreuse.pruning import Removal, accuracy_on, prune_blocks, rank_removals
 from hf_featreuse.schedule import FeatureReuseSchedule, StepKind, StepPlan
@@ -38,6 +40,7 @@ __all__ = [
     "FeatureReuseError",
     "FeatureReuseSchedule",
     "FeatureReuseTrainer",
+    "HubError",
     "ModelReport",
     "Removal",
     "ResidualBlock",
@@ -51,6 +54,7 @@ __all__ = [
     "inspect_model",
     "measure_step_costs",
     "prune_blocks",
+    "push_folder",
     "rank_removals",
     "reduce_active_gradients",
     "skip_blocks",

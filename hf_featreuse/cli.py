@@ -21,6 +21,7 @@ from transformers.hf_argparser import string_to_bool
 
 from hf_featreuse.analysis import command as analysis_command
 from hf_featreuse.errors import FeatureReuseError
+from hf_featreuse.hub.command import add_push_arguments, push
 from hf_featreuse.inspection import inspect_model
 from hf_featreuse.pruning.command import add_prune_arguments, prune
 from hf_featreuse.schedule import DropRateSchedule
@@ -201,5 +202,14 @@ VERBS = (
         "the model that skips the blocks; what the configuration cannot express is refused.",
         add_arguments=add_prune_arguments,
         run=prune,
+    ),
+    Verb(
+        name="push",
+        summary="publish a finished run or a saved model on the Hub",
+        description="Push model, image processor, configuration, plot, results and model card of a folder to a "
+        "repository on the Hub, also again after a push that failed. Everything is checked first, nothing in the "
+        "folder changes, and optimizer states stay here unless --checkpoints is given.",
+        add_arguments=add_push_arguments,
+        run=push,
     ),
 )

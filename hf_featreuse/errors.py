@@ -40,3 +40,7 @@ class DataError(FeatureReuseError, ValueError):
 
 class BadImageError(FeatureReuseError, RuntimeError):
     """An image cannot be decoded; the message names the file, or the split and row."""
+
+
+class HubError(FeatureReuseError, RuntimeError):
+    """A push to the Hub failed; the message says how to push again. What is on disk is whole."""

@@ -13,6 +13,8 @@ from typing import Any
 RESUME_STATE_NAME = "resume_state.json"
 # Files that a checkpoint cannot be resumed exactly without.
 _NEEDED = {".safetensors", ".pt", ".pth", ".bin", ".distcp"}
+# Resuming does not read it, and a checkpoint from the Hub comes without it: it may hold a token.
+_SPARE = "training_args.bin"
 
 
 def write_resume_state(folder: str | Path, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
@@ -50,7 +52,7 @@ def resume_state_fault(folder: Path) -> str | None:
             files = json.loads(path.read_text(encoding="utf-8"))["files"]
         except ValueError:
             return f"{path.name} is cut short"
-        missing = [name for name in files if not (folder / name).is_file()]
+        missing = [name for name in files if name != _SPARE and not (folder / name).is_file()]
         if missing:
             return f"{missing[0]} is missing"
     return None

@@ -12,13 +12,12 @@ from transformers.utils import logging
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
 from hf_featreuse.changed_plans import PlanSource, check_plans
-from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.compiling import compile_blocks
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.engine_trainer import EngineTrainer
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
-from hf_featreuse.model_card import write_model_card
+from hf_featreuse.hub import HubTrainer
 from hf_featreuse.probing import own_drop_path_rate, takes_dummy_inputs, undisturbed
 from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.step_log import StepLog
@@ -26,7 +25,7 @@ from hf_featreuse.step_log import StepLog
 logger = logging.get_logger(__name__)
 
 
-class FeatureReuseTrainer(EngineTrainer):
+class FeatureReuseTrainer(HubTrainer, EngineTrainer):
     """A drop-in for `transformers.Trainer` that trains with feature reuse.
 
     Takes every argument of `Trainer`. With a plain `TrainingArguments` the options of feature reuse have their
@@ -37,8 +36,11 @@ class FeatureReuseTrainer(EngineTrainer):
 
     Checkpoints are restored exactly and strictly, for models too whose weights the stock Trainer of transformers 5.23
     fails to restore (ViT, DeiT, BEiT, Swin, DINOv2); one that is cut short is passed over for the last whole one.
+    Pushes to the Hub hold what they say and never fail silently.
 
     Attributes:
+        card_details (`Mapping[str, Any]`): arguments of `create_model_card` that hold for every card of this trainer,
+            such as `{"dataset": "uoft-cs/cifar10"}`.
         feature_reuse (`FeatureReuse`, *optional*): blocks and schedule, bound when `train()` knows the model that
             trains and its number of steps.
         step_costs (`StepCosts`, *optional*): arithmetic of each kind of step.
@@ -50,6 +52,7 @@ class FeatureReuseTrainer(EngineTrainer):
         BlockError: in `train()`, the model has no residual block that can be skipped and trained.
         CheckpointError: in `train()`, no checkpoint is whole, one does not hold every weight, or none can be written.
         StepError: in `train()`, the weights became NaN or infinite.
+        HubError: with `push_to_hub=True`, the repository cannot be made; in `push_to_hub()`, the push failed.
 
     Example:
         >>> import torch
@@ -154,32 +157,6 @@ class FeatureReuseTrainer(EngineTrainer):
         said = check_plans(PlanSource.from_json(saved), now, self.state.global_step)
         if said is not None:
             logger.warning(said)
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write the model card of the run to `output_dir/README.md`, with the method and its settings.
-
-        Takes the arguments of `Trainer.create_model_card`; `language`, `tasks`, `dataset_tags` and `dataset_args` have
-        no place in the card of an image classifier. For adapters PEFT's card and Trainer's are kept.
-        """
-        if is_adapter(self.model):
-            super().create_model_card(
-                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
-            )
-        elif self.is_world_process_zero():
-            write_model_card(
-                self, license=license, tags=tags, model_name=model_name, finetuned_from=finetuned_from, dataset=dataset
-            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train`, with feature reuse; `torch_compile=True` compiles each block until the end."""

@@ -42,6 +42,8 @@ def test_it_leaves_an_adapter_and_a_merged_model(arguments: list[str], example: 
     assert 0 <= results["eval_accuracy"] <= 1
     tensors = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert all("lora_" in name or "classifier" in name for name in tensors)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A LORA adapter" in card and "local weights on scikit-learn digits" in card and str(tmp_path) not in card
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
     assert merged.config.num_labels == 10
     assert not any("lora" in name for name in merged.state_dict())

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from hub_card_rules import card_problems
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.model_card import build_model_card
+from hf_featreuse.hub import build_model_card
 
 TAGS = ["hf_featreuse", "feature-reuse", "stochastic-depth", "image-classification"]
 
@@ -56,6 +57,7 @@ def test_card_of_a_named_data_set_parses_back():
     again = ModelCard(str(card))
     assert again.data.to_dict() == card.data.to_dict()
     assert str(again) == str(card)
+    assert card_problems(str(card)) == []
     metadata = again.data.to_dict()
     assert metadata["tags"] == TAGS
     assert (metadata["pipeline_tag"], metadata["library_name"]) == ("image-classification", "transformers")
@@ -77,7 +79,7 @@ def test_card_of_a_named_data_set_parses_back():
         "| Accuracy (top-1) | 97.50 % |",
         "| Loss | 0.25 |",
         "](training%20plot.png)",
-        'pipeline("image-classification", model="ada/vit-digits")',
+        'repository = "ada/vit-digits"\nclassifier = pipeline("image-classification", model=repository)',
         "| `drop_rate` | 0.5 | probability",
         "| `target_blocks` | none given |",
         "| `learning_rate` | 0.001 |",
@@ -95,7 +97,9 @@ def test_training_from_scratch_on_a_folder_invents_nothing(tmp_path):
         card = build(dataset_name=dataset_name, metrics=METRICS)
         metadata = card.data.to_dict()
         assert not {"model-index", "datasets", "base_model", "license", "model_name"} & set(metadata)
-        assert "trained from scratch on a local data set" in card.text
+        assert (
+            f"trained from scratch on {'a local data set' if dataset_name else 'data that is not named'}" in card.text
+        )
         assert "| Accuracy (top-1) | 97.50 % |" in card.text
         assert "photos" not in str(card) and str(tmp_path) not in str(card)
         assert "]()" not in str(card) and "None" not in str(card) and "co/)" not in str(card)
@@ -105,7 +109,9 @@ def test_plain_name_is_not_linked():
     card = build(dataset_name="handwritten digits of scikit-learn", metrics={"accuracy": 0.9})
     assert "from scratch on handwritten digits of scikit-learn with" in card.text
     assert "datasets" not in card.data.to_dict()
-    assert [result.dataset_name for result in results(card)] == ["handwritten digits of scikit-learn"]
+    assert [(result.dataset_name, result.dataset_type) for result in results(card)] == [
+        ("handwritten digits of scikit-learn", "handwritten-digits-of-scikit-learn")
+    ]
 
 
 def test_local_weights_are_not_named(tmp_path):
@@ -117,7 +123,7 @@ def test_local_weights_are_not_named(tmp_path):
 def test_name_of_a_path_is_its_last_part(tmp_path):
     card = build(model_name=str(tmp_path / "vit-digits") + os.sep, plot_file=tmp_path / "training.png")
     assert "# vit-digits\n" in card.text
-    assert 'model="vit-digits"' in card.text and "](training.png)" in card.text
+    assert 'repository = "vit-digits"' in card.text and "](training.png)" in card.text
     assert str(tmp_path) not in str(card)
 
 
@@ -166,3 +172,39 @@ def test_unusable_arguments_are_refused():
         build(model_name=" ")
     with pytest.raises(ConfigurationError, match="eval_accuracy='high'"):
         build(metrics={"eval_accuracy": "high"})
+
+
+def test_a_card_without_a_record_says_nothing_of_training():
+    card = build(settings=None, block_names=[], training={})
+    assert "An image classifier (`ViTForImageClassification`).\n" in card.text
+    assert "was not recorded" in card.text and "## Versions" not in card.text
+    for claim in ("from scratch", "local data set", "*stochastic-depth*"):
+        assert claim not in card.text
+    assert card.data.to_dict()["tags"] == ["hf_featreuse", "image-classification"]
+    assert card_problems(str(card)) == []
+
+
+def test_an_adapter_is_called_one():
+    card = build(adapter="LORA", base_model="google/vit-base-patch16-224", dataset_name="ada/digits", metrics=METRICS)
+    metadata = card.data.to_dict()
+    assert (metadata["library_name"], metadata["base_model"]) == ("peft", "google/vit-base-patch16-224")
+    assert {"lora", "base_model:adapter:google/vit-base-patch16-224"} <= set(metadata["tags"])
+    assert "A LORA adapter for an image classifier" in card.text and "- peft " in card.text
+    assert "PeftModel.from_pretrained(model, repository)" in card.text
+    assert card_problems(str(card)) == []
+    local = build(adapter="LORA", base_model="./weights")
+    assert "base_model" not in local.data.to_dict() and "./weights" not in str(local)
+
+
+def test_the_rules_of_the_hub_are_not_always_met():
+    good = str(build(dataset_name="ada/digits", metrics=METRICS, license="apache-2.0"))
+    for line, bad in {
+        "license: apache-2.0": "license: My own",
+        "  - task:": "  - job:",
+        "      value: 0.25": "      value: .nan",
+        "- ada/digits": "- ada/digits/x",
+        "pipeline_tag: image-classification": "base_model: /home/ada/weights",
+    }.items():
+        assert line in good
+        assert card_problems(good.replace(line, bad, 1)), bad
+    assert card_problems("# no metadata")

@@ -1,0 +1,262 @@
+"""Write the card of a trained model: what was trained, from what, on what, how, and with which result.
+
+Only what the caller states is printed. Paths of the model, its base and its data are not: they mean nothing to a
+reader, and tell about the machine. Nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path, PurePath
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.hub.card_text import ADAPTER_SNIPPET, MEANINGS, SNIPPET, TEMPLATE, method_tags, method_text
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PACKAGES = ("transformers", "torch", "datasets", "huggingface_hub")
+# Entries of Trainer's metrics that are no result.
+_NOT_RESULTS = re.compile(r"epoch|step|num_input_tokens_seen|.*(runtime|_per_second|preparation_time|_flos|_samples)")
+_METRIC_NAMES = {"accuracy": "Accuracy (top-1)", "top5_accuracy": "Accuracy (top-5)", "loss": "Loss"}
+
+
+def build_model_card(
+    *,
+    model_name: str,
+    base_model: str | None = None,
+    dataset_name: str | None = None,
+    dataset_split: str | None = None,
+    settings: Mapping[str, Any] | None,
+    metrics: Mapping[str, float],
+    license: str | None = None,
+    plot_file: str | Path | None = None,
+    architecture: str,
+    block_names: Sequence[str],
+    training: Mapping[str, object],
+    adapter: str | None = None,
+) -> ModelCard:
+    """Build the model card of a trained image classifier, with metadata that the Hub reads.
+
+    The `model-index` of the metadata, which feeds the Hub's result tables, is written only for a data set with a name:
+    results on a folder of the user's are a table alone.
+
+    Args:
+        model_name (`str`): name or Hub id of the model, such as `"ada/vit-digits"`; of a path, the last part.
+        base_model (`str`, *optional*): Hub id of the weights it was fine-tuned from; `None` for training from scratch.
+        dataset_name (`str`, *optional*): Hub id or plain name of the data set. A folder on this machine becomes "a
+            local data set"; only an id with a namespace is linked.
+        dataset_split (`str`, *optional*): the split that `metrics` were measured on.
+        settings (`Mapping[str, Any]`, *optional*): options of the method, such as `{"drop_rate": 0.5}`. With
+            `stochastic_depth_steps` and `masked_freeze_steps` both 0 the card says that training was plain; with
+            `None`, that how the model was trained was not recorded.
+        metrics (`Mapping[str, float]`): as `Trainer.evaluate` returns them; accuracies from 0 to 1. An `eval_` or
+            `test_` prefix is dropped, timings are left out.
+        license (`str`, *optional*): Hub identifier of the licence, such as `"apache-2.0"`.
+        plot_file (`str` or `Path`, *optional*): the training plot, relative to the repository; of an absolute path,
+            its name.
+        architecture (`str`): class of the model, such as `"ViTForImageClassification"`.
+        block_names (`Sequence[str]`): the residual blocks that took part, in forward order.
+        training (`Mapping[str, object]`): training hyperparameters to list.
+        adapter (`str`, *optional*): type of the PEFT adapter, such as `"LORA"`, where the weights are an adapter's.
+
+    Returns:
+        `ModelCard`: its text is `str(card)`; `card.save("README.md")` writes it.
+
+    Raises:
+        ConfigurationError: the model has no name, or a metric is not a number.
+
+    Example:
+        >>> from hf_featreuse.hub import build_model_card
+        >>> card = build_model_card(
+        ...     model_name="ada/vit-digits",
+        ...     settings={"drop_rate": 0.5},
+        ...     metrics={"eval_accuracy": 0.97},
+        ...     architecture="ViTForImageClassification",
+        ...     block_names=["vit.layers.0", "vit.layers.1"],
+        ...     training={"learning_rate": 1e-3},
+        ... )
+        >>> card.data.pipeline_tag, "from scratch" in card.text
+        ('image-classification', True)
+    """
+    name = PurePath(model_name.replace("\\", "/")).name if _is_path(model_name) else model_name.strip()
+    if not name:
+        raise ConfigurationError(f"`model_name={model_name!r}` names no model. Pass a name or Hub id.")
+    base_id = base_model if base_model and is_hub_id(base_model) else None
+    dataset = dataset_name if dataset_name and not _is_local(dataset_name) else None
+    results = _results(metrics)
+    eval_results = _eval_results(results, dataset, dataset_split)
+    data = ModelCardData(
+        base_model=base_id,
+        datasets=[dataset] if dataset and _is_hub_dataset(dataset) else None,
+        eval_results=eval_results,
+        library_name="peft" if adapter else "transformers",
+        license=license,
+        metrics=["accuracy"] if "accuracy" in results else None,
+        model_name=name.split("/")[-1] if eval_results else None,
+        pipeline_tag="image-classification",
+        tags=[*method_tags(settings), *_adapter_tags(adapter, base_id)],
+    )
+    snippet = (ADAPTER_SNIPPET if adapter else SNIPPET).format(name=name, base=base_id or "the base model's folder")
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=name.split("/")[-1],
+        summary=_summary(architecture, adapter, _origin(base_model, base_id), dataset_name, settings is not None),
+        snippet=snippet,
+        snippet_note=_snippet_note(adapter),
+        results=[(_METRIC_NAMES.get(key, _cell(key)), _metric_text(key, value)) for key, value in results.items()],
+        results_intro=_results_intro(dataset_name, dataset_split),
+        plot=_plot_link(plot_file),
+        method=method_text(settings, len(block_names)),
+        settings=[(key, _cell(value), MEANINGS.get(key, "")) for key, value in (settings or {}).items()],
+        block_names=list(block_names),
+        block_list=", ".join(f"`{block}`" for block in block_names),
+        training=[(key, _cell(value)) for key, value in training.items()],
+        versions=_versions(adapter) if settings is not None else [],
+        package_version=_own_version(),
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell a Hub id from a path, and from a folder here of the same name."""
+    return not _is_local(name) and _HUB_ID.fullmatch(name) is not None
+
+
+def _is_path(name: str) -> bool:
+    """Tell what is written as a path on this machine from an id or a plain name."""
+    starts = ("/", "./", "../", "~", ".\\", "..\\")
+    return name in (".", "..") or name.startswith(starts) or name.count("/") > 1 or "\\" in name
+
+
+def _is_local(name: str) -> bool:
+    """Tell what is on this machine; a folder comes before a Hub id of the same name, as in `load_dataset`."""
+    return _is_path(name) or Path(name).exists()
+
+
+def _is_hub_dataset(name: str) -> bool:
+    """A plain name without a namespace may be a data set from elsewhere, so it is not linked."""
+    return "/" in name and _HUB_ID.fullmatch(name) is not None
+
+
+def _dataset_text(dataset: str | None) -> str:
+    """Name the data set, linked where it is on the Hub."""
+    if not dataset:
+        return "data that is not named here"
+    if _is_local(dataset):
+        return "a local data set"
+    return f"[{dataset}](https://huggingface.co/datasets/{dataset})" if _is_hub_dataset(dataset) else dataset
+
+
+def _origin(base_model: str | None, base_id: str | None) -> str:
+    """Say what training started from."""
+    if base_id is not None:
+        return f"fine-tuned from [{base_id}](https://huggingface.co/{base_id})"
+    return "fine-tuned from local weights" if base_model else "trained from scratch"
+
+
+def _summary(architecture: str, adapter: str | None, origin: str, dataset: str | None, recorded: bool) -> str:
+    """Say what was trained, from what and on what; or what it is, where that was not recorded."""
+    what = f"{adapter} adapter for an image classifier" if adapter else "image classifier"
+    article = "An" if what[0] in "aeiouAEIOU" else "A"
+    if not recorded:
+        return f"{article} {what} (`{architecture}`)."
+    return f"{article} {what} (`{architecture}`), {origin} on {_dataset_text(dataset)} with `hf_featreuse`."
+
+
+def _adapter_tags(adapter: str | None, base_id: str | None) -> list[str]:
+    """The tags that PEFT gives an adapter."""
+    if adapter is None:
+        return []
+    return [adapter.lower(), "transformers", *([f"base_model:adapter:{base_id}"] if base_id else [])]
+
+
+def _snippet_note(adapter: str | None) -> str:
+    """Say what the snippet needs."""
+    where = "`repository` is an id on the Hub, or a folder with its files."
+    if adapter is None:
+        return f"{where} It is a plain transformers model; the package it was trained with is not needed to run it."
+    return f"{where} The base model's weights and PEFT are needed besides; the package it was trained with is not."
+
+
+def _results(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Keep the results among Trainer's metrics, without their prefix."""
+    results: dict[str, float] = {}
+    for key, value in metrics.items():
+        name = re.sub(r"^(eval|test)_", "", key)
+        if _NOT_RESULTS.fullmatch(name):
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ConfigurationError(f"`metrics` has {key}={value!r}, which is not a number. Pass numbers only.")
+        results[name] = float(value)
+    return results
+
+
+def _eval_results(results: Mapping[str, float], dataset: str | None, split: str | None) -> list[EvalResult] | None:
+    """Make the entries of the model-index; none without a named data set."""
+    if dataset is None:
+        return None
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            # An identifier; a data set from elsewhere has none, so its name is made one.
+            dataset_type=re.sub(r"[^\w./-]+", "-", dataset),
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=key,
+            metric_name=_METRIC_NAMES.get(key, key),
+            metric_value=value,
+        )
+        for key, value in results.items()
+        if math.isfinite(value)
+    ] or None
+
+
+def _results_intro(dataset: str | None, split: str | None) -> str:
+    """Say what the results were measured on."""
+    where = f"the `{split}` split of {_dataset_text(dataset)}" if split else _dataset_text(dataset)
+    return f"Measured with the whole network on {where}."
+
+
+def _metric_text(key: str, value: float) -> str:
+    """Show accuracies as percentages."""
+    return f"{100 * value:.2f} %" if key.endswith("accuracy") and 0 <= value <= 1 else f"{value:.4g}"
+
+
+def _plot_link(plot_file: str | Path | None) -> str | None:
+    """Link the plot relative to the repository."""
+    if plot_file is None:
+        return None
+    path = Path(plot_file)
+    return quote(path.name if path.is_absolute() else path.as_posix())
+
+
+def _cell(value: object) -> str:
+    """Show a value in a cell of a table."""
+    if value is None:
+        return "none given"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _own_version() -> str:
+    from hf_featreuse import __version__
+
+    return __version__
+
+
+def _versions(adapter: str | None) -> list[tuple[str, str]]:
+    """List what the model was trained with."""
+    return [
+        ("hf_featreuse", _own_version()),
+        *((package, version(package)) for package in (*_PACKAGES, *(["peft"] if adapter else []))),
+        ("Python", platform.python_version()),
+    ]

@@ -1,0 +1,55 @@
+"""The verb `featreuse push`: a finished run, or any saved model, to the Hub."""
+
+from __future__ import annotations
+
+import argparse
+
+from hf_featreuse.hub.folders import push_folder
+
+
+def add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="the output folder of a run, one of its checkpoints, or a folder that `featreuse prune` or "
+        "`save_pretrained` wrote",
+    )
+    parser.add_argument("repository", metavar="REPO", help="owner/name, or a name in your own namespace")
+    visibility = parser.add_mutually_exclusive_group()
+    for name, meaning in (("private", True), ("public", False)):
+        visibility.add_argument(
+            f"--{name}",
+            dest="private",
+            action="store_const",
+            const=meaning,
+            default=argparse.SUPPRESS,
+            help=f"make the repository {name}, where there is none yet; by default as the owner's settings say",
+        )
+    parser.add_argument(
+        "--revision", metavar="BRANCH", default=argparse.SUPPRESS, help="a branch, made if missing; default: main"
+    )
+    parser.add_argument(
+        "--token", default=argparse.SUPPRESS, help="by default HF_TOKEN, or what `hf auth login` stored"
+    )
+    parser.add_argument("--checkpoints", action="store_true", help="push the folders checkpoint-<step> of a run too")
+    parser.add_argument(
+        "--new_card",
+        action="store_true",
+        help="where the folder holds no model card, push a short one that says nothing of training",
+    )
+    parser.add_argument("--message", default="Upload model", help="message of the commit")
+
+
+def push(options: argparse.Namespace) -> str:
+    """Push and say where."""
+    url = push_folder(
+        options.folder,
+        options.repository,
+        private=getattr(options, "private", None),
+        revision=getattr(options, "revision", None),
+        token=getattr(options, "token", None),
+        checkpoints=options.checkpoints,
+        new_card=options.new_card,
+        message=options.message,
+    )
+    return f"pushed {options.folder} to {url}"

@@ -1,0 +1,194 @@
+"""What of a folder goes to the Hub, and pushing a folder that is there already."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_featreuse.errors import CheckpointError, ConfigurationError
+from hf_featreuse.hub.card import build_model_card
+from hf_featreuse.hub.sending import CARD_FILE, Target, make_repository, send
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Never pushed. `training_args.bin` is a pickle of the training arguments, the user's token among them.
+PRIVATE = ("training_args.bin", "_*", ".*", "__pycache__")
+# What a checkpoint holds for resuming alone.
+FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "resume_state*.json", "global_step*")
+_CHECKPOINTS = (f"{PREFIX_CHECKPOINT_DIR}-*", "last-checkpoint")
+_REPOSITORY_LINE = re.compile(r'^repository = "[^"\n]*"$', re.MULTILINE)
+
+
+def files_to_push(folder: str | Path, *, checkpoints: bool = False, for_resuming: bool = False) -> dict[str, Path]:
+    """List the files of a run or checkpoint folder that belong on the Hub, by their path in the repository.
+
+    Args:
+        folder (`str` or `Path`): the folder.
+        checkpoints (`bool`, defaults to `False`): the folders `checkpoint-<step>` too, with what resuming needs.
+        for_resuming (`bool`, defaults to `False`): optimizer, scheduler and random states of the folder itself too.
+    """
+    root, found = Path(folder), {}
+    for path in _walk(root):
+        parts = path.relative_to(root).parts
+        in_checkpoint = _matches(parts[0], _CHECKPOINTS) and len(parts) > 1
+        resumes = _matches(parts[1 if in_checkpoint else 0], FOR_RESUMING)
+        if (checkpoints if in_checkpoint else for_resuming or not resumes) and not any(
+            _matches(part, PRIVATE) for part in parts
+        ):
+            found["/".join(parts)] = path
+    return found
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    checkpoints: bool = False,
+    new_card: bool = False,
+    message: str = "Upload model",
+) -> str:
+    """Push a finished run, or any folder that `save_pretrained` wrote, to a repository on the Hub.
+
+    Everything is checked before anything is sent, and nothing in the folder changes. Optimizer states and other files
+    for resuming stay here unless `checkpoints` is set; `training_args.bin`, which holds the token that training was
+    given, always does. The snippet on a card of this package is made to name the repository.
+
+    Args:
+        folder (`str` or `Path`): with a model or a PEFT adapter in safetensors, its configuration and a model card.
+        repo_id (`str`): `"owner/name"`, or a name in your own namespace. It is made if missing.
+        private (`bool`, *optional*): visibility of a repository that is made; by default the owner's setting.
+        revision (`str`, *optional*): branch, made if missing; by default the main one.
+        token (`str`, *optional*): by default the stored one, or `HF_TOKEN`.
+        checkpoints (`bool`, defaults to `False`): push the folders `checkpoint-<step>` too.
+        new_card (`bool`, defaults to `False`): where the folder holds no card, push a short one made from its
+            configuration. It says nothing of training.
+        message (`str`, defaults to `"Upload model"`): of the commit.
+
+    Returns:
+        `str`: address of the commit.
+
+    Raises:
+        ConfigurationError: the folder is none, or holds no model or card; or `repo_id` is no id.
+        CheckpointError: a file of weights is cut short or missing.
+        HubError: the push failed.
+
+    Example:
+        >>> from hf_featreuse.hub import push_folder
+        >>> push_folder("no/such/folder", "ada/vit-digits")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        hf_featreuse.errors.ConfigurationError: `no/such/folder` is no folder. Pass the `output_dir` of a run, or ...
+    """
+    folder = Path(folder)
+    card = check_folder_to_push(folder, repo_id, new_card=new_card)
+    target = Target(repo_id, revision, private, token)
+    api = HfApi(library_name="hf_featreuse")
+    name = make_repository(api, target, folder)
+    files: dict[str, Path | bytes] = {**files_to_push(folder, checkpoints=checkpoints)}
+    files[CARD_FILE] = _REPOSITORY_LINE.sub(f'repository = "{name}"', card, count=1).encode()
+    return str(send(api, Target(name, revision, private, token), files, message, folder).commit_url)
+
+
+def check_folder_to_push(folder: Path, repo_id: str, *, new_card: bool = False) -> str:
+    """Raise unless a folder can be pushed to a repository; give the text of its card."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigurationError(
+            f"`{repo_id}` is no repository id: {str(error).splitlines()[0]} Pass `owner/name`."
+        ) from error
+    if not folder.is_dir():
+        raise ConfigurationError(
+            f"`{folder}` is no folder. Pass the `output_dir` of a run, or a folder that `save_pretrained` wrote."
+        )
+    _check_weights(folder)
+    path = folder / CARD_FILE
+    if path.is_file():
+        try:
+            return str(ModelCard.load(path))
+        except Exception as error:  # Of the YAML parser, or of the metadata's own checks.
+            raise ConfigurationError(
+                f"The metadata of {path} cannot be read: {' '.join(str(error).split())} Mend it, or delete the file "
+                "and pass `--new_card`."
+            ) from error
+    if not new_card:
+        raise ConfigurationError(
+            f"`{folder}` holds no model card ({CARD_FILE}). Pass the `output_dir` of a run, write a card, or pass "
+            "`--new_card` for a short one that says nothing of training."
+        )
+    return _short_card(folder, repo_id)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """The files of a folder; folders that are never pushed are not looked into."""
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and not _matches(path.name, PRIVATE):
+            yield from _walk(path)
+        elif path.is_file():
+            yield path
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise unless the folder holds a configuration and every file of its weights, whole."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        needed, weights = ADAPTER_WEIGHTS, [folder / ADAPTER_WEIGHTS]
+    else:
+        needed, weights = f"{CONFIG_NAME} and {SAFE_WEIGHTS_NAME}", [folder / SAFE_WEIGHTS_NAME]
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        if index.is_file():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            weights = [folder / shard for shard in sorted(shards)]
+        if not (folder / CONFIG_NAME).is_file():
+            weights = []
+    if not weights or not weights[0].is_file():
+        raise ConfigurationError(
+            f"`{folder}` holds no model: {needed} are looked for. Pass the `output_dir` of a run after "
+            "`save_model()`, or one of its folders `checkpoint-<step>`."
+        )
+    for path in weights:
+        try:
+            # The header says how long the file is; nothing else is read.
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} is not whole: {error}. Save the model again, or push an earlier checkpoint of it."
+            ) from error
+
+
+def _short_card(folder: Path, repo_id: str) -> str:
+    """A card of what the configuration says."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        peft_type, base = str(adapter["peft_type"]), adapter.get("base_model_name_or_path")
+    else:
+        peft_type, base = None, None
+    config = folder / CONFIG_NAME
+    names = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    card = build_model_card(
+        model_name=repo_id,
+        base_model=base,
+        settings=None,
+        metrics={},
+        architecture=(names or ["AutoModelForImageClassification"])[0],
+        block_names=[],
+        training={},
+        adapter=peft_type,
+    )
+    return str(card)
