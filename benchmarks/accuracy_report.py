@@ -191,7 +191,7 @@ def main() -> None:
         print(text)
         return
     if search := search_table(options.results):
-        text += "\n".join(["### Settings tried on the validation part", "", *search, ""])
+        text += "\n".join(["", "### Settings tried on the validation part", "", *search, ""])
     plot(found, ROOT / "docs" / "images" / "accuracy.png")
     picture = "![Accuracy points over vanilla training, with 95 % intervals](images/accuracy.png)"
     before, _, rest = PAGE.read_text().partition(BEGIN)
