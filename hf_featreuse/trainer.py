@@ -16,17 +16,17 @@ from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.compiling import compile_blocks
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
-from hf_featreuse.engine_trainer import EngineTrainer
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.model_card import write_model_card
 from hf_featreuse.probing import own_drop_path_rate, takes_dummy_inputs, undisturbed
+from hf_featreuse.recipe_trainer import RecipeTrainer
 from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.step_log import StepLog
 
 logger = logging.get_logger(__name__)
 
 
-class FeatureReuseTrainer(EngineTrainer):
+class FeatureReuseTrainer(RecipeTrainer):
     """A drop-in for `transformers.Trainer` that trains with feature reuse.
 
     Takes every argument of `Trainer`. With a plain `TrainingArguments` the options of feature reuse have their
@@ -70,8 +70,6 @@ class FeatureReuseTrainer(EngineTrainer):
     feature_reuse: FeatureReuse | None = None
     step_costs: StepCosts | None = None
     _step_log: StepLog | None = None
-    # Optimizer step that is open, and index of its micro-batch.
-    _micro_batch: tuple[int, int] = (-1, 0)
 
     def get_residual_blocks(self, model: nn.Module) -> list[ResidualBlock]:
         """Choose the blocks b0..b(L-1) of the model that trains; override to choose others.
@@ -98,23 +96,20 @@ class FeatureReuseTrainer(EngineTrainer):
         if self.feature_reuse is None or self._step_log is None:
             raise StepError("`training_step` was called outside `train()`, which binds blocks and schedule. Call it.")
         step = self.state.global_step
-        with self.feature_reuse.step(step, **self._samples(step, inputs)) as plan:
+        self._count_micro_batch()
+        with self.feature_reuse.step(step, **self._samples(inputs)) as plan:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_log.add(step, plan, self.step_costs.share(plan) if self.step_costs else 1.0, loss)
         return loss
 
-    def _samples(self, global_step: int, inputs: dict[str, Any]) -> dict[str, int]:
+    def _samples(self, inputs: dict[str, Any]) -> dict[str, int]:
         """Number of samples in a micro-batch, and the position of the first in the step's global batch."""
         assert self.feature_reuse is not None
         if self.feature_reuse.schedule.drop_granularity == "batch":
             return {}
-        opened, micro_batch = self._micro_batch
-        micro_batch = micro_batch + 1 if opened == global_step else 0
-        self._micro_batch = (global_step, micro_batch)
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         # accelerate deals the batches of the loader out to the ranks in turn.
-        samples = self._train_batch_size // (ranks if self.accelerator.split_batches else 1)
-        return {"batch_size": find_batch_size(inputs), "position": (micro_batch * ranks + rank) * samples}
+        samples = self._train_batch_size // (self.accelerator.num_processes if self.accelerator.split_batches else 1)
+        return {"batch_size": find_batch_size(inputs), "position": self._batch_of_step * samples}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the steps since the last log did, then log as Trainer does."""

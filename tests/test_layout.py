@@ -1,6 +1,7 @@
 """Imports run one way, public names are documented, and the examples in the docstrings run."""
 
 import ast
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 import hf_featreuse
 from hf_featreuse import FeatureReuseError
@@ -33,7 +35,10 @@ ALLOWED = {
     "engine": {"errors", "schedule", "blocks", "skipping", "freezing", "per_sample", "batch_norm"},
     "distribution": {"errors", "schedule", "engine"},
     "cost": {"errors", "schedule", "probing", "blocks", "freezing", "per_sample"},
-    "config": {"errors", "schedule", "freezing"},
+    "mixing": {"errors"},
+    "averaging": {"errors"},
+    "recipe": {"averaging", "mixing"},
+    "config": {"errors", "schedule", "freezing", "recipe"},
     "step_log": {"schedule"},
     "resume_state": set(),
     "changed_plans": {"errors", "schedule"},
@@ -42,12 +47,15 @@ ALLOWED = {
     "faults": {"errors", "checkpoints"},
     "exact_trainer": {"errors", "checkpoints", "faults", "resume_state"},
     "engine_trainer": {"config", "distribution", "engine", "exact_trainer", "refusals"},
+    "recipe_trainer": {"averaging", "engine_trainer", "errors", "mixing", "recipe"},
     "trainer": {
         *("errors", "schedule", "probing", "blocks", "engine", "cost", "config", "step_log", "checkpoints"),
-        *("skipping", "freezing", "compiling", "model_card", "engine_trainer", "changed_plans"),
+        *("skipping", "freezing", "compiling", "model_card", "recipe_trainer", "changed_plans"),
     },
 }
-KNOW_THE_TRAINER = {"config", "engine_trainer", "exact_trainer", "trainer", "model_card", "refusals"}
+KNOW_THE_TRAINER = {
+    *("config", "engine_trainer", "exact_trainer", "recipe_trainer", "trainer", "model_card", "refusals"),
+}
 OPTIONAL = {"peft", "matplotlib", "sklearn", "torchvision", "wandb", "trackio", "tensorboard", "optuna", "timm"}
 # Modules of ours whose names are public besides those of `hf_featreuse` itself.
 PUBLIC_MODULES = {
@@ -250,13 +258,18 @@ def test_every_argument_of_a_public_function_is_documented(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["FeatureReuse", "FeatureReuseConfig", "FeatureReuseSchedule", "ResidualBlock", "StepCosts", "StepPlan"]
+    "name",
+    [
+        *("BatchMixer", "FeatureReuse", "FeatureReuseConfig", "FeatureReuseSchedule", "ResidualBlock", "StepCosts"),
+        *("StepPlan", "WeightAverage"),
+    ],
 )
 def test_every_argument_of_a_public_class_is_documented(name):
     cls = getattr(hf_featreuse, name)
     arguments = inspect.signature(cls).parameters
-    if name == "FeatureReuseConfig":  # The rest is TrainingArguments'.
-        arguments = inspect.signature(hf_featreuse.FeatureReuseArguments).parameters
+    if name == "FeatureReuseConfig":
+        theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+        arguments = [field.name for field in dataclasses.fields(cls) if field.name not in theirs]
     missing = [argument for argument in arguments if f"{argument} (`" not in cls.__doc__]
     assert not missing, f"{name}: {missing}"
 
