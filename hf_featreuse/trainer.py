@@ -14,14 +14,16 @@ from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_b
 from hf_featreuse.changed_plans import PlanSource, check_plans
 from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.compiling import compile_blocks
+from hf_featreuse.console import ConsoleCallback
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.model_card import write_model_card
 from hf_featreuse.probing import own_drop_path_rate, takes_dummy_inputs, undisturbed
 from hf_featreuse.recipe_trainer import RecipeTrainer
-from hf_featreuse.schedule import FeatureReuseSchedule
+from hf_featreuse.schedule import FeatureReuseSchedule, StepKind
 from hf_featreuse.step_log import StepLog
+from hf_featreuse.tracking import SchedulePicture
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +44,7 @@ class FeatureReuseTrainer(RecipeTrainer):
         feature_reuse (`FeatureReuse`, *optional*): blocks and schedule, bound when `train()` knows the model that
             trains and its number of steps.
         step_costs (`StepCosts`, *optional*): arithmetic of each kind of step.
+        step_kind (`StepKind`, *optional*): kind of the last step.
 
     Raises:
         ConfigurationError: an engine or optimizer cannot run feature reuse (DeepSpeed, FSDP1, `nn.DataParallel`,
@@ -69,7 +72,13 @@ class FeatureReuseTrainer(RecipeTrainer):
 
     feature_reuse: FeatureReuse | None = None
     step_costs: StepCosts | None = None
+    step_kind: StepKind | None = None
     _step_log: StepLog | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(SchedulePicture(self))
+        self.add_callback(ConsoleCallback(self))
 
     def get_residual_blocks(self, model: nn.Module) -> list[ResidualBlock]:
         """Choose the blocks b0..b(L-1) of the model that trains; override to choose others.
@@ -99,6 +108,7 @@ class FeatureReuseTrainer(RecipeTrainer):
         self._count_micro_batch()
         with self.feature_reuse.step(step, **self._samples(inputs)) as plan:
             loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_kind = plan.kind
         self._step_log.add(step, plan, self.step_costs.share(plan) if self.step_costs else 1.0, loss)
         return loss
 
@@ -221,7 +231,6 @@ class FeatureReuseTrainer(RecipeTrainer):
                     "the blocks that feature reuse drops. Turn it off with `drop_path_rate=0` in the config, or ours "
                     "with `stochastic_depth_steps=0`."
                 )
-            logger.info(f"Feature reuse over {len(blocks)} residual blocks, {blocks[0].name} to {blocks[-1].name}.")
         if blocks and self._dynamo_plugin is not None:
             self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)

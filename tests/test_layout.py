@@ -47,14 +47,19 @@ ALLOWED = {
     "faults": {"errors", "checkpoints"},
     "exact_trainer": {"errors", "checkpoints", "faults", "resume_state"},
     "engine_trainer": {"config", "distribution", "engine", "exact_trainer", "refusals"},
+    "plotting": {"errors", "inspection", "schedule"},
+    "console": {"cost", "engine", "inspection", "schedule"},
+    "tracking": {"console", "errors", "plotting"},
     "recipe_trainer": {"averaging", "engine_trainer", "errors", "mixing", "recipe"},
     "trainer": {
         *("errors", "schedule", "probing", "blocks", "engine", "cost", "config", "step_log", "checkpoints"),
         *("skipping", "freezing", "compiling", "model_card", "recipe_trainer", "changed_plans"),
+        *("console", "tracking"),
     },
 }
 KNOW_THE_TRAINER = {
-    *("config", "engine_trainer", "exact_trainer", "recipe_trainer", "trainer", "model_card", "refusals"),
+    *("config", "console", "engine_trainer", "exact_trainer", "recipe_trainer", "trainer", "model_card", "refusals"),
+    "tracking",
 }
 OPTIONAL = {"peft", "matplotlib", "sklearn", "torchvision", "wandb", "trackio", "tensorboard", "optuna", "timm"}
 # Modules of ours whose names are public besides those of `hf_featreuse` itself.
@@ -62,7 +67,10 @@ PUBLIC_MODULES = {
     "hf_featreuse",
     *(
         f"hf_featreuse.{m}"
-        for m in ("analysis", "data", "inspection", "metrics", "model_card", "plotting", "pruning", "small_models")
+        for m in (
+            *("analysis", "console", "data", "inspection", "metrics", "mixing", "model_card", "plotting", "pruning"),
+            *("small_models", "step_log"),
+        )
     ),
 }
 
