@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.utils import logging
 
 from hf_featreuse.console import Run
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.plotting import plot_training
+from hf_featreuse.schedule import FeatureReuseSchedule
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +42,9 @@ class SchedulePicture(TrainerCallback):
         trackers = [callback for callback in self.run.callback_handler.callbacks if isinstance(callback, kinds)]
         reuse = self.run.feature_reuse
         if not trackers or reuse is None or not reuse.blocks or not state.is_world_process_zero:
+            return
+        if type(reuse.schedule) is not FeatureReuseSchedule:
+            # One of the user's own may depend on what has been trained, and asking it ahead may change it.
             return
         names = [block.name for block in reuse.blocks]
         path = Path(args.output_dir) / SCHEDULE_FILE

@@ -49,7 +49,7 @@ ALLOWED = {
     "engine_trainer": {"config", "distribution", "engine", "exact_trainer", "refusals"},
     "plotting": {"errors", "inspection", "schedule"},
     "console": {"cost", "engine", "inspection", "schedule"},
-    "tracking": {"console", "errors", "plotting"},
+    "tracking": {"console", "errors", "plotting", "schedule"},
     "recipe_trainer": {"averaging", "engine_trainer", "errors", "mixing", "recipe"},
     "trainer": {
         *("errors", "schedule", "probing", "blocks", "engine", "cost", "config", "step_log", "checkpoints"),
