@@ -28,31 +28,34 @@ def median_ms(function: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def measure(repeats: int = 20) -> dict[str, float]:
-    """Milliseconds by what was timed."""
-    found = {}
-    for size in (32, 224):
-        batch = torch.rand(64, 3, size, size)
-        noise = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), dtype=np.uint8)
-        images, rows = [Image.fromarray(pixels) for pixels in noise], np.arange(16)
-        steps = iter(range(10**6))
-        mixup, cutmix = BatchMixer(mixup_alpha=0.8), BatchMixer(cutmix_alpha=1.0)
-        crop, augment = TrainTransform((size, size)), RandAugment()
-        timed = {
-            "Mixup, 64 images": (lambda mixer=mixup: mixer(batch, next(steps)), 1),
-            "CutMix, 64 images": (lambda mixer=cutmix: mixer(batch, next(steps)), 1),
-            "crop and flip, an image": (lambda crop=crop: crop.batch(images, rows, next(steps)), 16),
-            "RandAugment, an image": (lambda augment=augment: augment(images, rows, next(steps)), 16),
-        }
-        for name, (function, parts) in timed.items():
-            found[f"{name} of {size}"] = median_ms(function, repeats) / parts
+def time_images(size: int, repeats: int) -> dict[str, float]:
+    """What is done to images of this side, in pixels."""
+    batch, steps = torch.rand(64, 3, size, size), iter(range(10**6))
+    noise = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), dtype=np.uint8)
+    images, rows = [Image.fromarray(pixels) for pixels in noise], np.arange(16)
+    mixup, cutmix = BatchMixer(mixup_alpha=0.8), BatchMixer(cutmix_alpha=1.0)
+    crop, augment = TrainTransform((size, size)), RandAugment()
+    return {
+        f"Mixup, 64 images of {size}": median_ms(lambda: mixup(batch, next(steps)), repeats),
+        f"CutMix, 64 images of {size}": median_ms(lambda: cutmix(batch, next(steps)), repeats),
+        f"crop and flip, an image of {size}": median_ms(lambda: crop.batch(images, rows, next(steps)), repeats) / 16,
+        f"RandAugment, an image of {size}": median_ms(lambda: augment(images, rows, next(steps)), repeats) / 16,
+    }
+
+
+def time_average(repeats: int) -> dict[str, float]:
+    """The average of the weights of a ViT."""
     overrides = "hidden_size=384,num_hidden_layers=12,num_attention_heads=6,intermediate_size=1536"
     config = small_config("vit", 32, 10, [str(label) for label in range(10)], overrides)
     model = AutoModelForImageClassification.from_config(config)
     average = WeightAverage(model, 0.999)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    found[f"average of {millions:.1f} million weights, a step"] = median_ms(average.update, repeats)
-    return found
+    return {f"average of {millions:.1f} million weights, a step": median_ms(average.update, repeats)}
+
+
+def measure(repeats: int = 20) -> dict[str, float]:
+    """Milliseconds by what was timed."""
+    return {**time_images(32, repeats), **time_images(224, repeats), **time_average(repeats)}
 
 
 def main(repeats: int = 20) -> None:

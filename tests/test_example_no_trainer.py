@@ -128,7 +128,7 @@ def test_bad_options_are_named(without, tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_as_one_with_the_same_global_batch(without, tmp_path):
-    common = [*FLAGS, "--config_overrides", TINY, "--optim", "sgd", "--learning_rate", "0.05"]
+    common = [*FLAGS, "--config_overrides", TINY, "--optim", "sgd", "--learning_rate", "0.05", "--ema_decay", "0.7"]
     without.run(["--output_dir", str(tmp_path / "one"), *common, "--per_device_train_batch_size", "32"])
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     command = [
