@@ -106,6 +106,7 @@ def test_the_command_to_push_again_fits_a_shell_and_hides_the_token():
 
 def test_a_checkpoint_in_shards_is_not_pushed_and_said(tmp_path, monkeypatch):
     trainer = FeatureReuseTrainer(build("vit"), config(tmp_path))
+    trainer.push_in_progress = None
     said = []
     monkeypatch.setattr(hub_trainer.logger, "warning_once", said.append)
     checkpoint = tmp_path / "checkpoint-3"
