@@ -38,8 +38,9 @@ ADVICE = {
     "seed=… must be an integer from 0 to 2**64 - 1.": NEEDS,
     "`train_trunk=True` needs `all_blocks`, the list of all blocks, to know what the trunk is.": "Pass "
     "`all_blocks=find_residual_blocks(model)`.",
-    "… failed: … Then `…` pushes what is in the folder, from which nothing was taken.": "Mend the reason that is "
-    "given, such as the token, and run the command in the message; see [on the Hub](hub.md#when-a-push-fails).",
+    "… failed: … Nothing in … is lost: `…` pushes it.": "Mend the reason that is given, such as the token, and run "
+    "the command in the message; see [on the Hub](hub.md#when-a-push-fails).",
+    "magnitude=… must be from 0 to ….": NEEDS,
     "k=… must be at least 1.": NEEDS,
     "ks=… must name at least one k, each at least 1.": "Pass such as `(1, 5)`.",
     "None of the … samples has a label (-100 means none): there is nothing to measure.": "Pass labelled images.",

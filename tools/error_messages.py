@@ -45,6 +45,10 @@ class Message:
             return found.strip(), rest[0].strip()[0].upper() + rest[0].strip()[1:]
         if self.maker:
             return MADE[self.maker.partition("(")[0]]
+        if self.text not in ADVICE:
+            raise KeyError(
+                f"{self.module}: {self.text!r} does not say what to do. Say it there, or in error_advice.py."
+            )
         return self.text, ADVICE[self.text]
 
 

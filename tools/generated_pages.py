@@ -114,7 +114,7 @@ def parser_options(parser: argparse.ArgumentParser, *, skip: frozenset[str] = fr
 def example_options() -> str:
     """The options of the training example that are neither ours above nor of TrainingArguments."""
     sys.path.insert(0, str(ROOT / "examples"))
-    import run_image_classification as example
+    import image_classification_arguments as example
 
     parser = HfArgumentParser((example.ModelArguments, example.DataArguments))
     return parser_options(parser)
