@@ -35,7 +35,13 @@ class Run(Protocol):
 
 
 def opening_summary(
-    reuse: FeatureReuse, costs: StepCosts | None, *, max_steps: int, processes: int = 1, precision: str = "no"
+    reuse: FeatureReuse,
+    costs: StepCosts | None,
+    *,
+    max_steps: int,
+    processes: int = 1,
+    precision: str = "no",
+    engine: str | None = None,
 ) -> str:
     """Say what will be trained: model, blocks found, rates, steps, expected cost and engine.
 
@@ -45,6 +51,7 @@ def opening_summary(
         max_steps (`int`): optimizer steps of the run.
         processes (`int`, defaults to 1): number of processes.
         precision (`str`, defaults to `"no"`): mixed precision, as accelerate names it.
+        engine (`str`, *optional*): what several processes train with, such as `"FSDP2"`.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -80,8 +87,8 @@ def opening_summary(
                 f"{cost['stochastic_depth']:.2f}, masked freeze {cost['masked_freeze']:.2f})"
             )
     device = next(model.parameters()).device.type
-    engine = f"{processes} process{'es' if processes > 1 else ''} on {device}"
-    lines.append(f"  engine  {engine}, {'full precision' if precision == 'no' else precision}")
+    where = f"{processes} process{'es' if processes > 1 else ''} on {device}{f', {engine}' if engine else ''}"
+    lines.append(f"  engine  {where}, {'full precision' if precision == 'no' else precision}")
     return "\n".join(lines)
 
 
@@ -167,6 +174,7 @@ class ConsoleCallback(TrainerCallback):
                 max_steps=state.max_steps,
                 processes=accelerator.num_processes,
                 precision=accelerator.mixed_precision,
+                engine=_engine(accelerator),
             )
             _say(text, args, state)
 
@@ -187,6 +195,14 @@ class ConsoleCallback(TrainerCallback):
             args,
             state,
         )
+
+
+def _engine(accelerator: Any) -> str | None:
+    """The engine of several processes by the name that its users know."""
+    kind = str(accelerator.distributed_type.value)
+    if kind == "FSDP":
+        return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
+    return "DDP" if kind.startswith("MULTI_") else None if kind == "NO" else kind
 
 
 def describe_kind(kind: StepKind) -> str:
