@@ -107,7 +107,9 @@ def parser_options(parser: argparse.ArgumentParser, *, skip: frozenset[str] = fr
         name = f"`{names[0] if names else action.metavar or action.dest}`"
         choices = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
         given = None if action.default == argparse.SUPPRESS else action.default
-        text = f"{action.help}{'' if str(action.help).endswith('.') else '.'}{choices}"
+        # argparse writes a percent sign twice.
+        help_text = str(action.help).replace("%%", "%")
+        text = f"{help_text}{'' if str(action.help).endswith('.') else '.'}{choices}"
         rows.append([name, shown(given), cell(text)])
     return table(["option", "default", "what it does"], rows)
 
@@ -139,11 +141,11 @@ top, unchanged: learning rate, batch size, checkpoints and the rest are theirs.
 
 ## Of the method
 
-Fields of [`FeatureReuseConfig`](api/training.md), and flags of every example. [The method](method.md) says what a step
-does with each.
+Fields of [`FeatureReuseConfig`](api/training.md), and flags of `run_image_classification.py`, of its twin without a
+Trainer and of `finetune_lora.py`. [The method](method.md) says what a step does with each.
 
 {method}
-**Where to begin.** From scratch and for long: the defaults. Fine-tuning or few steps: `--drop_rate 0.1`. Always
+**Where to begin.** From scratch and for long: the defaults. Fine-tuning: `--drop_rate 0.1`. Always
 compare with `--stochastic_depth_steps 0 --masked_freeze_steps 0`, plain training, and with `--masked_freeze_steps 0`,
 stochastic depth alone, on your data: [nowhere was feature reuse ahead of both by more than the interval](results.md).
 
