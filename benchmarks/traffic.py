@@ -1,17 +1,18 @@
-"""Bytes that the ranks exchange in a step, counted at the process group: plain DDP and feature reuse.
+"""What the ranks exchange in a step, counted at the process group: DDP and FSDP2, plain and with feature reuse.
 
     python benchmarks/traffic.py
 
-starts two processes on the CPU and prints a Markdown table. A count is the sum over the tensors of every call that
-reaches the process group, gradients, buffers and bookkeeping alike, on rank 0; what an all-reduce of them puts on the
-network is up to the backend, and proportional to it.
+starts two processes on the CPU and prints two Markdown tables. Under DDP a count is the sum of bytes over the tensors
+of every call that reaches the process group, gradients, buffers and bookkeeping alike, on rank 0; what an all-reduce
+of them puts on the network is up to the backend, and proportional to it. Under FSDP2, with each block a unit and the
+rest one more, gathers of weights and reductions of gradients are counted, in calls and in bytes of the whole tensors.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
@@ -27,23 +29,36 @@ from hf_featreuse import (
     FeatureReuse,
     FeatureReuseSchedule,
     StepKind,
+    StepPlan,
     find_residual_blocks,
     reduce_active_gradients,
 )
 
+# A batch of one; and steps before the first, which are plain.
+IMAGES = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+PLAIN = range(-2, 0)
+SHARDED_COLUMNS = ("model", "step", "gathers", "reductions", "gathered kB", "reduced kB")
 COLUMNS = ("model", "plain DDP", "feature reuse", "share", "stochastic depth", "masked freeze")
 
 
 class GroupCounter(TorchDispatchMode):
-    """Sums the bytes of the calls that reach a process group."""
+    """Sums the bytes of the calls that reach a process group, and counts those of FSDP2 by kind."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
+        self.gathers: list[int] = []
+        self.reductions: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "c10d":
-            self.bytes += sum(tensor.nbytes for tensor in args[0] if isinstance(tensor, torch.Tensor))
+            # The first argument is what comes out, the second what goes in.
+            if func.__name__.startswith("_allgather_base_"):
+                self.gathers.append(args[0].nbytes)
+            elif func.__name__.startswith("_reduce_scatter_base_"):
+                self.reductions.append(args[1].nbytes)
+            else:
+                self.bytes += sum(tensor.nbytes for tensor in args[0] if isinstance(tensor, torch.Tensor))
         return func(*args, **(kwargs or {}))
 
 
@@ -70,29 +85,67 @@ def convnext() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {"ViT, 12 layers": vit, "ConvNeXt, 18 blocks": convnext}
 
 
-def count(make: Callable[[], nn.Module], options: argparse.Namespace, *, reused: bool) -> list[tuple[StepKind, int]]:
-    """Kind and bytes of each step."""
+def reusing(make: Callable[[], nn.Module], options: argparse.Namespace) -> FeatureReuse:
+    """A new model with its blocks and schedule."""
     torch.manual_seed(0)
     model = make()
-    images = torch.randn(1, 3, 32, 32)
-    blocks = find_residual_blocks(model, {"pixel_values": images})
+    blocks = find_residual_blocks(model, {"pixel_values": IMAGES})
     schedule = FeatureReuseSchedule(len(blocks), options.drop_rate, options.drop_rate_schedule, seed=options.seed)
-    reuse = FeatureReuse(model, blocks, schedule, train_trunk=not options.freeze_trunk)
-    ddp_model = DistributedDataParallel(model, find_unused_parameters=reused)
+    return FeatureReuse(model, blocks, schedule, train_trunk=not options.freeze_trunk)
+
+
+def counted(reuse: FeatureReuse, wrapped: nn.Module, steps: range) -> Iterator[tuple[StepPlan, GroupCounter]]:
+    """Plan and counts of each step."""
+    for step in steps:
+        with reuse.step(step) as plan, GroupCounter() as counter:
+            wrapped(pixel_values=IMAGES).logits.sum().backward()
+        reuse.model.zero_grad(set_to_none=True)
+        yield plan, counter
+
+
+def count(make: Callable[[], nn.Module], options: argparse.Namespace, *, reused: bool) -> list[tuple[StepKind, int]]:
+    """Kind and bytes of each step under DDP."""
+    reuse = reusing(make, options)
+    ddp_model = DistributedDataParallel(reuse.model, find_unused_parameters=reused)
     if reused:
         reduce_active_gradients(ddp_model, reuse)
-    found = []
-    for step in range(options.steps if reused else 2):
-        with reuse.step(step if reused else -1) as plan, GroupCounter() as counter:
-            ddp_model(pixel_values=images).logits.sum().backward()
-        model.zero_grad(set_to_none=True)
-        found.append((plan.kind, counter.bytes))
-    return found
+    steps = range(options.steps) if reused else PLAIN
+    return [(plan.kind, counter.bytes) for plan, counter in counted(reuse, ddp_model, steps)]
 
 
-def mean(sizes: list[int]) -> float:
+def count_sharded(
+    make: Callable[[], nn.Module], options: argparse.Namespace, *, reused: bool
+) -> list[tuple[StepPlan, GroupCounter]]:
+    """Plan and counts of each step under FSDP2."""
+    reuse = reusing(make, options)
+    for block in reuse.blocks:
+        fully_shard(block.module)
+    fully_shard(reuse.model)
+    return list(counted(reuse, reuse.model, range(options.steps) if reused else PLAIN))
+
+
+def mean(sizes: Sequence[float]) -> float:
     """In kB; 0 of none."""
     return sum(sizes) / max(len(sizes), 1) / 1000
+
+
+def sharded_rows(name: str, options: argparse.Namespace) -> list[list[str]]:
+    """The lines of a model in the table of FSDP2: means over the steps of a kind, and over all."""
+    steps = count_sharded(MODELS[name], options, reused=True)
+    groups = {
+        "plain FSDP2": [counter for _, counter in count_sharded(MODELS[name], options, reused=False)],
+        "stochastic depth": [counter for plan, counter in steps if plan.kind is StepKind.STOCHASTIC_DEPTH],
+        "masked freeze": [counter for plan, counter in steps if plan.kind is StepKind.MASKED_FREEZE],
+        "feature reuse": [counter for _, counter in steps],
+    }
+    rows = []
+    for kind, counters in groups.items():
+        calls = [
+            1000 * mean([len(getattr(counter, what)) for counter in counters]) for what in ("gathers", "reductions")
+        ]
+        sizes = [mean([sum(getattr(counter, what)) for counter in counters]) for what in ("gathers", "reductions")]
+        rows.append([name, kind, *(f"{value:.1f}" for value in (*calls, *sizes))])
+    return rows
 
 
 def row(name: str, options: argparse.Namespace) -> list[str]:
@@ -112,9 +165,12 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     rows = [row(name, options) for name in MODELS]
+    sharded = [line for name in MODELS for line in sharded_rows(name, options)]
     if rank == 0:
-        for line in [list(COLUMNS), ["---"] * len(COLUMNS), *rows]:
-            print(f"| {' | '.join(line)} |", flush=True)
+        for columns, lines in ((COLUMNS, rows), (SHARDED_COLUMNS, sharded)):
+            for line in [list(columns), ["---"] * len(columns), *lines]:
+                print(f"| {' | '.join(line)} |", flush=True)
+            print()
     dist.destroy_process_group()
 
 

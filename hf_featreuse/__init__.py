@@ -1,5 +1,6 @@
 """Train residual image classifiers whose layers reuse features (arXiv 2411.09475)."""
 
+from hf_featreuse.averaging import WeightAverage
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
 from hf_featreuse.compiling import compile_blocks
 from hf_featreuse.config import FeatureReuseArguments, FeatureReuseConfig
@@ -19,6 +20,7 @@ from hf_featreuse.errors import (
 from hf_featreuse.freezing import train_only
 from hf_featreuse.hub import push_folder
 from hf_featreuse.inspection import BlockReport, ModelReport, inspect_model
+from hf_featreuse.mixing import BatchMixer, mix_losses
 from hf_featreuse.pruning import Removal, accuracy_on, prune_blocks, rank_removals
 from hf_featreuse.schedule import FeatureReuseSchedule, StepKind, StepPlan
 from hf_featreuse.skipping import skip_blocks
@@ -28,6 +30,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "BadImageError",
+    "BatchMixer",
     "BlockCost",
     "BlockError",
     "BlockReport",
@@ -48,11 +51,13 @@ __all__ = [
     "StepError",
     "StepKind",
     "StepPlan",
+    "WeightAverage",
     "accuracy_on",
     "compile_blocks",
     "find_residual_blocks",
     "inspect_model",
     "measure_step_costs",
+    "mix_losses",
     "prune_blocks",
     "push_folder",
     "rank_removals",

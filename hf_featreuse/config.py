@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.freezing import FrozenBatchNorm
+from hf_featreuse.recipe import RecipeArguments
 from hf_featreuse.schedule import FeatureReuseSchedule, check_granularity, check_options, check_seed
 
 
@@ -183,8 +184,8 @@ class FeatureReuseArguments:
 
 
 @dataclass
-class FeatureReuseConfig(FeatureReuseArguments, TrainingArguments):
-    """`TrainingArguments` with the options of feature reuse. No default of `TrainingArguments` changes.
+class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArguments):
+    """`TrainingArguments` with the options of feature reuse and of a recipe. None of its own defaults changes.
 
     Args:
         drop_rate (`float`, defaults to 0.5): probability, above 0 and below 1, of dropping a block in a cycle.
@@ -211,6 +212,12 @@ class FeatureReuseConfig(FeatureReuseArguments, TrainingArguments):
         reuse_start (`float`, defaults to 0.0): fraction of training before which steps are vanilla.
         reuse_end (`float`, defaults to 1.0): fraction of training after which steps are vanilla.
         reuse_seed (`int`, *optional*): seed of the schedule, unchanged; `None` takes `seed`.
+        mixup_alpha (`float`, defaults to 0.0): Mixup, in training only, with shares drawn from Beta(alpha, alpha); 0
+            is off.
+        cutmix_alpha (`float`, defaults to 0.0): CutMix, the same way. With both above 0, each batch takes one of the
+            two, drawn evenly.
+        ema_decay (`float`, *optional*): above 0 and below 1: evaluate, and save at the end, an exponential moving
+            average of the weights.
 
     Raises:
         ConfigurationError: an option has a value that cannot be used.
@@ -227,6 +234,7 @@ class FeatureReuseConfig(FeatureReuseArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.check()
+        self.check_recipe()
         TrainingArguments.__post_init__(self)
 
 

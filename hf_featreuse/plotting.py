@@ -44,6 +44,7 @@ _MAX_ROW_LABELS = 16
 _MAX_COLUMN_LABELS = 48
 _CHARACTERS_IN_A_ROW = 150
 _SMOOTH_FROM = 150
+_SAMPLES = 16
 
 
 def plot_training(
@@ -176,9 +177,13 @@ def dropped_shares(schedule: FeatureReuseSchedule, num_steps: int, max_columns: 
     columns = math.ceil(num_steps / steps_per_column)
     counts = np.zeros((2, schedule.num_blocks, columns))
     kinds = {"stochastic_depth": 0, "masked_freeze": 1}
+    # With a set for every sample, a few samples stand for all.
+    samples = {"batch_size": _SAMPLES} if schedule.drop_granularity == "sample" else {}
     for step in range(num_steps):
-        plan = schedule.plan(step)
-        if plan.dropped:
+        plan = schedule.plan(step, **samples)
+        if plan.sample_masks is not None:
+            counts[kinds[plan.kind.value], :, step // steps_per_column] += plan.sample_masks.mean(0)
+        elif plan.dropped:
             counts[kinds[plan.kind.value], list(plan.dropped), step // steps_per_column] += 1
     steps = np.full(columns, steps_per_column)
     steps[-1] = num_steps - steps_per_column * (columns - 1)

@@ -13,19 +13,21 @@ from transformers.utils import logging
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
 from hf_featreuse.changed_plans import PlanSource, check_plans
 from hf_featreuse.compiling import compile_blocks
+from hf_featreuse.console import ConsoleCallback
 from hf_featreuse.cost import StepCosts, measure_step_costs
 from hf_featreuse.engine import FeatureReuse
-from hf_featreuse.engine_trainer import EngineTrainer
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.hub import HubTrainer
 from hf_featreuse.probing import own_drop_path_rate, takes_dummy_inputs, undisturbed
-from hf_featreuse.schedule import FeatureReuseSchedule
+from hf_featreuse.recipe_trainer import RecipeTrainer
+from hf_featreuse.schedule import FeatureReuseSchedule, StepKind
 from hf_featreuse.step_log import StepLog
+from hf_featreuse.tracking import SchedulePicture
 
 logger = logging.get_logger(__name__)
 
 
-class FeatureReuseTrainer(HubTrainer, EngineTrainer):
+class FeatureReuseTrainer(HubTrainer, RecipeTrainer):
     """A drop-in for `transformers.Trainer` that trains with feature reuse.
 
     Takes every argument of `Trainer`. With a plain `TrainingArguments` the options of feature reuse have their
@@ -44,6 +46,7 @@ class FeatureReuseTrainer(HubTrainer, EngineTrainer):
         feature_reuse (`FeatureReuse`, *optional*): blocks and schedule, bound when `train()` knows the model that
             trains and its number of steps.
         step_costs (`StepCosts`, *optional*): arithmetic of each kind of step.
+        step_kind (`StepKind`, *optional*): kind of the last step.
 
     Raises:
         ConfigurationError: an engine or optimizer cannot run feature reuse (DeepSpeed, FSDP1, `nn.DataParallel`,
@@ -72,9 +75,13 @@ class FeatureReuseTrainer(HubTrainer, EngineTrainer):
 
     feature_reuse: FeatureReuse | None = None
     step_costs: StepCosts | None = None
+    step_kind: StepKind | None = None
     _step_log: StepLog | None = None
-    # Optimizer step that is open, and index of its micro-batch.
-    _micro_batch: tuple[int, int] = (-1, 0)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(SchedulePicture(self))
+        self.add_callback(ConsoleCallback(self))
 
     def get_residual_blocks(self, model: nn.Module) -> list[ResidualBlock]:
         """Choose the blocks b0..b(L-1) of the model that trains; override to choose others.
@@ -101,23 +108,21 @@ class FeatureReuseTrainer(HubTrainer, EngineTrainer):
         if self.feature_reuse is None or self._step_log is None:
             raise StepError("`training_step` was called outside `train()`, which binds blocks and schedule. Call it.")
         step = self.state.global_step
-        with self.feature_reuse.step(step, **self._samples(step, inputs)) as plan:
+        self._count_micro_batch()
+        with self.feature_reuse.step(step, **self._samples(inputs)) as plan:
             loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_kind = plan.kind
         self._step_log.add(step, plan, self.step_costs.share(plan) if self.step_costs else 1.0, loss)
         return loss
 
-    def _samples(self, global_step: int, inputs: dict[str, Any]) -> dict[str, int]:
+    def _samples(self, inputs: dict[str, Any]) -> dict[str, int]:
         """Number of samples in a micro-batch, and the position of the first in the step's global batch."""
         assert self.feature_reuse is not None
         if self.feature_reuse.schedule.drop_granularity == "batch":
             return {}
-        opened, micro_batch = self._micro_batch
-        micro_batch = micro_batch + 1 if opened == global_step else 0
-        self._micro_batch = (global_step, micro_batch)
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         # accelerate deals the batches of the loader out to the ranks in turn.
-        samples = self._train_batch_size // (ranks if self.accelerator.split_batches else 1)
-        return {"batch_size": find_batch_size(inputs), "position": (micro_batch * ranks + rank) * samples}
+        samples = self._train_batch_size // (self.accelerator.num_processes if self.accelerator.split_batches else 1)
+        return {"batch_size": find_batch_size(inputs), "position": self._batch_of_step * samples}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the steps since the last log did, then log as Trainer does."""
@@ -203,7 +208,6 @@ class FeatureReuseTrainer(HubTrainer, EngineTrainer):
                     "the blocks that feature reuse drops. Turn it off with `drop_path_rate=0` in the config, or ours "
                     "with `stochastic_depth_steps=0`."
                 )
-            logger.info(f"Feature reuse over {len(blocks)} residual blocks, {blocks[0].name} to {blocks[-1].name}.")
         if blocks and self._dynamo_plugin is not None:
             self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)

@@ -1,6 +1,8 @@
 """One thread, no network, no progress bars: set before torch and the Hugging Face libraries are imported."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,8 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+# The examples import what they share, as they do when they are run as scripts.
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 pytest.register_assert_rewrite("architecture_checks")
 
 # Of the tests that run over every architecture, the fast selection takes these; one that only finds blocks takes all.

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_featreuse import ConfigurationError, FeatureReuseArguments, FeatureReuseConfig, FeatureReuseSchedule
 from hf_featreuse.config import window_steps
+from hf_featreuse.recipe import RecipeArguments
 
 DEFAULTS = {
     "drop_rate": 0.5,
@@ -78,6 +79,14 @@ def test_bad_value_is_named_at_construction(tmp_path, name, value):
         assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("mixup_alpha", -1.0), ("cutmix_alpha", float("nan")), ("ema_decay", 1.0), ("ema_decay", 0)]
+)
+def test_bad_value_of_the_recipe_is_named_at_construction(tmp_path, name, value):
+    with pytest.raises(ConfigurationError, match=f"`{name}={value!r}`"):
+        config(tmp_path, **{name: value})
+
+
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.6, 0.4), (1.0, 1.0), (0.0, 0.0)])
 def test_empty_window_is_an_error(start, end):
     with pytest.raises(ConfigurationError, match=rf"`reuse_start={start}` to `reuse_end={end}` is empty"):
@@ -124,7 +133,8 @@ def test_settings_hold_our_options_and_no_others(tmp_path):
 def test_no_default_of_training_arguments_changes(tmp_path):
     theirs = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     ours = {field.name: field for field in dataclasses.fields(FeatureReuseConfig)}
-    assert set(ours) == set(theirs) | set(DEFAULTS)
+    recipe = {field.name for field in dataclasses.fields(RecipeArguments)}
+    assert set(ours) == set(theirs) | set(DEFAULTS) | recipe
     for name, field in theirs.items():
         assert (ours[name].default, ours[name].default_factory) == (field.default, field.default_factory), name
     plain, made = TrainingArguments(output_dir=str(tmp_path)), FeatureReuseConfig(output_dir=str(tmp_path))

@@ -1,5 +1,7 @@
 """FeatureReuseTrainer on two processes with FSDP2: exact, and what is skipped or frozen is not sent."""
 
+import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,12 @@ from transformers import AutoModelForImageClassification, TrainerCallback
 
 from hf_featreuse import StepKind
 from hf_featreuse.whole_checkpoints import checkpoint_fault
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import scaling
+import step_model
+import traffic
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -160,6 +168,20 @@ def poisoned(folder: Path) -> None:
     sharded(folder, callbacks=[Poison()], save_strategy="steps", save_steps=2, **SGD).train()
 
 
+def traffic_of(folder: Path, name: str, freeze_trunk: bool) -> list[tuple[Any, list[int], list[int]]]:
+    """Plan, gathers and reductions of each step of a loop without Trainer."""
+    options = argparse.Namespace(
+        drop_rate=0.5, drop_rate_schedule="uniform", seed=0, steps=6, freeze_trunk=freeze_trunk
+    )
+    steps = traffic.count_sharded(traffic.MODELS[name], options, reused=True)
+    return [(plan, counter.gathers, counter.reductions) for plan, counter in steps]
+
+
+TRAFFIC = {
+    f"traffic of {name}, {'frozen' if freeze_trunk else 'trained'} trunk": (name, freeze_trunk)
+    for name in traffic.MODELS
+    for freeze_trunk in (False, True)
+}
 REFUSED = {"by_sample": by_sample, "trains_twice": trains_twice, "poisoned": poisoned}
 SCENARIOS = {
     **{name: partial(as_one_process, name=name) for name in AS_ONE_PROCESS},
@@ -171,6 +193,9 @@ SCENARIOS = {
     "adapters": adapters,
     "stock": stock,
     "best": best,
+    **{
+        key: partial(traffic_of, name=name, freeze_trunk=freeze_trunk) for key, (name, freeze_trunk) in TRAFFIC.items()
+    },
     **REFUSED,
 }
 
@@ -246,6 +271,31 @@ def test_skipped_blocks_are_not_gathered_and_frozen_ones_not_reduced(results: di
             # Forward: all. Backward: from the last block down to the lowest that trains, and one fetched in advance.
             lowest = min(plan.dropped)
             assert (gathered, reduced) == ((4 + others) + (4 - lowest) + 1, len(plan.dropped))
+
+
+def test_micro_batches_before_the_last_send_no_gradients(results: dict[str, list[Any]]) -> None:
+    for plain, accumulated in zip(
+        *(result(results, name)["calls"] for name in ("plain", "accumulation")), strict=True
+    ):
+        assert accumulated.count("_reduce_scatter_base_") == plain.count("_reduce_scatter_base_")
+        assert accumulated.count("_allgather_base_") > plain.count("_allgather_base_")
+
+
+@pytest.mark.parametrize("key", TRAFFIC)
+def test_the_cost_model_counts_what_is_counted(key: str, results: dict[str, list[Any]]) -> None:
+    name, freeze_trunk = TRAFFIC[key]
+    parts = scaling.measure_parts(traffic.MODELS[name], train_trunk=not freeze_trunk)
+    assert len(results[key][0]) == 6
+    for plan, gathers, reductions in results[key][0]:
+        model = step_model.fsdp_collectives(parts, plan, gathered=4)
+        # Where backward ends above the lowest block, FSDP2 has fetched the one below in advance.
+        ends_early = plan.kind is StepKind.MASKED_FREEZE and freeze_trunk and min(plan.dropped) > 0
+        ahead = parts.blocks[min(plan.dropped) - 1] if ends_early else 0
+        print(f"{key}, {plan.kind.value}: {len(gathers)} gathers, {sum(gathers)} bytes")
+        assert len(gathers) == model.forward_gathers + model.backward_gathers + ends_early
+        assert len(reductions) == model.reductions
+        assert sum(gathers) == pytest.approx(model.forward_bytes + model.backward_bytes + 4 * ahead, rel=0.02)
+        assert sum(reductions) == pytest.approx(model.reduced_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("name", RESUMED)

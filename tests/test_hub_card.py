@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from hub_card_rules import card_problems
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from tiny_models import build as build_model
+from tiny_models import examples
+from training_runs import config
 
+from hf_featreuse import FeatureReuseTrainer
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.hub import build_model_card
 
@@ -208,3 +212,15 @@ def test_the_rules_of_the_hub_are_not_always_met():
         assert line in good
         assert card_problems(good.replace(line, bad, 1)), bad
     assert card_problems("# no metadata")
+
+
+def test_the_recipe_is_listed_where_it_is_in_use(tmp_path):
+    for changed, listed in (({}, False), ({"mixup_alpha": 0.8, "ema_decay": 0.99}, True)):
+        trainer = FeatureReuseTrainer(
+            build_model("vit"), config(tmp_path, **changed), train_dataset=examples(), eval_dataset=examples(4)
+        )
+        trainer.train()
+        trainer.create_model_card()
+        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert ("mixup_alpha" in card and "ema_decay" in card) == listed
+        assert "cutmix_alpha" not in card

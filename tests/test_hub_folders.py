@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 from tiny_checkpoints import save
+from tiny_models import build
+from training_runs import config
 
-from hf_featreuse import CheckpointError, ConfigurationError, HubError, push_folder
+from hf_featreuse import CheckpointError, ConfigurationError, FeatureReuseTrainer, HubError, push_folder
+from hf_featreuse.hub import hub_trainer
 from hf_featreuse.hub.folders import check_folder_to_push, files_to_push
 from hf_featreuse.hub.sending import Target
 
@@ -99,3 +102,16 @@ def test_without_a_network_the_error_says_so_and_how_to_push_again(tmp_path):
 def test_the_command_to_push_again_fits_a_shell_and_hides_the_token():
     target = Target("ada/x", "v 1", True, "hf_secret")
     assert target.again("my run") == "featreuse push 'my run' ada/x --revision 'v 1' --private"
+
+
+def test_a_checkpoint_in_shards_is_not_pushed_and_said(tmp_path, monkeypatch):
+    trainer = FeatureReuseTrainer(build("vit"), config(tmp_path))
+    trainer.push_in_progress = None
+    said = []
+    monkeypatch.setattr(hub_trainer.logger, "warning_once", said.append)
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "pytorch_model_fsdp_0").mkdir(parents=True)
+    (checkpoint / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"weights")
+    trainer._push_from_checkpoint(str(checkpoint))
+    assert len(said) == 1 and "in shards" in said[0] and "FULL_STATE_DICT" in said[0]
+    assert list(tmp_path.glob("_push-*")) == []

@@ -1,6 +1,7 @@
 """Imports run one way, public names are documented, and the examples in the docstrings run."""
 
 import ast
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 import hf_featreuse
 from hf_featreuse import FeatureReuseError
@@ -34,7 +36,10 @@ ALLOWED = {
     "engine": {"errors", "schedule", "blocks", "skipping", "freezing", "per_sample", "batch_norm", "sharding"},
     "distribution": {"errors", "schedule", "engine"},
     "cost": {"errors", "schedule", "probing", "blocks", "freezing", "per_sample"},
-    "config": {"errors", "schedule", "freezing"},
+    "mixing": {"errors"},
+    "averaging": {"errors"},
+    "recipe": {"averaging", "mixing"},
+    "config": {"errors", "schedule", "freezing", "recipe"},
     "step_log": {"schedule"},
     "resume_state": set(),
     "changed_plans": {"errors", "schedule"},
@@ -44,28 +49,31 @@ ALLOWED = {
     "faults": {"errors", "whole_checkpoints", "sharding"},
     "exact_trainer": {"errors", "checkpoints", "faults", "resume_state", "whole_checkpoints"},
     "engine_trainer": {
-        "config",
-        "distribution",
-        "engine",
-        "errors",
-        "exact_trainer",
-        "refusals",
-        "sharding",
-        "binding",
+        *("config", "distribution", "engine", "errors", "exact_trainer", "refusals", "sharding", "binding"),
     },
+    "plotting": {"errors", "inspection", "schedule"},
+    "console": {"cost", "engine", "inspection", "schedule"},
+    "tracking": {"console", "errors", "plotting", "schedule"},
+    "recipe_trainer": {"averaging", "engine_trainer", "errors", "mixing", "recipe"},
     "trainer": {
         *("errors", "schedule", "probing", "blocks", "engine", "cost", "config", "step_log", "checkpoints"),
-        *("skipping", "freezing", "compiling", "hub", "engine_trainer", "changed_plans"),
+        *("skipping", "freezing", "compiling", "hub", "recipe_trainer", "changed_plans", "console", "tracking"),
     },
 }
-KNOW_THE_TRAINER = {"config", "engine_trainer", "exact_trainer", "trainer", "hub", "refusals"}
+KNOW_THE_TRAINER = {
+    *("config", "console", "engine_trainer", "exact_trainer", "recipe_trainer", "trainer", "hub", "refusals"),
+    "tracking",
+}
 OPTIONAL = {"peft", "matplotlib", "sklearn", "torchvision", "wandb", "trackio", "tensorboard", "optuna", "timm"}
 # Modules of ours whose names are public besides those of `hf_featreuse` itself.
 PUBLIC_MODULES = {
     "hf_featreuse",
     *(
         f"hf_featreuse.{m}"
-        for m in ("analysis", "data", "hub", "inspection", "metrics", "plotting", "pruning", "small_models")
+        for m in (
+            *("analysis", "console", "data", "hub", "inspection", "metrics", "mixing", "plotting", "pruning"),
+            *("small_models", "step_log"),
+        )
     ),
 }
 
@@ -261,13 +269,18 @@ def test_every_argument_of_a_public_function_is_documented(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["FeatureReuse", "FeatureReuseConfig", "FeatureReuseSchedule", "ResidualBlock", "StepCosts", "StepPlan"]
+    "name",
+    [
+        *("BatchMixer", "FeatureReuse", "FeatureReuseConfig", "FeatureReuseSchedule", "ResidualBlock", "StepCosts"),
+        *("StepPlan", "WeightAverage"),
+    ],
 )
 def test_every_argument_of_a_public_class_is_documented(name):
     cls = getattr(hf_featreuse, name)
     arguments = inspect.signature(cls).parameters
-    if name == "FeatureReuseConfig":  # The rest is TrainingArguments'.
-        arguments = inspect.signature(hf_featreuse.FeatureReuseArguments).parameters
+    if name == "FeatureReuseConfig":
+        theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+        arguments = [field.name for field in dataclasses.fields(cls) if field.name not in theirs]
     missing = [argument for argument in arguments if f"{argument} (`" not in cls.__doc__]
     assert not missing, f"{name}: {missing}"
 

@@ -161,3 +161,10 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
 def test_pyplot_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert plot_training([{"step": 5, "loss": 1.0}], OneBlock(2, 0), tmp_path / "x.png").exists()
+
+
+def test_with_a_set_for_every_sample_cells_are_shares_of_the_samples():
+    schedule = FeatureReuseSchedule(3, drop_rate=0.5, drop_rate_schedule="uniform", drop_granularity="sample")
+    depth, freeze = dropped_shares(schedule, 400, max_columns=1)
+    assert depth == pytest.approx(0.25, abs=0.03)
+    assert (depth == freeze).all(), "both steps of a cycle have the same sets"

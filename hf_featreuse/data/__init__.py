@@ -3,6 +3,7 @@
 from hf_featreuse.data.image_split import ImageSplit
 from hf_featreuse.data.images import ImageCollator, decode_image, to_tensors
 from hf_featreuse.data.loading import ImageData, load_image_data
+from hf_featreuse.data.rand_augment import RandAugment
 from hf_featreuse.data.transforms import EvalTransform, ImageTransform, TrainTransform, default_crop_scale, image_size
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "ImageData",
     "ImageSplit",
     "ImageTransform",
+    "RandAugment",
     "TrainTransform",
     "decode_image",
     "default_crop_scale",

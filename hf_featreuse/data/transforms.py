@@ -16,6 +16,7 @@ from PIL.Image import Resampling, Transpose
 from transformers import BaseImageProcessor
 
 from hf_featreuse.data.images import to_tensors
+from hf_featreuse.data.rand_augment import RandAugment
 from hf_featreuse.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class TrainTransform(ImageTransform):
         flip: Probability of a horizontal flip, in [0, 1]. Default `0.5`.
         seed: Non-negative integer below 2**64. Default `0`.
         resample: Pillow's filter. Default bilinear.
+        augment: Further augmentation, applied last. Default: none.
 
     Raises:
         DataError: An argument lies outside its range.
@@ -112,6 +114,7 @@ class TrainTransform(ImageTransform):
         flip: float = 0.5,
         seed: int = 0,
         resample: Resampling = Resampling.BILINEAR,
+        augment: RandAugment | None = None,
     ):
         if len(size) != 2 or min(size) < 1:
             raise DataError(f"size={size!r} is not (height, width) in whole pixels.")
@@ -124,7 +127,7 @@ class TrainTransform(ImageTransform):
         if not 0 <= seed < 2**64:
             raise DataError(f"seed={seed!r} must be an integer from 0 to 2**64 - 1.")
         self.size, self.scale, self.ratio = tuple(size), scale, ratio
-        self.flip, self.seed, self.resample = flip, seed, resample
+        self.flip, self.seed, self.resample, self.augment = flip, seed, resample, augment
 
     def __call__(self, image: Image.Image, row: int = 0, epoch: int = 0) -> torch.Tensor:
         """Transform one RGB image. See [`ImageTransform`]."""
@@ -141,7 +144,7 @@ class TrainTransform(ImageTransform):
             # A gap of 3 only comes into play where an image shrinks six times or more; the difference is invisible.
             result = image.resize((width, height), self.resample, box, reducing_gap=3.0)
             results.append(result.transpose(Transpose.FLIP_LEFT_RIGHT) if flip else result)
-        return to_tensors(results)
+        return to_tensors(results if self.augment is None else self.augment(results, rows, epoch))
 
     def _uniforms(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         """Draw uniform numbers of shape (rows, `_DRAWS`), each row's from its own stretch of the Philox sequence."""

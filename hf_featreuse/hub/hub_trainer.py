@@ -168,6 +168,12 @@ class HubTrainer(Trainer):
         if running and not self.args.hub_always_push:
             logger.info(f"Step {step} is not pushed: an earlier push still runs, and `hub_always_push` is not set.")
             return
+        if not any(Path(checkpoint_folder).glob("*.safetensors")):
+            logger.warning_once(
+                f"Step {step} and later ones are not pushed: checkpoints hold the weights in shards, which only FSDP2 "
+                'reads. The model is pushed whole at the end; `state_dict_type="FULL_STATE_DICT"` pushes each step.'
+            )
+            return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not running:  # What a process that was killed left behind.
             for stale in Path(str(self.args.output_dir)).glob(f"{_SNAPSHOT_PREFIX}*"):

@@ -28,6 +28,8 @@ _LISTED_ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "seed",
 )  # fmt: skip
+# Listed where they are in use.
+_LISTED_IF_SET = ("label_smoothing_factor", "mixup_alpha", "cutmix_alpha", "ema_decay")
 _LICENCE_TIMEOUT_SECONDS = 5.0
 
 
@@ -68,6 +70,7 @@ def write_run_card(
         architecture=type(model).__name__,
         block_names=[block.name for block in trainer.feature_reuse.blocks] if trainer.feature_reuse else [],
         training={name: values[name] for name in _LISTED_ARGUMENTS}
+        | {name: values[name] for name in _LISTED_IF_SET if values.get(name)}
         | {"processes": args.world_size, "mixed_precision": args.mixed_precision, **steps},
         adapter=adapter,
     )

@@ -109,8 +109,7 @@ def _attempt(call: Callable[[], _Result], target: Target, folder: str | Path, wh
         except Exception as error:  # Whatever it is, the user must be told how to push again.
             if wait is None or not _passes(error):
                 raise HubError(
-                    f"{what} failed: {_reason(error)} Then `{target.again(folder)}` pushes what is in the folder, "
-                    "from which nothing was taken."
+                    f"{what} failed: {_reason(error)} Nothing in {folder} is lost: `{target.again(folder)}` pushes it."
                 ) from error
             logger.warning(f"{what} failed ({_first_line(error)}); trying again in {wait:g} s.")
             time.sleep(wait)

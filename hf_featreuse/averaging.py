@@ -1,0 +1,134 @@
+"""An exponential moving average (EMA) of the weights, in which the model can be evaluated.
+
+The update is torch's (`torch.optim.swa_utils.get_ema_multi_avg_fn`). torch's `AveragedModel` around it copies the
+whole module, with hooks, wrapped forwards and the frozen base of adapters; here the tensors that move alone are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from hf_featreuse.errors import CheckpointError, ConfigurationError
+
+AVERAGE_FILE = "averaged.safetensors"
+
+
+class WeightAverage:
+    """Follow the weights of a model by their exponential moving average.
+
+    After each optimizer step: average = decay * average + (1 - decay) * weights. Of parameters, those that require
+    gradients at construction; of buffers, the floating-point ones, such as the statistics of BatchNorm. It starts at
+    the weights that the model has at construction.
+
+    A weight that rests in a step, because its block is dropped or frozen, does not move, but its average still does:
+    towards it.
+
+    Args:
+        model (`torch.nn.Module`): the model that trains, outside of any step of feature reuse.
+        decay (`float`): above 0 and below 1; the average remembers about the last 1 / (1 - decay) steps.
+
+    Raises:
+        ConfigurationError: `decay` is out of range.
+
+    Source: Polyak and Juditsky 1992; torch's `get_ema_multi_avg_fn`.
+
+    Example:
+        >>> import torch
+        >>> from hf_featreuse import WeightAverage
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> average = WeightAverage(model, decay=0.75)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> average.update()
+        >>> with average.applied():
+        ...     model.weight.item()
+        0.25
+        >>> model.weight.item()
+        1.0
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        check_decay(decay)
+        self.model, self.decay = model, decay
+        # Between steps, as in masked-freeze steps some parameters require no gradient.
+        self._names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._average = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        self._update = get_ema_multi_avg_fn(decay)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What is averaged, as the model has it now."""
+        found = {name: parameter.detach() for name, parameter in self.model.named_parameters() if name in self._names}
+        return found | {name: tensor for name, tensor in self.model.named_buffers() if tensor.is_floating_point()}
+
+    def update(self) -> None:
+        """Move the average; call it once after every optimizer step."""
+        current = self._tensors()
+        self._update(list(self._average.values()), [current[name] for name in self._average], 0)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the model have the averaged weights for a while; its own come back to the bit."""
+        own = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        self.copy_to_model()
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    def copy_to_model(self) -> None:
+        """Give the model the averaged weights for good, at the end of training."""
+        self._copy(self._average)
+
+    def _copy(self, values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(values[name])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The average by the names of the model, so that `accelerator.register_for_checkpointing` takes it."""
+        return dict(self._average)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], source: str = "this state") -> None:
+        """Take up an average that `state_dict` gave, bit by bit.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected or of another shape; nothing is changed then.
+        """
+        shapes = {name: tensor.shape for name, tensor in self._average.items()}
+        found = {name: tensor.shape for name, tensor in state.items()}
+        if shapes != found:
+            wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+            raise CheckpointError(
+                f"The weight average in {source} is of another model: {wrong[:4]} ({len(wrong)} in all) are missing, "
+                "unexpected or of another shape. Resume with the model that wrote it, or leave `ema_decay` unset."
+            )
+        for name, tensor in self._average.items():
+            tensor.copy_(state[name])
+
+    def save(self, folder: str | Path) -> None:
+        """Write the average into a checkpoint folder."""
+        state = {name: tensor.contiguous().cpu() for name, tensor in self._average.items()}
+        safetensors.torch.save_file(state, Path(folder) / AVERAGE_FILE)
+
+    def load(self, folder: str | Path) -> bool:
+        """Take up the average of a checkpoint folder; `False` where it has none."""
+        path = Path(folder) / AVERAGE_FILE
+        if not path.is_file():
+            return False
+        self.load_state_dict(safetensors.torch.load_file(path), str(path))
+        return True
+
+
+def check_decay(value: object) -> None:
+    """Raise `ConfigurationError` unless a value is a decay."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ConfigurationError(
+            f"`ema_decay={value!r}` is no decay. Pass a number above 0 and below 1, such as 0.999, or None for no EMA."
+        )

@@ -1,0 +1,229 @@
+"""What a person sees in a terminal: a summary before training and one after it, and the kind of step in the bar.
+
+The rule of when it is quiet: the summaries are printed where Trainer shows its progress bar, in the main process and
+at a log level (`log_level`) of warning or below. With `disable_tqdm` they are messages of level info of the logger
+`hf_featreuse`, which Python's own settings decide about.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import ProgressCallback, TrainerCallback
+
+from hf_featreuse.cost import StepCosts
+from hf_featreuse.engine import FeatureReuse
+from hf_featreuse.inspection.expectation import expected_costs, step_shares
+from hf_featreuse.schedule import FeatureReuseSchedule, StepKind
+
+logger = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """What the callbacks look at of a trainer."""
+
+    feature_reuse: FeatureReuse | None
+    step_costs: StepCosts | None
+    step_kind: StepKind | None
+    callback_handler: Any
+    accelerator: Any
+
+
+def opening_summary(
+    reuse: FeatureReuse,
+    costs: StepCosts | None,
+    *,
+    max_steps: int,
+    processes: int = 1,
+    precision: str = "no",
+    engine: str | None = None,
+) -> str:
+    """Say what will be trained: model, blocks found, rates, steps, expected cost and engine.
+
+    Args:
+        reuse (`FeatureReuse`): blocks and schedule, bound to the model.
+        costs (`StepCosts`, *optional*): arithmetic of the kinds of step; left out without.
+        max_steps (`int`): optimizer steps of the run.
+        processes (`int`, defaults to 1): number of processes.
+        precision (`str`, defaults to `"no"`): mixed precision, as accelerate names it.
+        engine (`str`, *optional*): what several processes train with, such as `"FSDP2"`.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import FeatureReuse, FeatureReuseSchedule, find_residual_blocks
+        >>> from hf_featreuse.console import opening_summary
+        >>> model = ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2))
+        >>> blocks = find_residual_blocks(model)
+        >>> reuse = FeatureReuse(model, blocks, FeatureReuseSchedule(2, drop_rate=0.5))
+        >>> print(opening_summary(reuse, None, max_steps=100))  # doctest: +ELLIPSIS
+        Feature reuse with ViTForImageClassification (... parameters)
+          blocks  2, vit.layers.0 to vit.layers.1
+          rates   0.25 to 0.50, one set a step
+          steps   100, in cycles of 1 stochastic depth and 1 masked freeze
+          engine  1 process on cpu, full precision
+    """
+    schedule, model = reuse.schedule, reuse.model
+    lines = [f"Feature reuse with {type(model).__name__} ({_count(model)} parameters)"]
+    if not reuse.blocks:
+        lines += ["  blocks  none: plain training", f"  steps   {max_steps}"]
+    else:
+        lowest, highest = min(schedule.rates), max(schedule.rates)
+        rates = f"{lowest:.2f}" if lowest == highest else f"{lowest:.2f} to {highest:.2f}"
+        lines += [
+            f"  blocks  {len(reuse.blocks)}, {reuse.blocks[0].name} to {reuse.blocks[-1].name}",
+            f"  rates   {rates}, one set a {'step' if schedule.drop_granularity == 'batch' else 'sample'}",
+            f"  steps   {max_steps}, in cycles of {schedule.stochastic_depth_steps} stochastic depth and "
+            f"{schedule.masked_freeze_steps} masked freeze",
+        ]
+        if costs is not None and type(schedule) is FeatureReuseSchedule:
+            cost = _mean_costs(reuse, costs)
+            lines.append(
+                f"  cost    {cost['mean']:.2f} of a plain step's arithmetic in the mean (stochastic depth "
+                f"{cost['stochastic_depth']:.2f}, masked freeze {cost['masked_freeze']:.2f})"
+            )
+    device = next(model.parameters()).device.type
+    where = f"{processes} process{'es' if processes > 1 else ''} on {device}{f', {engine}' if engine else ''}"
+    lines.append(f"  engine  {where}, {'full precision' if precision == 'no' else precision}")
+    return "\n".join(lines)
+
+
+def _mean_costs(reuse: FeatureReuse, costs: StepCosts) -> dict[str, float]:
+    """Expected arithmetic by kind of step and in the mean: exact, or, with sets by sample, that of 64 samples."""
+    schedule = reuse.schedule
+    shares = step_shares(schedule, reuse.trunk_trains)
+    if schedule.drop_granularity == "batch":
+        return expected_costs(costs, schedule.rates, shares, reuse.trunk_trains)
+    plans = [schedule.plan(schedule.first_step + step, batch_size=64) for step in range(schedule.steps_per_cycle)]
+    found = {kind.value: 1.0 for kind in StepKind} | {plan.kind.value: costs.share(plan) for plan in plans}
+    return {**found, "mean": sum(costs.share(plan) for plan in plans) / len(plans)}
+
+
+def closing_summary(
+    log_history: Sequence[Mapping[str, Any]], *, steps: int, seconds: float, output_dir: str | None = None
+) -> str:
+    """Say what came of a run: time, arithmetic saved, accuracy, and where things are.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`, with `compute_share`, and
+            `eval_accuracy` or `eval_loss`; what it lacks is left out.
+        steps (`int`): optimizer steps taken.
+        seconds (`float`): how long training took, in seconds.
+        output_dir (`str`, *optional*): folder of the run.
+
+    Example:
+        >>> from hf_featreuse.console import closing_summary
+        >>> log = [{"step": 10, "compute_share": 0.6}, {"step": 20, "compute_share": 0.8, "eval_accuracy": 0.91}]
+        >>> print(closing_summary(log, steps=20, seconds=75.2, output_dir="outputs/run"))
+        Trained 20 steps in 0:01:15
+          arithmetic  70.0 % of plain training's, 30.0 % saved
+          accuracy    91.0 % after step 20
+          files       outputs/run
+    """
+    lines = [f"Trained {steps} steps in {datetime.timedelta(seconds=int(seconds))}"]
+    if (share := mean_compute_share(log_history)) is not None:
+        lines.append(f"  arithmetic  {share:.1%} of plain training's, {1 - share:.1%} saved")
+    accuracies = [(entry["eval_accuracy"], entry["step"]) for entry in log_history if "eval_accuracy" in entry]
+    evaluations = [(entry["eval_loss"], entry["step"]) for entry in log_history if "eval_loss" in entry]
+    if accuracies:
+        (last, step), (best, best_step) = accuracies[-1], max(accuracies, key=lambda found: found[0])
+        more = f", at best {best:.1%} after step {best_step}" if best > last else ""
+        lines.append(f"  accuracy    {last:.1%} after step {step}{more}")
+    elif evaluations:
+        lines.append(f"  eval loss   {evaluations[-1][0]:.4g} after step {evaluations[-1][1]}")
+    if output_dir is not None:
+        lines.append(f"  files       {output_dir}")
+    # Python writes 70.0%; the house style is that of the SI.
+    return "\n".join(lines).replace("%", " %")
+
+
+def mean_compute_share(log_history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean arithmetic of a step as a share of a plain one's, over all logged steps; `None` where none was logged."""
+    total, before = 0.0, 0
+    for entry in log_history:
+        if "compute_share" in entry:
+            total += entry["compute_share"] * (entry["step"] - before)
+            before = entry["step"]
+    return total / before if before else None
+
+
+class ConsoleCallback(TrainerCallback):
+    """Prints both summaries, and shows the kind of the step in Trainer's progress bar; main process only.
+
+    Args:
+        run (`FeatureReuseTrainer`): the trainer; it adds this callback itself. `trainer.remove_callback(
+            ConsoleCallback)` takes it out.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._begin = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the opening summary."""
+        self._begin = time.monotonic()
+        if self.run.feature_reuse is not None:
+            accelerator = self.run.accelerator
+            text = opening_summary(
+                self.run.feature_reuse,
+                self.run.step_costs,
+                max_steps=state.max_steps,
+                processes=accelerator.num_processes,
+                precision=accelerator.mixed_precision,
+                engine=_engine(accelerator),
+            )
+            _say(text, args, state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name the kind of this step, which the bar shows when it moves on."""
+        kind = self.run.step_kind
+        for callback in self.run.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None and kind is not None:
+                callback.training_bar.set_postfix_str(describe_kind(kind), refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the closing summary."""
+        seconds = time.monotonic() - self._begin
+        _say(
+            closing_summary(
+                state.log_history, steps=state.global_step, seconds=seconds, output_dir=str(args.output_dir)
+            ),
+            args,
+            state,
+        )
+
+
+def _engine(accelerator: Any) -> str | None:
+    """The engine of several processes by the name that its users know."""
+    kind = str(accelerator.distributed_type.value)
+    if kind == "FSDP":
+        return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
+    return "DDP" if kind.startswith("MULTI_") else None if kind == "NO" else kind
+
+
+def describe_kind(kind: StepKind) -> str:
+    """The kind of a step in words, padded so that the bar keeps its width."""
+    return kind.value.replace("_", " ").ljust(len(StepKind.STOCHASTIC_DEPTH.value))
+
+
+def _say(text: str, args: Any, state: Any) -> None:
+    if not state.is_world_process_zero:
+        return
+    if args.disable_tqdm:
+        logger.info(text)
+    elif args.get_process_log_level() <= logging.WARNING:
+        print(text, flush=True)
+
+
+def _count(model: nn.Module) -> str:
+    """Number of parameters, to three digits."""
+    number = float(sum(parameter.numel() for parameter in model.parameters()))
+    for unit in ("", " k", " M"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} G"

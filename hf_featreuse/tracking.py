@@ -1,0 +1,76 @@
+"""A picture of the schedule in trackers that take pictures: tensorboard, Weights & Biases, trackio.
+
+Scalars reach every tracker of Trainer by `FeatureReuseTrainer.log`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.utils import logging
+
+from hf_featreuse.console import Run
+from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.plotting import plot_training
+from hf_featreuse.schedule import FeatureReuseSchedule
+
+logger = logging.get_logger(__name__)
+
+SCHEDULE_FILE = "schedule.png"
+_NAME = "feature_reuse/schedule"
+
+
+class SchedulePicture(TrainerCallback):
+    """Draws the whole schedule when training begins, which is known then, and hands it to the trackers.
+
+    The file `schedule.png` in `output_dir` is written where there is such a tracker. Without matplotlib there is none.
+
+    Args:
+        run (`FeatureReuseTrainer`): the trainer; it adds this callback itself.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw and log the picture."""
+        kinds = (TensorBoardCallback, TrackioCallback, WandbCallback)
+        trackers = [callback for callback in self.run.callback_handler.callbacks if isinstance(callback, kinds)]
+        reuse = self.run.feature_reuse
+        if not trackers or reuse is None or not reuse.blocks or not state.is_world_process_zero:
+            return
+        if type(reuse.schedule) is not FeatureReuseSchedule:
+            # One of the user's own may depend on what has been trained, and asking it ahead may change it.
+            return
+        names = [block.name for block in reuse.blocks]
+        path = Path(args.output_dir) / SCHEDULE_FILE
+        try:
+            plot_training([{"step": state.max_steps}], reuse.schedule, path, block_names=names)
+        except ConfigurationError as error:
+            logger.info(f"No picture of the schedule: {error}")
+            return
+        for tracker in trackers:
+            _log_picture(tracker, path, state.global_step)
+
+
+def _log_picture(tracker: TrainerCallback, path: Path, step: int) -> None:
+    """Log a PNG to the run that a callback of transformers has opened."""
+    if isinstance(tracker, TensorBoardCallback):
+        from PIL import Image
+
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        if tracker.tb_writer is not None:
+            tracker.tb_writer.add_image(_NAME, pixels, step, dataformats="HWC")
+    elif isinstance(tracker, WandbCallback):
+        import wandb
+
+        wandb.log({_NAME: wandb.Image(str(path)), "train/global_step": step})
+    else:
+        import trackio
+
+        trackio.log({_NAME: trackio.Image(str(path)), "train/global_step": step})

@@ -1,0 +1,157 @@
+"""The example without a Trainer: the same masks, losses and weights as with one, exact resume, two processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_runs import free_port
+from transformers import AutoModelForImageClassification, pipeline
+
+from hf_featreuse import ConfigurationError
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "run_image_classification_no_trainer.py"
+TINY = "hidden_size=16,num_hidden_layers=3,num_attention_heads=2,intermediate_size=16"
+# Three steps an epoch.
+FLAGS = [
+    *("--disable_tqdm", "true", "--use_cpu", "true", "--max_train_samples", "96", "--max_steps", "7"),
+    *("--logging_steps", "1", "--eval_strategy", "epoch", "--save_strategy", "steps", "--save_steps", "1"),
+    *("--save_total_limit", "9", "--drop_rate_schedule", "uniform"),
+]
+EVERYTHING = [
+    *("--config_overrides", f"{TINY},hidden_dropout_prob=0.1", "--rand_augment_ops", "2", "--ema_decay", "0.7"),
+    *("--mixup_alpha", "0.8", "--cutmix_alpha", "1", "--label_smoothing_factor", "0.1"),
+]
+
+
+@pytest.fixture(scope="module")
+def with_trainer():
+    import run_image_classification
+
+    return run_image_classification
+
+
+@pytest.fixture(scope="module")
+def without():
+    import run_image_classification_no_trainer
+
+    return run_image_classification_no_trainer
+
+
+def weights(folder):
+    return AutoModelForImageClassification.from_pretrained(folder).state_dict()
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def logs(path, *names):
+    history = json.loads(path.read_text())
+    history = history["log_history"] if isinstance(history, dict) else history
+    return [tuple(entry.get(name) for name in names) for entry in history if names[0] in entry]
+
+
+def test_it_is_at_most_250_lines():
+    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) <= 250
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        EVERYTHING,
+        ["--config_overrides", TINY, "--gradient_accumulation_steps", "2", "--drop_granularity", "sample"],
+        ["--config_overrides", TINY, "--stochastic_depth_steps", "0", "--masked_freeze_steps", "0"],
+        ["--model_type", "convnext", "--train_trunk", "false", "--weight_decay", "0.1", "--max_grad_norm", "0.1"],
+    ],
+    ids=["everything", "accumulation and sets by sample", "plain", "convnext"],
+)
+def test_masks_losses_and_weights_are_those_of_the_trainer_to_the_bit(with_trainer, without, tmp_path, flags):
+    with_trainer.run(["--output_dir", str(tmp_path / "a"), *FLAGS, *flags])
+    without.run(["--output_dir", str(tmp_path / "b"), *FLAGS, *flags])
+    names = ("loss", "loss/stochastic_depth", "loss/masked_freeze", "loss/vanilla", "dropped_blocks", "compute_share")
+    first = logs(tmp_path / "a" / "trainer_state.json", *names)
+    second = logs(tmp_path / "b" / "log_history.json", *names)
+    assert first == second
+    assert len(first) == 7
+    accuracies = [
+        logs(tmp_path / "a" / "trainer_state.json", "eval_accuracy", "eval_top5_accuracy"),
+        logs(tmp_path / "b" / "log_history.json", "eval_accuracy", "eval_top5_accuracy"),
+    ]
+    assert accuracies[0] == accuracies[1] != []
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    results = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in "ab"]
+    assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_resume_is_exact_and_the_model_is_plain(without, tmp_path):
+    whole = tmp_path / "whole"
+    without.run(["--output_dir", str(whole), *FLAGS, *EVERYTHING])
+    # Inside the first epoch, at its end, inside the second, and at the end of the run.
+    for step in (2, 3, 4, 7):
+        folder = tmp_path / str(step)
+        shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        without.run(["--output_dir", str(folder), *FLAGS, *EVERYTHING])
+        assert same(weights(folder), weights(whole)), step
+        assert (folder / "log_history.json").read_text() == (whole / "log_history.json").read_text(), step
+    # What a kill leaves of a checkpoint has another name.
+    (whole / "checkpoint-7").rename(whole / "unfinished-7")
+    without.run(["--output_dir", str(whole), *FLAGS, *EVERYTHING])
+    assert (whole / "checkpoint-7").is_dir()
+    assert (whole / "training.png").stat().st_size > 0
+    assert pipeline("image-classification", model=str(whole)).model.config.id2label[3] == "3"
+
+
+@pytest.mark.slow
+def test_limits_kept_checkpoints_and_prints_both_summaries(without, tmp_path, capsys):
+    flags = [*FLAGS, "--config_overrides", TINY, "--save_total_limit", "2", "--disable_tqdm", "false"]
+    without.run(["--output_dir", str(tmp_path / "out"), *flags])
+    assert sorted(path.name for path in (tmp_path / "out").glob("*-*")) == ["checkpoint-6", "checkpoint-7"]
+    said = capsys.readouterr()
+    assert "Feature reuse with ViTForImageClassification" in said.out
+    assert "Trained 7 steps" in said.out
+    assert "stochastic depth" in said.err
+
+
+def test_bad_options_are_named(without, tmp_path):
+    with pytest.raises(ConfigurationError, match="mixup_alpha"):
+        without.run(["--output_dir", str(tmp_path / "out"), *FLAGS, "--mixup_alpha", "-1"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_as_one_with_the_same_global_batch(without, tmp_path):
+    common = [*FLAGS, "--config_overrides", TINY, "--optim", "sgd", "--learning_rate", "0.05", "--ema_decay", "0.7"]
+    without.run(["--output_dir", str(tmp_path / "one"), *common, "--per_device_train_batch_size", "32"])
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command = [
+        sys.executable,
+        *launcher,
+        str(EXAMPLE),
+        "--output_dir",
+        str(tmp_path / "two"),
+        *common,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "--per_device_train_batch_size", "16"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)
+    names = ("loss", "dropped_blocks", "compute_share")
+    for alone, together in zip(
+        logs(tmp_path / "one" / "log_history.json", *names),
+        logs(tmp_path / "two" / "log_history.json", *names),
+        strict=True,
+    ):
+        assert together == pytest.approx(alone, rel=1e-5)
+    assert (tmp_path / "two" / "checkpoint-7" / "random_states_1.pkl").is_file()
