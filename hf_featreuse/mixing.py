@@ -20,6 +20,8 @@ from torch.nn.functional import cross_entropy
 
 from hf_featreuse.errors import ConfigurationError
 
+__all__ = ["BatchMixer", "classification_loss", "mix_losses"]
+
 # Second word of the key; the schedule and the transforms use others, so that equal seeds draw apart.
 _STREAM = 0x6D6978
 

@@ -1,0 +1,189 @@
+"""Write what the docs say of every option and of every error message.
+
+    python tools/generated_pages.py
+
+writes docs/options.md and the table of messages in docs/troubleshooting.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from error_messages import Message, messages
+from option_advice import WHEN
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_featreuse import FeatureReuseConfig
+from hf_featreuse.cli import VERBS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+BEGIN, END = "<!-- begin: tools/generated_pages.py -->\n", "<!-- end -->\n"
+# Headings of the messages, by module or by the package that it lies in.
+PLACES = {
+    "Options and schedule": ("config", "schedule", "refusals"),
+    "Finding, skipping and freezing blocks": (
+        *("blocks", "targets", "tracing", "probing", "binding", "skipping", "freezing", "per_sample", "compiling"),
+        *("engine", "cost", "batch_norm"),
+    ),
+    "Training": ("trainer", "engine_trainer", "exact_trainer", "faults", "sharding"),
+    "Several processes": ("distribution",),
+    "Checkpoints and resume": ("checkpoints", "whole_checkpoints", "changed_plans", "resume_state"),
+    "Images and labels": ("data", "metrics"),
+    "Small models from scratch": ("small_models",),
+    "Inspect": ("inspection",),
+    "Analyze": ("analysis",),
+    "Prune": ("pruning",),
+    "Push": ("hub",),
+    "Plots": ("plotting",),
+}
+OTHER = "Other"
+
+
+def cell(text: str) -> str:
+    """Text for a table: one line, with nothing outside of code that Markdown would take for markup."""
+    parts = " ".join(text.split()).replace("|", "\\|").split("`")
+    prose = [part.replace("<", "&lt;").replace("*", "\\*") if i % 2 == 0 else part for i, part in enumerate(parts)]
+    return "`".join(prose)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# Messages
+
+
+def place(message: Message) -> str:
+    """The heading under which a message goes."""
+    room = message.module.split(".")[0]
+    return next((heading for heading, rooms in PLACES.items() if room in rooms), OTHER)
+
+
+def message_tables() -> str:
+    """All messages, each with the class of its error and what to do."""
+    found: dict[str, list[list[str]]] = {heading: [] for heading in (*PLACES, OTHER)}
+    for message in messages():
+        wrong, mend = message.parts
+        row = [cell(wrong), f"`{message.error}`", mend if "](" in mend else cell(mend)]
+        if row not in found[place(message)]:
+            found[place(message)].append(row)
+    header = ["message", "class", "what to do"]
+    return "\n".join(f"### {heading}\n\n{table(header, rows)}" for heading, rows in found.items() if rows)
+
+
+# Options
+
+
+def shown(value: object) -> str:
+    """A default as it is written on the command line."""
+    return "-" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def method_options() -> str:
+    """The options that FeatureReuseConfig adds to TrainingArguments, with when to use each."""
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    ours = [field for field in dataclasses.fields(FeatureReuseConfig) if field.name not in theirs]
+    rows = [
+        [f"`--{field.name}`", shown(field.default), cell(field.metadata["help"]), cell(WHEN[field.name])]
+        for field in ours
+    ]
+    return table(["option", "default", "what it does", "when to use it"], rows)
+
+
+def parser_options(parser: argparse.ArgumentParser, *, skip: frozenset[str] = frozenset()) -> str:
+    """The arguments of a parser, with their help."""
+    rows = []
+    for action in parser._actions:
+        if action.dest in skip or action.dest == "help" or action.help == argparse.SUPPRESS:
+            continue
+        names = [option for option in action.option_strings if "-" not in option.lstrip("-")]
+        name = f"`{names[0] if names else action.metavar or action.dest}`"
+        choices = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
+        given = None if action.default == argparse.SUPPRESS else action.default
+        text = f"{action.help}{'' if str(action.help).endswith('.') else '.'}{choices}"
+        rows.append([name, shown(given), cell(text)])
+    return table(["option", "default", "what it does"], rows)
+
+
+def example_options() -> str:
+    """The options of the training example that are neither ours above nor of TrainingArguments."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import image_classification_arguments as example
+
+    parser = HfArgumentParser((example.ModelArguments, example.DataArguments))
+    return parser_options(parser)
+
+
+def verb_options() -> str:
+    """The arguments of each verb of the command `featreuse`."""
+    texts = []
+    for verb in VERBS:
+        parser = argparse.ArgumentParser()
+        verb.add_arguments(parser)
+        texts.append(f"### `featreuse {verb.name}`\n\n{verb.description}\n\n{parser_options(parser)}")
+    return "\n".join(texts)
+
+
+OPTIONS = """\
+# Options
+
+Every option of this package, from the help that its programs print. Those of `transformers.TrainingArguments` come on
+top, unchanged: learning rate, batch size, checkpoints and the rest are theirs.
+
+## Of the method
+
+Fields of [`FeatureReuseConfig`](api/training.md), and flags of every example. [The method](method.md) says what a step
+does with each.
+
+{method}
+**Where to begin.** From scratch and for long: the defaults. Fine-tuning or few steps: `--drop_rate 0.1`. Always
+compare with `--stochastic_depth_steps 0 --masked_freeze_steps 0`, plain training, and with `--masked_freeze_steps 0`,
+stochastic depth alone, on your data: [nowhere was feature reuse ahead of both by more than the interval](results.md).
+
+`--torch_compile`, of TrainingArguments, compiles block by block instead of the whole model.
+
+## Of the training example
+
+`examples/run_image_classification.py` takes these besides, or one `.json` file with any of them.
+
+{example}
+## Of the command
+
+{verbs}"""
+
+
+def options_page() -> str:
+    """The whole page of options."""
+    return OPTIONS.format(method=method_options(), example=example_options(), verbs=verb_options())
+
+
+def with_messages(page: str) -> str:
+    """The page on troubleshooting with its table of messages made anew."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{message_tables()}\n{END}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Each generated file with its text."""
+    troubleshooting = DOCS / "troubleshooting.md"
+    return {
+        DOCS / "options.md": options_page(),
+        troubleshooting: with_messages(troubleshooting.read_text(encoding="utf-8")),
+    }
+
+
+def main() -> None:
+    """Write the pages."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
