@@ -222,13 +222,11 @@ def digits(tmp_path_factory):
     """A folder in which the example was run, for two steps, at its usual place."""
     folder = tmp_path_factory.mktemp("digits")
     flags = ["--max_steps", "2", "--use_cpu", "--disable_tqdm", "true", "--eval_strategy", "no"]
-    plain = ["--stochastic_depth_steps=0", "--masked_freeze_steps=0"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
-        for name, more in {"digits": [], "digits_plain": plain}.items():
-            patch.setattr(sys, "argv", ["example", *flags, *more, "--output_dir", f"outputs/{name}"])
-            runpy.run_path(str(ROOT / "examples" / "run_image_classification.py"), run_name="__main__")
+        patch.setattr(sys, "argv", ["example", *flags])
+        runpy.run_path(str(ROOT / "examples" / "run_image_classification.py"), run_name="__main__")
     return folder
 
 
@@ -236,7 +234,7 @@ RUN = [
     (page, line)
     for page, line in COMMANDS
     if line.startswith("featreuse ")
-    if (page, line.split()[1]) in {("docs/pruning.md", "prune"), ("docs/analysis.md", "analyze")} or "--plot" in line
+    if (page, line.split()[1]) == ("docs/pruning.md", "prune") or "--plot" in line
 ]
 
 
@@ -244,8 +242,7 @@ RUN = [
 @pytest.mark.parametrize(("page", "line"), RUN, ids=lambda text: text)
 def test_a_command_runs(page, line, digits, monkeypatch, capsys):
     monkeypatch.chdir(digits)
-    for written in ("outputs/shallow", "outputs/analysis"):
-        shutil.rmtree(written, ignore_errors=True)
+    shutil.rmtree("outputs/shallow", ignore_errors=True)  # The page writes four models to one place.
     assert cli.main(COMMANDS[page, line][1:]) == 0, capsys.readouterr().err
 
 
@@ -257,4 +254,4 @@ def test_every_block_is_looked_at():
     assert languages <= {"", "bash", "bibtex", "console", "python"}
     assert {"README.md", "docs/index.md", "docs/method.md", DISTRIBUTED} <= set(PYTHON)
     assert len(COMMANDS) > 50
-    assert len(RUN) >= 6
+    assert len(RUN) >= 5

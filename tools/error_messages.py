@@ -42,7 +42,7 @@ class Message:
         """
         found, *rest = IMPERATIVE.split(self.text, maxsplit=1)
         if rest:
-            return found.strip(), rest[0].strip()[0].upper() + rest[0].strip()[1:]
+            return found.rstrip(" :;"), rest[0][0].upper() + rest[0][1:].strip()
         if self.maker:
             return MADE[self.maker.partition("(")[0]]
         if self.text not in ADVICE:

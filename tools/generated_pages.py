@@ -29,6 +29,7 @@ PLACES = {
         *("blocks", "targets", "tracing", "probing", "binding", "skipping", "freezing", "per_sample", "compiling"),
         *("engine", "cost", "batch_norm"),
     ),
+    "Mixing, averaging and trackers": ("mixing", "averaging", "recipe", "recipe_trainer", "tracking", "console"),
     "Training": ("trainer", "engine_trainer", "exact_trainer", "faults", "sharding"),
     "Several processes": ("distribution",),
     "Checkpoints and resume": ("checkpoints", "whole_checkpoints", "changed_plans", "resume_state"),
