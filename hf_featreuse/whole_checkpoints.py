@@ -6,8 +6,9 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -17,11 +18,40 @@ from hf_featreuse.resume_state import resume_state_fault
 
 logger = logging.get_logger(__name__)
 
+_RECORDS = "torch.distributed.checkpoint.metadata"
+# What else the index of a sharded checkpoint is made of, besides the records of that module and dtypes of torch.
+_PARTS_OF_RECORDS = {
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+class _ForeignNameError(pickle.UnpicklingError):
+    """A pickle names something that no index of a checkpoint holds."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Read `.metadata`, a pickle, by its known parts alone: any other name could run code."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        is_dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
+        if is_dtype or (module_name, global_name) in _PARTS_OF_RECORDS or module_name == _RECORDS:
+            found = super().find_class(module_name, global_name)
+            # The module of the records imports others, whose names could be reached through it.
+            if module_name != _RECORDS or (isinstance(found, type) and found.__module__ == _RECORDS):
+                return found
+        raise _ForeignNameError(f"{module_name}.{global_name}")
+
 
 def checkpoint_fault(folder: str | Path) -> str | None:
     """Say what is wrong with a checkpoint folder, or give `None` for a whole one.
 
     A file that was cut short is found by its length and its end, without reading it through.
+
+    Raises:
+        CheckpointError: the index of a sharded checkpoint, a pickle, names what could run code.
     """
     folder = Path(folder)
     state = folder / TRAINER_STATE_NAME
@@ -67,7 +97,13 @@ def _sharded_fault(folder: Path) -> str | None:
     if not (folder / ".metadata").is_file():
         return f"{folder.name}/.metadata, which is written last, is missing"
     try:
-        parts = (FileSystemReader(folder).read_metadata().storage_data or {}).values()
+        with open(folder / ".metadata", "rb") as file:
+            parts = (_IndexUnpickler(file).load().storage_data or {}).values()
+    except _ForeignNameError as error:
+        raise CheckpointError(
+            f"{folder / '.metadata'} names {error}, which is no part of a checkpoint and could run code when it is "
+            "read. Nothing of it was run. Delete this folder, and resume from a checkpoint of your own."
+        ) from error
     except (EOFError, ValueError, pickle.UnpicklingError):
         return f"{folder.name}/.metadata is cut short"
     for name in sorted({part.relative_path for part in parts}):

@@ -93,7 +93,9 @@ def _choice(text: str | None) -> BlockChoice | None:
 def _load(name: str) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
     """The classifier with all of its weights, and its image processor if it has one."""
     try:
-        loaded: Any = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+        loaded: Any = AutoModelForImageClassification.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"`{name}` cannot be loaded as an image classifier: {error} Pass a folder that `save_pretrained` wrote, "
@@ -107,7 +109,7 @@ def _load(name: str) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
             "that was trained as an image classifier."
         )
     try:
-        return model.eval(), AutoImageProcessor.from_pretrained(name)
+        return model.eval(), AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):
         return model.eval(), None
 

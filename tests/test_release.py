@@ -1,0 +1,171 @@
+"""What is released fits together: versions, dependencies, supported Pythons, and the commands of the workflows."""
+
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import hf_featreuse
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REQUIREMENTS = [
+    Requirement(text)
+    for texts in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for text in texts
+]
+# Those that are not an extra of ours.
+OF_OTHERS = {canonicalize_name(entry.name): entry for entry in REQUIREMENTS if entry.name != PROJECT["name"]}
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PYTHONS = {"3.11", "3.12", "3.13", "3.14"}
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pins(name: str) -> dict[str, Version]:
+    """The versions of a constraints file by the names of the packages."""
+    lines = [line for line in read(name).splitlines() if line and not line.startswith("#")]
+    entries = [re.fullmatch(r"([\w.-]+)==([\w.]+)", line) for line in lines]
+    assert all(entries), [line for line, entry in zip(lines, entries, strict=True) if not entry]
+    found = {canonicalize_name(entry[1]): Version(entry[2]) for entry in entries}
+    assert len(found) == len(lines), f"{name} names a package twice"
+    return found
+
+
+# Versions
+
+
+def test_versions_agree():
+    version = Version(hf_featreuse.__version__)
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert citation["version"] == str(version)
+    headings = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", read("CHANGELOG.md"), re.MULTILINE)
+    assert headings
+    if version.is_devrelease:
+        assert headings[0] == ("Unreleased", "")
+        assert f"What will be {version.base_version}," in read("CHANGELOG.md")
+        assert "date-released" not in citation
+        released = headings[1:]
+    else:
+        assert headings[0] == (str(version), str(citation["date-released"]))
+        released = headings
+    versions = [Version(text) for text, _ in released]
+    assert versions == sorted(versions, reverse=True)
+    assert all(found <= version for found in versions)
+
+
+def test_licence_is_the_same_everywhere():
+    assert PROJECT["license"] == yaml.safe_load(read("CITATION.cff"))["license"] == "Apache-2.0"
+    assert read("LICENSE").split()[:4] == ["Apache", "License", "Version", "2.0,"]
+
+
+# Dependencies
+
+
+def test_lowest_constraints_are_the_lower_bounds():
+    bounds = {}
+    for name, requirement in OF_OTHERS.items():
+        lower = [Version(part.version) for part in requirement.specifier if part.operator == ">="]
+        assert len(lower) == 1, f"{requirement} must have one lower bound"
+        assert bounds.setdefault(name, lower[0]) == lower[0]
+    assert pins("constraints-lowest.txt") == bounds
+
+
+def test_pinned_versions_fit_what_the_package_asks_for():
+    pinned = pins("constraints.txt")
+    for name, requirement in OF_OTHERS.items():
+        assert name in pinned, f"constraints.txt does not pin {name}"
+        assert pinned[name] in requirement.specifier, f"constraints.txt pins {name} {pinned[name]}, not {requirement}"
+
+
+def test_every_dependency_of_the_package_has_its_reason():
+    lines = read("pyproject.toml").partition("\ndependencies = [")[2].partition("]\n")[0].strip().splitlines()
+    assert len(lines) == len(PROJECT["dependencies"])
+    assert [line for line in lines if "#" not in line] == ['  "torch>=2.13",']
+
+
+def test_pythons_are_the_same_everywhere():
+    classified = {text.rpartition(" ")[2] for text in PROJECT["classifiers"] if re.search(r"Python :: \d\.\d+$", text)}
+    assert classified == PYTHONS
+    assert PROJECT["requires-python"] == f">={min(PYTHONS, key=Version)}"
+    matrix = jobs()["tests"]["strategy"]["matrix"]
+    assert set(matrix["python"]) == PYTHONS
+    assert {entry["dependencies"] for entry in matrix["include"]} == {"lowest", "newest"}
+
+
+# Workflows
+
+
+def jobs() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in WORKFLOWS:
+        found |= yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    return found
+
+
+def test_there_is_a_job_for_each_check():
+    assert set(jobs()) >= {"lint", "types", "tests", "docs", "wheel", "audit"}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow_reads_only_and_gives_up_in_time(path):
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    assert workflow["concurrency"]["cancel-in-progress"] is True
+    for name, job in workflow["jobs"].items():
+        assert 0 < job["timeout-minutes"] <= 60, name
+        for step in job["steps"]:
+            # Exactly one of the two.
+            assert ("uses" in step) != ("run" in step), step
+            if "uses" in step:
+                assert re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]), step
+
+
+def commands(job: dict[str, Any]) -> list[list[str]]:
+    """The words of each command, a matrix job's once for each of its options."""
+    matrix = job.get("strategy", {}).get("matrix", {})
+    options = [*matrix.get("options", []), *(entry["options"] for entry in matrix.get("include", []))] or [""]
+    lines = [line for step in job["steps"] if "run" in step for line in step["run"].strip().splitlines()]
+    filled = [line.replace("${{ matrix.options }}", option) for option in options for line in lines]
+    assert not [line for line in filled if "${{" in line]
+    # Without the variables that are set before a command.
+    return [[word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)] for line in dict.fromkeys(filled)]
+
+
+@pytest.mark.parametrize("name", jobs())
+def test_every_command_of_a_workflow_exists(name):
+    installed: set[str] = set()
+    for program, *words in commands(jobs()[name]):
+        if program == "pip":
+            assert words[0] == "install"
+            installed |= {word for word in words[1:] if not word.startswith("-")}
+            for option, file in itertools.pairwise(words):
+                assert option != "-c" or (ROOT / file).is_file(), file
+            for extras in re.findall(r"\.\[([\w,]+)\]", " ".join(words)):
+                assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"]), extras
+        elif "/" in program:
+            assert os.access(ROOT / program, os.X_OK), program
+        else:
+            # Installed by name just before, or by an extra of ours and so beside this Python.
+            beside = shutil.which(program, path=str(Path(sys.executable).parent))
+            assert program in installed or beside, program
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".ci").iterdir()), ids=lambda path: path.name)
+def test_scripts_are_executable_and_read_by_bash(path):
+    assert os.access(path, os.X_OK)
+    subprocess.run(["bash", "-n", str(path)], check=True)
