@@ -189,3 +189,13 @@ def test_document_shows_what_the_command_prints(command, documented, capsys):
     printed = capsys.readouterr().out
     assert len(block_names(printed)) > 1
     assert documented.rstrip() == printed.rstrip()
+
+
+@pytest.mark.slow
+def test_a_reader_that_stops_reading_is_no_error(tiny):
+    command = [sys.executable, "-c", "import sys; from hf_featreuse.cli import main; sys.exit(main(sys.argv[1:]))"]
+    with subprocess.Popen([*command, "inspect", tiny], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read().decode() == ""
+    assert process.returncode == 0
