@@ -10,7 +10,8 @@ from __future__ import annotations
 import datetime
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Protocol
 
 from torch import nn
@@ -20,6 +21,7 @@ from hf_featreuse.cost import StepCosts
 from hf_featreuse.engine import FeatureReuse
 from hf_featreuse.inspection.expectation import expected_costs, step_shares
 from hf_featreuse.schedule import FeatureReuseSchedule, StepKind
+from hf_featreuse.sharding import unsharded_class
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def opening_summary(
           engine  1 process on cpu, full precision
     """
     schedule, model = reuse.schedule, reuse.model
-    lines = [f"Feature reuse with {type(model).__name__} ({_count(model)} parameters)"]
+    lines = [f"Feature reuse with {unsharded_class(model).__name__} ({_count(model)} parameters)"]
     if not reuse.blocks:
         lines += ["  blocks  none: plain training", f"  steps   {max_steps}"]
     else:
@@ -110,7 +112,7 @@ def closing_summary(
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`, with `compute_share`, and
-            `eval_accuracy` or `eval_loss`; what it lacks is left out.
+            `eval_accuracy` or `eval_loss`; what it lacks, or is no number, is left out.
         steps (`int`): optimizer steps taken.
         seconds (`float`): how long training took, in seconds.
         output_dir (`str`, *optional*): folder of the run.
@@ -127,8 +129,7 @@ def closing_summary(
     lines = [f"Trained {steps} steps in {datetime.timedelta(seconds=int(seconds))}"]
     if (share := mean_compute_share(log_history)) is not None:
         lines.append(f"  arithmetic  {share:.1%} of plain training's, {1 - share:.1%} saved")
-    accuracies = [(entry["eval_accuracy"], entry["step"]) for entry in log_history if "eval_accuracy" in entry]
-    evaluations = [(entry["eval_loss"], entry["step"]) for entry in log_history if "eval_loss" in entry]
+    accuracies, evaluations = _numbers(log_history, "eval_accuracy"), _numbers(log_history, "eval_loss")
     if accuracies:
         (last, step), (best, best_step) = accuracies[-1], max(accuracies, key=lambda found: found[0])
         more = f", at best {best:.1%} after step {best_step}" if best > last else ""
@@ -139,6 +140,11 @@ def closing_summary(
         lines.append(f"  files       {output_dir}")
     # Python writes 70.0%; the house style is that of the SI.
     return "\n".join(lines).replace("%", " %")
+
+
+def _numbers(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, int]]:
+    """Each (value, step) of a key of the log; metrics of the user's own may give anything."""
+    return [(float(entry[key]), entry["step"]) for entry in log_history if isinstance(entry.get(key), Real)]
 
 
 def mean_compute_share(log_history: Sequence[Mapping[str, Any]]) -> float | None:
@@ -166,17 +172,20 @@ class ConsoleCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the opening summary."""
         self._begin = time.monotonic()
-        if self.run.feature_reuse is not None:
-            accelerator = self.run.accelerator
-            text = opening_summary(
-                self.run.feature_reuse,
-                self.run.step_costs,
-                max_steps=state.max_steps,
-                processes=accelerator.num_processes,
-                precision=accelerator.mixed_precision,
-                engine=_engine(accelerator),
+        reuse, accelerator = self.run.feature_reuse, self.run.accelerator
+        if reuse is not None:
+            _say(
+                lambda: opening_summary(
+                    reuse,
+                    self.run.step_costs,
+                    max_steps=state.max_steps,
+                    processes=accelerator.num_processes,
+                    precision=accelerator.mixed_precision,
+                    engine=_engine(accelerator),
+                ),
+                args,
+                state,
             )
-            _say(text, args, state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Name the kind of this step, which the bar shows when it moves on."""
@@ -189,7 +198,7 @@ class ConsoleCallback(TrainerCallback):
         """Print the closing summary."""
         seconds = time.monotonic() - self._begin
         _say(
-            closing_summary(
+            lambda: closing_summary(
                 state.log_history, steps=state.global_step, seconds=seconds, output_dir=str(args.output_dir)
             ),
             args,
@@ -210,12 +219,19 @@ def describe_kind(kind: StepKind) -> str:
     return kind.value.replace("_", " ").ljust(len(StepKind.STOCHASTIC_DEPTH.value))
 
 
-def _say(text: str, args: Any, state: Any) -> None:
-    if not state.is_world_process_zero:
+def _say(make: Callable[[], str], args: Any, state: Any) -> None:
+    """Print or log a text, made only where it is shown; a run never stops for it."""
+    shown = logger.isEnabledFor(logging.INFO) if args.disable_tqdm else args.get_process_log_level() <= logging.WARNING
+    if not shown or not state.is_world_process_zero:
+        return
+    try:
+        text = make()
+    except Exception:
+        logger.warning("The summary of the run could not be made; training is not concerned.", exc_info=True)
         return
     if args.disable_tqdm:
         logger.info(text)
-    elif args.get_process_log_level() <= logging.WARNING:
+    else:
         print(text, flush=True)
 
 

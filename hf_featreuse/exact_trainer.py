@@ -66,6 +66,9 @@ class ExactTrainer(Trainer):
                 cause = f"{type(error).__name__} stopped training after {self.state.global_step} optimizer steps."
                 logger.warning(f"{cause} {self._describe_ranks()}{describe_last_whole(folder)}")
             raise
+        finally:
+            # Trainer leaves it on where training was interrupted, and evaluates as if it went on.
+            self.is_in_train = False
 
     def _describe_ranks(self) -> str:
         return describe_ranks(self.args.process_index, self.args.world_size)

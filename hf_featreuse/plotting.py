@@ -40,6 +40,10 @@ _ACCURACIES = (("eval_accuracy", "top-1", _GREEN, "-"), ("eval_top5_accuracy", "
 _WIDTH_INCHES, _DOTS_PER_INCH = 10.0, 120
 # About three pixels each; narrower ones blur into one another.
 _MAX_COLUMNS = 300
+# Columns hold whole cycles: this many steps is a multiple of the usual lengths of a cycle.
+_CYCLES = 12
+# Steps of a column that are counted: a plan takes some 60 microseconds, and a run may have millions of steps.
+_MAX_COUNTED = 2 * _CYCLES
 _MAX_ROW_LABELS = 16
 _MAX_COLUMN_LABELS = 48
 _CHARACTERS_IN_A_ROW = 150
@@ -161,10 +165,11 @@ def dropped_shares(schedule: FeatureReuseSchedule, num_steps: int, max_columns: 
         schedule (`FeatureReuseSchedule`): the schedule of the run.
         num_steps (`int`): optimizer steps of the run, at least 1.
         max_columns (`int`, defaults to 300): most columns to share the steps among. Columns hold equal numbers of
-            steps, a multiple of 12 where above 12; the last one holds what is left.
+            steps, a multiple of 12 where above 12; the last one holds what is left. Of more than 24 steps in a column
+            24 are counted, in two runs of 12 steps.
 
     Returns:
-        `numpy.ndarray`: shape (2, num_blocks, columns): of the steps of a column, the share that was a
+        `numpy.ndarray`: shape (2, num_blocks, columns): of the counted steps of a column, the share that was a
         stochastic-depth step, then a masked-freeze step, with this block in D.
 
     Example:
@@ -179,15 +184,24 @@ def dropped_shares(schedule: FeatureReuseSchedule, num_steps: int, max_columns: 
     kinds = {"stochastic_depth": 0, "masked_freeze": 1}
     # With a set for every sample, a few samples stand for all.
     samples = {"batch_size": _SAMPLES} if schedule.drop_granularity == "sample" else {}
-    for step in range(num_steps):
-        plan = schedule.plan(step, **samples)
-        if plan.sample_masks is not None:
-            counts[kinds[plan.kind.value], :, step // steps_per_column] += plan.sample_masks.mean(0)
-        elif plan.dropped:
-            counts[kinds[plan.kind.value], list(plan.dropped), step // steps_per_column] += 1
-    steps = np.full(columns, steps_per_column)
-    steps[-1] = num_steps - steps_per_column * (columns - 1)
-    return counts / steps
+    for column in range(columns):
+        steps = _counted_steps(column * steps_per_column, min((column + 1) * steps_per_column, num_steps))
+        for step in steps:
+            plan = schedule.plan(step, **samples)
+            if plan.sample_masks is not None:
+                counts[kinds[plan.kind.value], :, column] += plan.sample_masks.mean(0) / len(steps)
+            elif plan.dropped:
+                counts[kinds[plan.kind.value], list(plan.dropped), column] += 1 / len(steps)
+    return counts
+
+
+def _counted_steps(first: int, end: int) -> list[int]:
+    """Steps from `first` to before `end`: all, or, where they are many, runs of whole cycles spread over them."""
+    if end - first <= _MAX_COUNTED:
+        return list(range(first, end))
+    runs = range(first, end, _CYCLES)
+    starts = runs[:: math.ceil(len(runs) / (_MAX_COUNTED // _CYCLES))]
+    return [step for start in starts for step in range(start, min(start + _CYCLES, end))]
 
 
 def _curves(log_history: LogHistory, keys: Sequence[tuple[str, str, str, str]]) -> list[_Curve]:
@@ -206,7 +220,7 @@ def _curves(log_history: LogHistory, keys: Sequence[tuple[str, str, str, str]]) 
 def _column_width(num_steps: int, max_columns: int) -> int:
     """Give the steps in a column: a number that whole cycles of 2, 3, 4 or 6 steps fill, or stripes would appear."""
     least = math.ceil(num_steps / max_columns)
-    return next((width for width in (1, 2, 4, 6, 12) if width >= least), 12 * math.ceil(least / 12))
+    return next((width for width in (1, 2, 4, 6, 12) if width >= least), _CYCLES * math.ceil(least / _CYCLES))
 
 
 def empty_figure(height: float) -> Figure:
@@ -325,7 +339,8 @@ def _draw_raster(axes: Axes, shares: np.ndarray, last_step: int, block_names: Se
         most = shares.max()
         halves = [1 + depth / most * (blue - 1), 1 + freeze / most * (orange - 1)]
         image = np.stack(halves, axis=1).reshape(2 * num_blocks, columns, 3)
-        handles.append(Patch(alpha=0, label=f"shade: share of each {width} steps, darkest {most:.0%}"))
+        counted = f"{_MAX_COUNTED} of " if width > _MAX_COUNTED else ""
+        handles.append(Patch(alpha=0, label=f"shade: share of {counted}each {width} steps, darkest {most:.0%}"))
     axes.imshow(
         np.round(255 * image).astype(np.uint8),
         origin="lower",

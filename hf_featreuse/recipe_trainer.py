@@ -27,8 +27,8 @@ class RecipeTrainer(EngineTrainer):
 
     Raises:
         ConfigurationError: Mixup or CutMix for a model that does not classify with one label an image, or in training
-            with a `compute_loss` that does without that of the base class; EMA with weights in shards, or with the
-            best of checkpoints that do not hold it.
+            with a `compute_loss` that does without that of the base class, or with batches without images or labels
+            under their names; EMA with weights in shards, or with the best of checkpoints that do not hold it.
     """
 
     weight_average: WeightAverage | None = None
@@ -41,17 +41,24 @@ class RecipeTrainer(EngineTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._take_up_recipe()
+        # Before all others: what a tracker logs at the end of training is the model that was evaluated.
+        self.callback_handler.callbacks.insert(0, _FollowWeights(self))
+
+    def _take_up_recipe(self) -> None:
+        """Check the options as they are now, and mix or stop mixing; a search changes them between two runs."""
         recipe = self.recipe_args
         recipe.check_recipe()
         if recipe.mixes:
             _check_problem(self.model)
-            self._mixer = BatchMixer(recipe.mixup_alpha, recipe.cutmix_alpha, self.args.seed)
-            # Trainer asks it for the loss in evaluation as well, where nothing is mixed.
-            self._loss_of_one_label, self.compute_loss_func = self.compute_loss_func, self._mixed_loss
         if recipe.ema_decay is not None:
             self._check_average()
-            # Before all others: what a tracker logs at the end of training is the model that was evaluated.
-            self.callback_handler.callbacks.insert(0, _FollowWeights(self))
+        # One that was set since the last time is the user's.
+        if self.compute_loss_func != self._mixed_loss:
+            self._loss_of_one_label = self.compute_loss_func
+        self._mixer = BatchMixer(recipe.mixup_alpha, recipe.cutmix_alpha, self.args.seed) if recipe.mixes else None
+        # Trainer asks it for the loss in evaluation as well, where nothing is mixed.
+        self.compute_loss_func = self._loss_of_one_label if self._mixer is None else self._mixed_loss
 
     @property
     def recipe_args(self) -> RecipeArguments:
@@ -74,9 +81,15 @@ class RecipeTrainer(EngineTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as `Trainer.compute_loss`; in training on mixed images, against both of their labels."""
-        if self._mixer is None or not model.training or "labels" not in inputs:
+        if self._mixer is None or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         images = getattr(self.model, "main_input_name", "pixel_values")
+        if images not in inputs or "labels" not in inputs:
+            raise ConfigurationError(
+                f"`mixup_alpha` and `cutmix_alpha` mix `{images}`, the `main_input_name` of the model, and `labels`, "
+                f"but the batch has {sorted(inputs)}. Name them so in the data collator, set `main_input_name` on the "
+                "model where its images go by another name, or set both options to 0."
+            )
         mixed, self._share = self._mixer(inputs[images], self.state.global_step, self._batch_of_step)
         self._has_mixed = True
         try:
@@ -121,6 +134,7 @@ class RecipeTrainer(EngineTrainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[Any, Any]:
+        self._take_up_recipe()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         decay, self.weight_average = self.recipe_args.ema_decay, None
         if decay is not None:
@@ -140,8 +154,15 @@ class RecipeTrainer(EngineTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.weight_average is not None and self.state.best_model_checkpoint is not None:
-            self.weight_average.load(self.state.best_model_checkpoint)
+        average, folder = self.weight_average, self.state.best_model_checkpoint
+        if average is None or folder is None or not Path(folder).is_dir() or average.load(folder):
+            return
+        logger.warning(
+            f"{folder}, the best checkpoint, holds no {AVERAGE_FILE}: it was written without `ema_decay`. The model "
+            "gets the weights that it holds."
+        )
+        # It is given to the model when training ends.
+        self.weight_average = WeightAverage(average.model, average.decay)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict as `Trainer.evaluation_loop`, while training with the averaged weights if there are."""
@@ -159,12 +180,12 @@ class _FollowWeights(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer.weight_average is not None
-        self.trainer.weight_average.update()
+        if self.trainer.weight_average is not None:
+            self.trainer.weight_average.update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer.weight_average is not None
-        self.trainer.weight_average.copy_to_model()
+        if self.trainer.weight_average is not None:
+            self.trainer.weight_average.copy_to_model()
 
 
 def _check_problem(model: nn.Module | None) -> None:

@@ -21,6 +21,11 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def unsharded_class(module: nn.Module) -> type:
+    """The class of a module before FSDP2 gave it one of its own, such as `FSDPViTForImageClassification`."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
 def ready_shards(modules: Sequence[FSDPModule]) -> None:
     """Make a sharded model ready for a step that freezes some of it; nothing where there is no module.
 

@@ -25,9 +25,10 @@ _NAME = "feature_reuse/schedule"
 
 
 class SchedulePicture(TrainerCallback):
-    """Draws the whole schedule when training begins, which is known then, and hands it to the trackers.
+    """Draws the whole schedule before the first step, when it is known, and hands it to the trackers.
 
-    The file `schedule.png` in `output_dir` is written where there is such a tracker. Without matplotlib there is none.
+    The file `schedule.png` in `output_dir` is written where a run of such a tracker is open. Without matplotlib there
+    is none. A picture that fails is a warning; training goes on.
 
     Args:
         run (`FeatureReuseTrainer`): the trainer; it adds this callback itself.
@@ -35,13 +36,25 @@ class SchedulePicture(TrainerCallback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._is_due = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw and log the picture."""
-        kinds = (TensorBoardCallback, TrackioCallback, WandbCallback)
-        trackers = [callback for callback in self.run.callback_handler.callbacks if isinstance(callback, kinds)]
+        """Note that a picture is due. Trackers that were added later in the list open their runs after this."""
+        self._is_due = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw and log the picture, once a run."""
+        due, self._is_due = self._is_due, False
+        if due and state.is_world_process_zero:
+            try:
+                self._draw(args, state)
+            except Exception as error:
+                logger.warning(f"The picture of the schedule failed, and training goes on: {error}", exc_info=True)
+
+    def _draw(self, args: Any, state: Any) -> None:
+        trackers = [callback for callback in self.run.callback_handler.callbacks if _is_open(callback)]
         reuse = self.run.feature_reuse
-        if not trackers or reuse is None or not reuse.blocks or not state.is_world_process_zero:
+        if not trackers or reuse is None or not reuse.blocks:
             return
         if type(reuse.schedule) is not FeatureReuseSchedule:
             # One of the user's own may depend on what has been trained, and asking it ahead may change it.
@@ -57,6 +70,17 @@ class SchedulePicture(TrainerCallback):
             _log_picture(tracker, path, state.global_step)
 
 
+def _is_open(callback: TrainerCallback) -> bool:
+    """Whether a callback is a tracker that takes pictures and has opened its run."""
+    if isinstance(callback, TensorBoardCallback):
+        return callback.tb_writer is not None
+    if isinstance(callback, WandbCallback):
+        import wandb
+
+        return wandb.run is not None
+    return isinstance(callback, TrackioCallback) and callback._initialized
+
+
 def _log_picture(tracker: TrainerCallback, path: Path, step: int) -> None:
     """Log a PNG to the run that a callback of transformers has opened."""
     if isinstance(tracker, TensorBoardCallback):
@@ -64,8 +88,8 @@ def _log_picture(tracker: TrainerCallback, path: Path, step: int) -> None:
 
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        if tracker.tb_writer is not None:
-            tracker.tb_writer.add_image(_NAME, pixels, step, dataformats="HWC")
+        assert tracker.tb_writer is not None
+        tracker.tb_writer.add_image(_NAME, pixels, step, dataformats="HWC")
     elif isinstance(tracker, WandbCallback):
         import wandb
 

@@ -52,7 +52,7 @@ ALLOWED = {
         *("config", "distribution", "engine", "errors", "exact_trainer", "refusals", "sharding", "binding"),
     },
     "plotting": {"errors", "inspection", "schedule"},
-    "console": {"cost", "engine", "inspection", "schedule"},
+    "console": {"cost", "engine", "inspection", "schedule", "sharding"},
     "tracking": {"console", "errors", "plotting", "schedule"},
     "recipe_trainer": {"averaging", "engine_trainer", "errors", "mixing", "recipe"},
     "trainer": {

@@ -61,7 +61,7 @@ def test_shares_are_the_counts_of_the_plans():
         assert np.array_equal(shares[:, :, step], expected)
 
 
-@pytest.mark.parametrize(("num_steps", "max_columns", "width"), [(10, 3, 4), (10, 10, 1), (25, 10, 4), (301, 10, 36)])
+@pytest.mark.parametrize(("num_steps", "max_columns", "width"), [(10, 3, 4), (10, 10, 1), (25, 10, 4), (301, 20, 24)])
 def test_columns_hold_equal_numbers_of_steps(num_steps, max_columns, width):
     schedule = FeatureReuseSchedule(3, drop_rate=0.5, seed=1)
     binned = dropped_shares(schedule, num_steps, max_columns)
@@ -70,6 +70,26 @@ def test_columns_hold_equal_numbers_of_steps(num_steps, max_columns, width):
     for column in range(binned.shape[2]):
         steps = each[:, :, column * width : (column + 1) * width]
         assert np.allclose(binned[:, :, column], steps.mean(axis=2))
+
+
+class CountsPlans(FeatureReuseSchedule):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def plan(self, *args, **kwargs):
+        self.asked += 1
+        return super().plan(*args, **kwargs)
+
+
+def test_of_a_long_run_some_steps_of_each_column_stand_for_all():
+    schedule = CountsPlans(24, drop_rate=0.5, seed=1)
+    depth, freeze = dropped_shares(schedule, 3_000_000)
+    assert schedule.asked <= 300 * 24, "at 60 microseconds a plan, all steps would take minutes"
+    assert depth.shape == (24, 300)
+    rates = np.asarray(schedule.rates)
+    assert depth.mean(axis=1) == pytest.approx(rates / 2, abs=0.03)
+    assert freeze.mean(axis=1) == pytest.approx(rates / 2, abs=0.03)
 
 
 @pytest.mark.parametrize("num_steps", [20, 2000])
@@ -165,6 +185,6 @@ def test_pyplot_is_not_used(tmp_path, monkeypatch):
 
 def test_with_a_set_for_every_sample_cells_are_shares_of_the_samples():
     schedule = FeatureReuseSchedule(3, drop_rate=0.5, drop_rate_schedule="uniform", drop_granularity="sample")
-    depth, freeze = dropped_shares(schedule, 400, max_columns=1)
-    assert depth == pytest.approx(0.25, abs=0.03)
+    depth, freeze = dropped_shares(schedule, 408, max_columns=17)
+    assert depth.mean(axis=1) == pytest.approx(0.25, abs=0.03)
     assert (depth == freeze).all(), "both steps of a cycle have the same sets"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_models import build, examples
 from training_runs import config, train
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
 
 from hf_featreuse import FeatureReuseTrainer
 from hf_featreuse.metrics import build_compute_metrics
@@ -96,6 +97,42 @@ print("LOGS" + json.dumps(SQLiteStorage.get_logs("featreuse-test", "first"), def
     logs = json.loads(result.stdout.split("LOGS")[1])
     assert SCALARS | {PICTURE} <= set().union(*logs)
     assert list((tmp_path / "trackio").rglob("*.png"))
+
+
+class HalfOpen(TrackioCallback):
+    """Opens no run."""
+
+    def setup(self, *args, **kwargs):
+        pass
+
+    def on_log(self, *args, **kwargs):
+        pass
+
+
+def test_a_tracker_that_is_added_later_gets_the_picture_and_one_without_a_run_none(tmp_path):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("trackio", "0.40")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = FeatureReuseTrainer(build("vit"), config(tmp_path, max_steps=1), train_dataset=examples(8))
+    trainer.add_callback(HalfOpen)
+    train(trainer)
+    assert not (tmp_path / SCHEDULE_FILE).exists()
+    trainer.add_callback(TensorBoardCallback)
+    train(trainer)
+    events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
+    events.Reload()
+    assert events.Tags()["images"] == [PICTURE]
+
+
+def test_a_picture_that_fails_is_a_warning(tmp_path, caplog):
+    pytest.importorskip("tensorboard")
+    (tmp_path / SCHEDULE_FILE).mkdir()
+    args = config(tmp_path, report_to=["tensorboard"], max_steps=1)
+    with caplog.at_level("WARNING", logger="hf_featreuse"):
+        trainer = train(FeatureReuseTrainer(build("vit"), args, train_dataset=examples(8)))
+    assert trainer.state.global_step == 1
+    assert "picture of the schedule failed" in caplog.text
 
 
 def test_without_a_tracker_nothing_is_drawn(tmp_path):

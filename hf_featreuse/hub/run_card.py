@@ -16,6 +16,7 @@ from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.hub.card import build_model_card, is_hub_id
 from hf_featreuse.hub.sending import CARD_FILE
+from hf_featreuse.sharding import unsharded_class
 
 if TYPE_CHECKING:
     from hf_featreuse.trainer import FeatureReuseTrainer
@@ -67,7 +68,7 @@ def write_run_card(
         metrics={key: value for key, value in (evaluations or [{}])[-1].items() if _is_metric(key, value)},
         license=license or (licence_of(base) if base and is_hub_id(base) else None),
         plot_file=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
-        architecture=type(model).__name__,
+        architecture=unsharded_class(model).__name__,
         block_names=[block.name for block in trainer.feature_reuse.blocks] if trainer.feature_reuse else [],
         training={name: values[name] for name in _LISTED_ARGUMENTS}
         | {name: values[name] for name in _LISTED_IF_SET if values.get(name)}
