@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import datetime
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Protocol
 
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from hf_featreuse.cost import StepCosts
@@ -158,7 +160,7 @@ def mean_compute_share(log_history: Sequence[Mapping[str, Any]]) -> float | None
 
 
 class ConsoleCallback(TrainerCallback):
-    """Prints both summaries, and shows the kind of the step in Trainer's progress bar; main process only.
+    """Prints both summaries, and shows the kind of the step in Trainer's bar, of a terminal or notebook; main process.
 
     Args:
         run (`FeatureReuseTrainer`): the trainer; it adds this callback itself. `trainer.remove_callback(
@@ -190,9 +192,16 @@ class ConsoleCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Name the kind of this step, which the bar shows when it moves on."""
         kind = self.run.step_kind
+        if kind is None:
+            return
+        # Imported by Trainer in a notebook alone: it needs IPython.
+        notebook: Any = sys.modules.get("transformers.utils.notebook")
         for callback in self.run.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None and kind is not None:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_postfix_str(describe_kind(kind), refresh=False)
+            elif notebook is not None and isinstance(callback, notebook.NotebookProgressCallback):
+                if callback.training_tracker is not None:
+                    callback.training_tracker.prefix = describe_kind(kind)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the closing summary."""
@@ -232,7 +241,8 @@ def _say(make: Callable[[], str], args: Any, state: Any) -> None:
     if args.disable_tqdm:
         logger.info(text)
     else:
-        print(text, flush=True)
+        # Above a bar that is open, not into it.
+        tqdm.write(text)
 
 
 def _count(model: nn.Module) -> str:

@@ -131,3 +131,25 @@ def test_the_best_accuracy_is_named_where_it_was_not_the_last():
     log = [{"step": 5, "eval_accuracy": 0.9}, {"step": 9, "eval_accuracy": 0.8}, {"step": 9, "eval_loss": 1.0}]
     assert "80.0 % after step 9, at best 90.0 % after step 5" in closing_summary(log, steps=9, seconds=3)
     assert "eval loss   1 after step 9" in closing_summary(log[-1:], steps=9, seconds=3)
+
+
+def test_in_a_notebook_the_kind_of_the_step_stands_before_the_bar(tmp_path):
+    pytest.importorskip("IPython", reason="Trainer's bar of notebooks needs IPython")
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    bar = NotebookProgressCallback()
+    said = []
+
+    class SeesTheTracker(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            said.append(bar.training_tracker.prefix.strip())
+
+    trainer = run(tmp_path, callbacks=[bar, SeesTheTracker()], max_steps=4, disable_tqdm=True)
+    schedule = trainer.feature_reuse.schedule
+    assert said == [schedule.plan(step).kind.value.replace("_", " ") for step in range(4)]
+
+
+def test_the_opening_summary_does_not_run_into_the_bar(tmp_path, capfd):
+    run(tmp_path, max_steps=2)
+    out = capfd.readouterr().out
+    assert out.startswith("Feature reuse with") or "\nFeature reuse with" in out
