@@ -196,6 +196,7 @@ class ConsoleCallback(TrainerCallback):
             return
         # Imported by Trainer in a notebook alone: it needs IPython.
         notebook: Any = sys.modules.get("transformers.utils.notebook")
+        callback: Any
         for callback in self.run.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_postfix_str(describe_kind(kind), refresh=False)
