@@ -127,6 +127,22 @@ def test_the_share_is_the_mean_over_steps_also_where_logs_are_uneven():
     assert mean_compute_share([{"step": 3, "loss": 1.0}]) is None
 
 
+def test_no_summary_stops_a_run(tmp_path, capsys, caplog):
+    metrics = {"accuracy": {"accuracy": 0.5}}
+    args = config(tmp_path, disable_tqdm=False, log_level="warning", eval_strategy="steps", eval_steps=6)
+    data = {"train_dataset": examples(8), "eval_dataset": examples(8)}
+    trainer = train(FeatureReuseTrainer(build("vit"), args, **data, compute_metrics=lambda _: metrics))
+    printed = capsys.readouterr().out
+    assert "Trained 6 steps" in printed
+    assert "eval loss   " in printed
+    assert "  accuracy    " not in printed
+    # A log that a user's own callback has spoilt.
+    trainer.state.log_history.append({"compute_share": "much", "step": 6})
+    with caplog.at_level("WARNING", logger="hf_featreuse"):
+        ConsoleCallback(trainer).on_train_end(trainer.args, trainer.state, trainer.control)
+    assert "summary of the run could not be made" in caplog.text
+
+
 def test_the_best_accuracy_is_named_where_it_was_not_the_last():
     log = [{"step": 5, "eval_accuracy": 0.9}, {"step": 9, "eval_accuracy": 0.8}, {"step": 9, "eval_loss": 1.0}]
     assert "80.0 % after step 9, at best 90.0 % after step 5" in closing_summary(log, steps=9, seconds=3)

@@ -116,6 +116,69 @@ def test_sets_by_sample_and_plain_arguments_go_with_it(tmp_path):
     assert len(losses(train(plain))) == 6
 
 
+class OtherNames(PlainNet):
+    """Takes its images under another name than the models of transformers."""
+
+    def forward(self, image=None, labels=None, pixel_values=None):
+        return super().forward(image if pixel_values is None else pixel_values, labels)
+
+
+def test_batches_whose_images_or_labels_go_by_other_names_are_refused(tmp_path):
+    renamed = [{"image": example["pixel_values"], "labels": example["labels"]} for example in examples()]
+    options = config(tmp_path, **PLAIN, mixup_alpha=0.5, remove_unused_columns=False, max_steps=1)
+    model = OtherNames()
+    with pytest.raises(ConfigurationError, match=r"`pixel_values`.*`main_input_name`.*\['image', 'labels'\]"):
+        FeatureReuseTrainer(model, options, train_dataset=renamed).train()
+    model.main_input_name = "image"
+    train(FeatureReuseTrainer(model, options, train_dataset=renamed))
+    unlabelled = [{"image": example["image"], "target": example["labels"]} for example in renamed]
+    with pytest.raises(ConfigurationError, match=r"`labels`.*\['image', 'target'\]"):
+        FeatureReuseTrainer(model, options, train_dataset=unlabelled).train()
+
+
+@pytest.mark.slow
+def test_options_that_a_search_changes_between_runs_are_taken_up(tmp_path):
+    pytest.importorskip("optuna")
+    seen = []
+
+    class Sees(FeatureReuseTrainer):
+        def evaluate(self, *args, **kwargs):
+            expected = watches[-1].expected if self.recipe_args.ema_decay else None
+            found = None if self.weight_average is None else self.weight_average.state_dict()
+            if expected is not None:
+                for name, tensor in found.items():
+                    torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
+            seen.append((found is None, self._mixer and self._mixer.mixup_alpha, self.compute_loss_func is own))
+            return super().evaluate(*args, **kwargs)
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            watches.append(Averages(model, args.ema_decay or 0.5))
+
+        def on_step_end(self, *args, **kwargs):
+            watches[-1].on_step_end(*args, **kwargs)
+
+    def own(outputs, labels, num_items_in_batch=None):
+        return cross_entropy(outputs.logits, labels)
+
+    watches, trials = [], iter([(None, 0.0), (0.5, 0.7), (0.6, 0.0)])
+    trainer = Sees(
+        model_init=lambda: build("vit"), args=config(tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2),
+        train_dataset=examples(8), eval_dataset=examples(8), compute_loss_func=own, callbacks=[Watch()],
+    )  # fmt: skip
+
+    def space(trial):
+        return dict(zip(("ema_decay", "mixup_alpha"), next(trials), strict=True))
+
+    trainer.hyperparameter_search(space, n_trials=3, direction="minimize", backend="optuna")
+    assert seen == [(True, None, True), (False, 0.7, False), (False, None, True)]
+    several = build("vit")
+    several.config.problem_type = "multi_label_classification"
+    trainer.model_init, trainer.args.mixup_alpha = lambda: several, 0.2
+    with pytest.raises(ConfigurationError, match="multi_label_classification"):
+        trainer.train()
+
+
 # The average of the weights
 
 
@@ -191,6 +254,41 @@ def test_the_best_model_has_the_average_that_was_best(tmp_path):
     trainer = train(FeatureReuseTrainer(build("vit"), args, train_dataset=examples(), eval_dataset=examples(8)))
     assert trainer.state.best_model_checkpoint.endswith("-1"), "at this learning rate it only gets worse"
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+
+
+def test_the_best_model_of_a_checkpoint_without_an_average_is_kept(tmp_path, caplog):
+    best = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+    }  # fmt: skip
+    data = {"train_dataset": examples(8), "eval_dataset": examples(8)}
+    train(FeatureReuseTrainer(build("vit"), config(tmp_path, max_steps=2, **best), **data))
+    # With wrong labels it only gets worse.
+    data["train_dataset"] = [{**example, "labels": (example["labels"] + 1) % 3} for example in examples(8)]
+    trainer = FeatureReuseTrainer(build("vit"), config(tmp_path, max_steps=12, ema_decay=0.5, **best), **data)
+    with caplog.at_level("WARNING", logger="hf_featreuse"):
+        trainer.train(resume_from_checkpoint=True)
+    assert f"the best checkpoint, holds no {AVERAGE_FILE}" in caplog.text
+    assert trainer.state.best_model_checkpoint.endswith("-2")
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+
+
+def test_after_an_interruption_what_is_evaluated_is_what_is_saved(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    trainer = FeatureReuseTrainer(
+        build("vit"), config(tmp_path, ema_decay=0.9), train_dataset=examples(), eval_dataset=examples(8),
+        callbacks=[Stop()],
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.save_model()
+    saved = type(trainer.model).from_pretrained(tmp_path)
+    plain = Trainer(saved, TrainingArguments(**options(tmp_path)), eval_dataset=examples(8)).evaluate()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
 
 
 def test_a_checkpoint_without_an_average_starts_it_there(tmp_path):
