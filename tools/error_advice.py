@@ -3,6 +3,8 @@
 NEEDS = "Pass a value in this range."
 # By the whole text of the message, as `error_messages` gives it.
 ADVICE = {
+    "The model in … cannot be loaded to give it the weights of …: …. Push the folder of the finished run, or delete … "
+    "to push the weights as they train.": "As the message says.",
     "`…` is a `…` model and no image classifier.": "Pass a model of a class that ends in `ForImageClassification`.",
     "Block … (…) cannot be skipped exactly: … (… of … blocks). … these blocks out with `target_blocks`, or set "
     "`allow_inexact_skip=True` to drop them all the same.": "As the message says. Where an activation follows the "
