@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from image_classification_arguments import DataArguments, ModelArguments, logger
+from image_classification_checkpoints import start_anew
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -181,6 +180,8 @@ def set_up(model_args: ModelArguments, data_args: DataArguments, args: FeatureRe
         # Operations on images this small are over before a second thread wakes up; on a busy machine waiting for it
         # made the run ten times longer.
         torch.set_num_threads(1)
+    if args.do_train and model_args.overwrite_output_dir:
+        start_anew(args)  # Not before data and model are there: either may be in the folder, or missing.
     splits = add_transforms(data, processor, data_args, args.seed)
     return Setup(model_args, data_args, args, data, splits, model, processor)
 
@@ -220,15 +221,6 @@ def make_loader(setup: Setup, split: str, accelerator: Accelerator) -> DataLoade
         use_seedable_sampler=True,
         data_seed=args.data_seed,
     )
-
-
-def name_checkpoint(unfinished: Path, folder: Path, limit: int | None) -> None:
-    """Give a checkpoint its name now that it is whole, and delete the oldest beyond the limit."""
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-    saved = sorted(folder.parent.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    for old in saved[:-limit] if limit else []:
-        shutil.rmtree(old)
 
 
 class Progress:

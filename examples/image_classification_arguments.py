@@ -17,6 +17,8 @@ from hf_featreuse import ConfigurationError, FeatureReuseConfig
 
 logger = logging.getLogger("run_image_classification")
 
+# Of `--resume_from_checkpoint`: the newest.
+LAST = ("last", "True", "true")
 DEFAULT_CHECKPOINT = "google/vit-base-patch16-224-in21k"
 # Defaults of training from scratch; a flag on the command line wins. Fine-tuning keeps those of TrainingArguments.
 FROM_SCRATCH = {
@@ -111,7 +113,7 @@ class ModelArguments:
     )
     license: str | None = field(default=None, metadata={"help": "Licence to state on the model card: apache-2.0, ..."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in an output folder that holds a run already."}
+        default=False, metadata={"help": "Start anew in an output folder that holds a run; deletes its checkpoints."}
     )
 
 
@@ -120,7 +122,7 @@ Arguments = tuple[ModelArguments, DataArguments, FeatureReuseConfig]
 
 def parse_arguments(argv: list[str]) -> Arguments:
     """Read flags or one JSON file. What is trained decides the defaults of training."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, FeatureReuseConfig))
+    parser = HfArgumentParser((ModelArguments, DataArguments, FeatureReuseConfig), allow_abbrev=False)
     is_json = len(argv) == 1 and argv[0].endswith(".json")
     given: dict[str, Any] = json.loads(Path(argv[0]).read_text(encoding="utf-8")) if is_json else {}
     # A first look at the few flags that decide; what argparse makes of the rest follows below.
@@ -166,8 +168,16 @@ def check_output_dir(model_args: ModelArguments, args: FeatureReuseConfig) -> st
         raise ConfigurationError(
             f"`--output_dir {folder}` cannot be written: {error.strerror}. Pass another folder."
         ) from None
-    if not args.do_train or model_args.overwrite_output_dir:
-        return args.resume_from_checkpoint
+    asked = args.resume_from_checkpoint
+    if args.do_train and model_args.overwrite_output_dir:
+        if asked and (asked in LAST or Path(asked).resolve().parent == folder.resolve()):
+            raise ConfigurationError(
+                f"`--resume_from_checkpoint {asked}` goes on with the run in {folder}, whose checkpoints "
+                "`--overwrite_output_dir` deletes. Pass one of them."
+            )
+        return asked
+    if not args.do_train:
+        return asked
     state_file = folder / "trainer_state.json"
     if state_file.is_file():
         state = json.loads(state_file.read_text(encoding="utf-8"))
@@ -180,8 +190,8 @@ def check_output_dir(model_args: ModelArguments, args: FeatureReuseConfig) -> st
                 "`--overwrite_output_dir` to train anew, more epochs to train on, or `--do_eval` to evaluate it with "
                 f"`--model_name_or_path {folder}`."
             )
-    if args.resume_from_checkpoint:
-        return True if args.resume_from_checkpoint in ("last", "True", "true") else args.resume_from_checkpoint
+    if asked:
+        return True if asked in LAST else asked
     if get_last_checkpoint(str(folder)) is not None:
         logger.info(
             f"Found checkpoints in {folder} and resumes from the last one; --overwrite_output_dir starts anew."

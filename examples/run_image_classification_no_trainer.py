@@ -21,19 +21,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DistributedDataParallelKwargs
-from image_classification import Progress, Setup, make_loader, make_optimizer, name_checkpoint, set_up, start_logging
+from image_classification import Progress, Setup, make_loader, make_optimizer, set_up, start_logging
 from image_classification_arguments import check_output_dir, parse_arguments
+from image_classification_checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import get_scheduler, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_featreuse import (
     BatchMixer,
     FeatureReuse,
     FeatureReuseError,
     WeightAverage,
+    check_finite,
     find_residual_blocks,
     measure_step_costs,
     mix_losses,
@@ -103,7 +104,7 @@ class Loop:
         epoch, skipped = divmod(first, self.steps_per_epoch)
         # The loader draws from the random state when it begins: inside an epoch the checkpoint comes after it.
         if checkpoint is not None and (not skipped or first >= self.max_steps):
-            checkpoint = accelerator.load_state(checkpoint)
+            checkpoint = load_checkpoint(accelerator, checkpoint)
         shows = accelerator.is_main_process and not self.args.disable_tqdm
         if shows:
             engine = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
@@ -112,7 +113,7 @@ class Loop:
         while max(first, progress.step) < self.max_steps:
             for batches in self.steps_of_epoch(epoch, skipped):
                 if checkpoint is not None:
-                    checkpoint = accelerator.load_state(checkpoint)
+                    checkpoint = load_checkpoint(accelerator, checkpoint)
                 bar.set_postfix_str(describe_kind(self.step(batches)), refresh=False)
                 bar.update()
                 ended = progress.step == self.max_steps
@@ -175,20 +176,11 @@ class Loop:
             with contextlib.nullcontext() if self.average is None else self.average.applied():
                 self.log(self.evaluate())
         if due(args.save_strategy, args.save_steps):
-            self.save_checkpoint()
+            save_checkpoint(accelerator, self.model, progress.step, args)
 
     def log(self, logs: dict[str, float]) -> None:
         self.progress.history.append({**logs, "step": self.progress.step})
         self.accelerator.log(logs, step=self.progress.step)
-
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint, and give it its name once it is whole."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.progress.step}"
-        unfinished = folder.with_name(f"unfinished-{self.progress.step}")
-        self.accelerator.save_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            name_checkpoint(unfinished, folder, self.args.save_total_limit)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -211,9 +203,11 @@ class Loop:
     def save(self) -> None:
         """Write a model that plain transformers loads, the log and the plot."""
         folder, history = Path(self.args.output_dir), self.progress.history
+        model = self.accelerator.unwrap_model(self.model)
+        check_finite(model, self.progress.step)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+            model.save_pretrained(folder)
             self.setup.processor.save_pretrained(folder)
             (folder / "log_history.json").write_text(json.dumps(history, indent=2), encoding="utf-8")
             names = [block.name for block in self.reuse.blocks]
@@ -223,12 +217,12 @@ class Loop:
 def run(argv: list[str]) -> Loop:
     model_args, data_args, args = parse_arguments(argv)
     start_logging(args)
-    checkpoint = check_output_dir(model_args, args)
+    checkpoint = find_checkpoint(check_output_dir(model_args, args), args.output_dir)
     loop = Loop(set_up(model_args, data_args, args))
     if args.report_to:
         loop.accelerator.init_trackers(args.project, config=args.settings())
     if args.do_train:
-        loop.train(get_last_checkpoint(args.output_dir) if checkpoint is True else checkpoint)
+        loop.train(checkpoint)
         loop.save()
     if args.do_eval:
         results = loop.evaluate()

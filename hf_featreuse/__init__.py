@@ -17,6 +17,7 @@ from hf_featreuse.errors import (
     HubError,
     StepError,
 )
+from hf_featreuse.faults import check_finite
 from hf_featreuse.freezing import train_only
 from hf_featreuse.hub import push_folder
 from hf_featreuse.inspection import BlockReport, ModelReport, inspect_model
@@ -53,6 +54,7 @@ __all__ = [
     "StepPlan",
     "WeightAverage",
     "accuracy_on",
+    "check_finite",
     "compile_blocks",
     "find_residual_blocks",
     "inspect_model",

@@ -13,6 +13,11 @@ from hf_featreuse.errors import CheckpointError, StepError
 from hf_featreuse.sharding import local_part
 from hf_featreuse.whole_checkpoints import newest_whole
 
+_MEND = (
+    "Lower `learning_rate`, clip gradients with `max_grad_norm`, use bf16 instead of fp16, or look for bad values in "
+    "the data."
+)
+
 
 def open_checkpoint(folder: str | Path) -> None:
     """Take away the mark of a whole checkpoint, before what an earlier run left there is overwritten file by file."""
@@ -58,10 +63,28 @@ def find_not_finite(model: nn.Module) -> str | None:
     return None
 
 
+def check_finite(model: nn.Module, step: int) -> None:
+    """Raise `StepError` if a weight is NaN or infinite, before a loop of your own saves it.
+
+    Args:
+        model (`torch.nn.Module`): the model, not wrapped.
+        step (`int`): optimizer steps taken.
+
+    Raises:
+        StepError: a weight is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from hf_featreuse import check_finite
+        >>> check_finite(torch.nn.Linear(2, 2), step=10)
+    """
+    if (name := find_not_finite(model)) is not None:
+        raise StepError(f"After {step} optimizer steps the weight `{name}` is NaN or infinite. {_MEND}")
+
+
 def refuse_not_finite(name: str, step: int, run_folder: str | Path) -> NoReturn:
     """Raise `StepError` for a weight that is NaN or infinite: such a model is lost, and no checkpoint is wanted."""
     raise StepError(
         f"After {step} optimizer steps the weight `{name}` is NaN or infinite, so training was stopped and "
-        f"nothing was saved of it. {describe_last_whole(run_folder)} Lower `learning_rate`, clip gradients "
-        "with `max_grad_norm`, use bf16 instead of fp16, or look for bad values in the data."
+        f"nothing was saved of it. {describe_last_whole(run_folder)} {_MEND}"
     )

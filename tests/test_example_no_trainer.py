@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_runs import free_port
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
-from hf_featreuse import ConfigurationError
+from hf_featreuse import CheckpointError, ConfigurationError, StepError
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "run_image_classification_no_trainer.py"
@@ -123,6 +124,64 @@ def test_limits_kept_checkpoints_and_prints_both_summaries(without, tmp_path, ca
 def test_bad_options_are_named(without, tmp_path):
     with pytest.raises(ConfigurationError, match="mixup_alpha"):
         without.run(["--output_dir", str(tmp_path / "out"), *FLAGS, "--mixup_alpha", "-1"])
+
+
+SHORT = [*FLAGS, "--config_overrides", TINY, "--max_steps", "3", "--eval_strategy", "no", "--do_train"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_to_resume_from_is_found_or_refused_by_name(without, tmp_path):
+    out = tmp_path / "out"
+    without.run(["--output_dir", str(out), *SHORT])
+    whole, resume = weights(out), ["--output_dir", str(tmp_path / "again"), *SHORT, "--resume_from_checkpoint"]
+    without.run([*resume, f"{out}/checkpoint-2/"])
+    assert same(weights(tmp_path / "again"), whole)
+    with pytest.raises(CheckpointError, match="no folder `checkpoint-<step>`"):
+        without.run([*resume, str(tmp_path / "missing")])
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        without.run([*resume, f"{out}/checkpoint-2", "--ema_decay", "0.5"])
+    (out / "checkpoint-3" / "optimizer.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer\.bin is missing.*Pass .*checkpoint-2, the last whole"):
+        without.run([*resume, f"{out}/checkpoint-3"])
+    without.run(["--output_dir", str(out), *SHORT])  # From checkpoint 2.
+    assert (out / "checkpoint-3" / "optimizer.bin").is_file()
+    for checkpoint in out.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"written by run_image_classification\.py"):
+        without.run(["--output_dir", str(out), *SHORT])
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_anew_keeps_its_own_checkpoints_alone(without, with_trainer, tmp_path):
+    out = tmp_path / "out"
+    for folder in ("checkpoint-40", "unfinished-41"):
+        (out / folder).mkdir(parents=True)
+    anew = ["--output_dir", str(out), *SHORT, "--overwrite_output_dir"]
+    with pytest.raises(ConfigurationError, match="goes on with the run"):
+        without.run([*anew, "--resume_from_checkpoint", f"{out}/checkpoint-40"])
+    for example in (without, with_trainer):
+        (out / "checkpoint-41").mkdir()
+        example.run([*anew, "--save_total_limit", "1"])
+        assert sorted(path.name for path in out.glob("*-*")) == ["checkpoint-3"]
+
+
+def test_the_checkpoint_just_written_is_not_deleted(tmp_path):
+    from image_classification_checkpoints import name_checkpoint
+
+    for name in ("checkpoint-7", "checkpoint-9", "checkpoint-best", "unfinished-3"):
+        (tmp_path / name).mkdir()
+    name_checkpoint(tmp_path / "unfinished-3", tmp_path / "checkpoint-3", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-9", "checkpoint-best"]
+
+
+@pytest.mark.slow
+def test_weights_that_are_lost_are_not_saved(without, tmp_path):
+    with pytest.raises(StepError, match="NaN or infinite"):
+        without.run(["--output_dir", str(tmp_path), *SHORT, "--learning_rate", "1e38", "--max_grad_norm", "0"])
+    # The first step's learning rate is that of the warm-up, 0.
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint-1"}
+    for path in tmp_path.glob("*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 
 @pytest.mark.slow

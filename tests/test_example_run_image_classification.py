@@ -194,6 +194,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_loading(examp
         (["--config_overrides", "hidden=3"], ConfigurationError, "hidden"),
         (["--dataset_name", "no/such/folder"], DataError, "no/such/folder"),
         (["--dropp_rate", "0.3"], ConfigurationError, "Did you mean --drop_rate"),
+        (["--train_d", "images"], ConfigurationError, "Did you mean.*--train_dir"),
         (["--model_name_or_path", "no/such-model"], ConfigurationError, "no/such-model.*cannot be loaded"),
         (["--model_type", "vit", "--model_name_or_path", "x"], ConfigurationError, "from scratch"),
     ],

@@ -2,15 +2,27 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
 from tiny_checkpoints import save
-from tiny_models import build
-from training_runs import config
+from tiny_models import build, examples
+from training_runs import config, plain_net
+from transformers import AutoModelForImageClassification, TrainerCallback
 
-from hf_featreuse import CheckpointError, ConfigurationError, FeatureReuseTrainer, HubError, push_folder
-from hf_featreuse.hub import hub_trainer
+from hf_featreuse import (
+    CheckpointError,
+    ConfigurationError,
+    FeatureReuseTrainer,
+    HubError,
+    WeightAverage,
+    push_folder,
+)
+from hf_featreuse.hub import folders, hub_trainer
+from hf_featreuse.hub.averaged import save_averaged
 from hf_featreuse.hub.folders import check_folder_to_push, files_to_push
 from hf_featreuse.hub.sending import Target
 
@@ -30,7 +42,7 @@ RUN = (
     "runs/Nov24/events.out",
     "trainer_state.json",
 )
-RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "resume_state_rank1.json")
+RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "resume_state_rank1.json", "averaged.safetensors")
 
 
 def test_a_run_without_what_only_resuming_needs(tmp_path):
@@ -41,6 +53,56 @@ def test_a_run_without_what_only_resuming_needs(tmp_path):
     assert set(files_to_push(folder, for_resuming=True)) == {*RUN, *RESUMING}
     kept = {name for name in checkpoint if not name.endswith("training_args.bin")}
     assert set(files_to_push(folder, checkpoints=True)) == {*RUN, *kept}
+
+
+def test_trials_of_a_search_and_unfinished_checkpoints_stay_and_checkpoints_lie_at_any_depth(tmp_path):
+    stays = ("run-0/checkpoint-3/optimizer.pt", "run-0/config.json", "unfinished-4/model.safetensors")
+    deep = ("seed-1/checkpoint-3/optimizer.pt", "seed-1/checkpoint-3/model.safetensors")
+    folder = fill(tmp_path / "out", *RUN, *stays, *deep, "seed-1/optimizer.pt")
+    assert set(files_to_push(folder)) == set(RUN)
+    assert set(files_to_push(folder, checkpoints=True)) == {*RUN, *deep}
+
+
+def average_beside(folder: Path, value: float) -> None:
+    """An average, all of one value, beside the weights of a saved model."""
+    average = WeightAverage(AutoModelForImageClassification.from_pretrained(folder), 0.5)
+    average.load_state_dict({name: torch.full_like(t, value) for name, t in average.state_dict().items()})
+    average.save(folder)
+
+
+def test_of_a_checkpoint_with_an_average_the_average_is_pushed(tmp_path, monkeypatch):
+    folder, sent = Path(save(tmp_path / "model")), {}
+    average_beside(folder, 0.25)
+    (folder / "trainer_state.json").write_text("{}")
+    monkeypatch.setattr(folders, "make_repository", lambda *_: "ada/x")
+
+    def keep(_api, _target, files, *_):
+        (tmp_path / "sent").mkdir()
+        for name, file in files.items():
+            content = file.read_bytes() if isinstance(file, Path) else file
+            (tmp_path / "sent" / name).write_bytes(content)
+            sent[name] = content
+        return SimpleNamespace(commit_url="")
+
+    monkeypatch.setattr(folders, "send", keep)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    push_folder(folder, "ada/x", new_card=True)
+    names = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "trainer_state.json"}
+    assert sent.keys() == names
+    pushed = AutoModelForImageClassification.from_pretrained(tmp_path / "sent")
+    assert all((parameter == 0.25).all() for parameter in pushed.parameters())
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_average_that_cannot_be_put_in_place_is_refused(tmp_path):
+    other, folder = Path(save(tmp_path / "other", depth=3)), Path(save(tmp_path / "model"))
+    average_beside(other, 0.25)
+    (other / "averaged.safetensors").rename(folder / "averaged.safetensors")
+    with pytest.raises(CheckpointError, match="of another model"):
+        save_averaged(folder, tmp_path / "to")
+    fill(folder, "adapter_config.json")
+    with pytest.raises(ConfigurationError, match=r"an adapter's weights.*delete averaged\.safetensors"):
+        save_averaged(folder, tmp_path / "to")
 
 
 def test_the_private_names_are_those_below_the_folder_alone(tmp_path):
@@ -115,3 +177,90 @@ def test_a_checkpoint_in_shards_is_not_pushed_and_said(tmp_path, monkeypatch):
     trainer._push_from_checkpoint(str(checkpoint))
     assert len(said) == 1 and "in shards" in said[0] and "FULL_STATE_DICT" in said[0]
     assert list(tmp_path.glob("_push-*")) == []
+
+
+# What a push in mid-run is made of
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_a_push_in_mid_run_holds_the_averaged_model_and_the_checkpoint_as_it_is(tmp_path, strategy):
+    trainer = FeatureReuseTrainer(
+        build("vit"),
+        config(tmp_path, ema_decay=0.9, max_steps=3, save_strategy="steps", save_steps=3, hub_strategy=strategy),
+        train_dataset=examples(8),
+    )
+    own = []
+    trainer.add_callback(KeepWeights(own))
+    trainer.train()  # After which the model has the average.
+    checkpoint = tmp_path / "checkpoint-3"
+    with torch.no_grad():
+        for parameter, raw in zip(trainer.model.parameters(), own, strict=True):
+            parameter.copy_(raw)
+    before = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    model, *whole = [job[0] for job in trainer._checkpoint_jobs(checkpoint)]
+    averages = trainer.weight_average.state_dict()
+    pushed = AutoModelForImageClassification.from_pretrained(model)
+    assert all(torch.equal(parameter, averages[name]) for name, parameter in pushed.named_parameters())
+    assert not torch.equal(next(iter(averages.values())), own[0])
+    assert (model / "README.md").is_file() and not (model / "averaged.safetensors").exists()
+    assert all(map(torch.equal, trainer.model.parameters(), own))
+    assert before == {path: path.read_bytes() for path in checkpoint.iterdir()}
+    assert len(whole) == (strategy == "checkpoint")
+    for snapshot in whole:
+        names = {path.name for path in checkpoint.iterdir()} - {"training_args.bin"}
+        assert {path.name for path in snapshot.iterdir()} == names
+
+
+class KeepWeights(TrainerCallback):
+    """Notes the weights that train, before the average replaces them."""
+
+    def __init__(self, kept: list) -> None:
+        self.kept = kept
+
+    def on_step_end(self, args, state, control, model, **_):
+        self.kept[:] = [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_details_without_a_place_in_the_card_are_dropped_and_unknown_ones_refused_at_the_start(tmp_path):
+    trainer = FeatureReuseTrainer(build("vit"), config(tmp_path, max_steps=1), train_dataset=examples(8))
+    trainer.card_details = {"language": "en", "tasks": "x", "dataset_tags": "x", "dataset_args": "x", "dataset": "a/b"}
+    trainer.train()
+    trainer.create_model_card()
+    assert "a/b" in (tmp_path / "README.md").read_text()
+    trainer.card_details = {"datasets": "a/b"}
+    with pytest.raises(ConfigurationError, match=r"holds \['datasets'\].*dataset, license"):
+        trainer.train()
+
+
+def test_no_error_in_making_a_push_stops_training(tmp_path, monkeypatch):
+    trainer = FeatureReuseTrainer(build("vit"), config(tmp_path), train_dataset=examples(8))
+    trainer.push_in_progress, said = None, []
+    save(tmp_path / "checkpoint-3")
+    monkeypatch.setattr(hub_trainer, "write_run_card", lambda *_, **__: {}["missing"])
+    monkeypatch.setattr(hub_trainer.logger, "error", said.append)
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-3"))
+    assert len(said) == 1 and "featreuse push" in said[0] and "missing" in said[0]
+
+
+def test_the_card_of_a_plain_module_is_not_that_of_a_transformers_model(tmp_path):
+    adapted = get_peft_model(plain_net(), LoraConfig(target_modules=["body.0"], modules_to_save=["head"]))
+    for name, model in (("plain", plain_net()), ("adapter", adapted)):
+        folder = tmp_path / name
+        off = {"stochastic_depth_steps": 0, "masked_freeze_steps": 0, "max_steps": 1}
+        trainer = FeatureReuseTrainer(model, config(folder, **off), train_dataset=examples(8))
+        trainer.train()
+        trainer._save_base_config(folder)
+        trainer.create_model_card()
+        card = (folder / "README.md").read_text()
+        assert "PlainNet()" in card and "transformers model" not in card and "pipeline(" not in card, name
+        assert "library_name: transformers" not in card and "- transformers\n" not in card.split("\n---\n")[0]
+        assert not (folder / "config.json").exists()
+
+
+def test_tags_of_the_model_are_on_the_card(tmp_path):
+    trainer = FeatureReuseTrainer(build("vit"), config(tmp_path, max_steps=1), train_dataset=examples(8))
+    trainer.train()
+    trainer.model.add_model_tags(["leaves", "hf_featreuse"])
+    trainer.create_model_card(tags="mine")
+    metadata = (tmp_path / "README.md").read_text().split("\n---\n")[0]
+    assert metadata.count("- hf_featreuse\n") == metadata.count("- leaves\n") == 1 and "- mine" in metadata

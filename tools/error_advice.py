@@ -1,8 +1,17 @@
 """What to do about the messages that do not say it in a sentence of their own. `…` stands for a value."""
 
 NEEDS = "Pass a value in this range."
+LOWER = (
+    "Lower `learning_rate`, clip gradients with `max_grad_norm`, use bf16 instead of fp16, or look for bad values in "
+    "the data."
+)
 # By the whole text of the message, as `error_messages` gives it.
 ADVICE = {
+    "After … optimizer steps the weight `…` is NaN or infinite. …": LOWER,
+    "After … optimizer steps the weight `…` is NaN or infinite, so training was stopped and nothing was saved of it. "
+    "… …": LOWER,
+    "The model in … cannot be loaded to give it the weights of …: …. Push the folder of the finished run, or delete … "
+    "to push the weights as they train.": "As the message says.",
     "`…` is a `…` model and no image classifier.": "Pass a model of a class that ends in `ForImageClassification`.",
     "Block … (…) cannot be skipped exactly: … (… of … blocks). … these blocks out with `target_blocks`, or set "
     "`allow_inexact_skip=True` to drop them all the same.": "As the message says. Where an activation follows the "

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.hub.card_text import ADAPTER_SNIPPET, MEANINGS, SNIPPET, TEMPLATE, method_tags, method_text
+from hf_featreuse.hub.card_text import MEANINGS, SNIPPETS, TEMPLATE, method_tags, method_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("transformers", "torch", "datasets", "huggingface_hub")
@@ -42,6 +42,7 @@ def build_model_card(
     block_names: Sequence[str],
     training: Mapping[str, object],
     adapter: str | None = None,
+    from_pretrained: bool = True,
 ) -> ModelCard:
     """Build the model card of a trained image classifier, with metadata that the Hub reads.
 
@@ -66,6 +67,8 @@ def build_model_card(
         block_names (`Sequence[str]`): the residual blocks that took part, in forward order.
         training (`Mapping[str, object]`): training hyperparameters to list.
         adapter (`str`, *optional*): type of the PEFT adapter, such as `"LORA"`, where the weights are an adapter's.
+        from_pretrained (`bool`, defaults to `True`): whether transformers loads the model, or the adapter's base; of
+            other modules the card shows how to load the weights.
 
     Returns:
         `ModelCard`: its text is `str(card)`; `card.save("README.md")` writes it.
@@ -97,21 +100,22 @@ def build_model_card(
         base_model=base_id,
         datasets=[dataset] if dataset and _is_hub_dataset(dataset) else None,
         eval_results=eval_results,
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if adapter else "transformers" if from_pretrained else None,
         license=license,
         metrics=["accuracy"] if "accuracy" in results else None,
         model_name=name.split("/")[-1] if eval_results else None,
         pipeline_tag="image-classification",
-        tags=[*method_tags(settings), *_adapter_tags(adapter, base_id)],
+        tags=[*method_tags(settings), *_adapter_tags(adapter, base_id, from_pretrained)],
     )
-    snippet = (ADAPTER_SNIPPET if adapter else SNIPPET).format(name=name, base=base_id or "the base model's folder")
+    snippet, note = SNIPPETS[adapter is not None, from_pretrained]
+    snippet = snippet.format(name=name, base=base_id or "the base model's folder", architecture=architecture)
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=name.split("/")[-1],
         summary=_summary(architecture, adapter, _origin(base_model, base_id), dataset_name, settings is not None),
         snippet=snippet,
-        snippet_note=_snippet_note(adapter),
+        snippet_note=note,
         results=[(_METRIC_NAMES.get(key, _cell(key)), _metric_text(key, value)) for key, value in results.items()],
         results_intro=_results_intro(dataset_name, dataset_split),
         plot=_plot_link(plot_file),
@@ -171,19 +175,12 @@ def _summary(architecture: str, adapter: str | None, origin: str, dataset: str |
     return f"{article} {what} (`{architecture}`), {origin} on {_dataset_text(dataset)} with `hf_featreuse`."
 
 
-def _adapter_tags(adapter: str | None, base_id: str | None) -> list[str]:
+def _adapter_tags(adapter: str | None, base_id: str | None, from_pretrained: bool) -> list[str]:
     """The tags that PEFT gives an adapter."""
     if adapter is None:
         return []
-    return [adapter.lower(), "transformers", *([f"base_model:adapter:{base_id}"] if base_id else [])]
-
-
-def _snippet_note(adapter: str | None) -> str:
-    """Say what the snippet needs."""
-    where = "`repository` is an id on the Hub, or a folder with its files."
-    if adapter is None:
-        return f"{where} It is a plain transformers model; the package it was trained with is not needed to run it."
-    return f"{where} The base model's weights and PEFT are needed besides; the package it was trained with is not."
+    tags = [adapter.lower(), *(["transformers"] if from_pretrained else [])]
+    return [*tags, *([f"base_model:adapter:{base_id}"] if base_id else [])]
 
 
 def _results(metrics: Mapping[str, float]) -> dict[str, float]:

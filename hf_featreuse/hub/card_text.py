@@ -22,7 +22,7 @@ MEANINGS = {
 }
 
 # The line `repository = ...` is written anew when the folder is pushed to another repository.
-SNIPPET = """from PIL import Image
+_SNIPPET = """from PIL import Image
 from transformers import pipeline
 
 repository = "{name}"
@@ -31,7 +31,7 @@ image = Image.new("RGB", (64, 64))  # or your own: Image.open("photo.jpg").conve
 print(classifier(image))"""
 
 # An adapter's repository holds the labels in its config.json, and the weights of the adapter and the new head alone.
-ADAPTER_SNIPPET = """import torch
+_ADAPTER_SNIPPET = """import torch
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
@@ -44,6 +44,31 @@ image = Image.new("RGB", (64, 64))  # or your own: Image.open("photo.jpg").conve
 inputs = AutoImageProcessor.from_pretrained(repository)(image, return_tensors="pt")
 with torch.no_grad():
     print(config.id2label[model(**inputs).logits.argmax(-1).item()])"""
+
+# Of a module that transformers does not know, its user brings the code.
+_MODULE_SNIPPET = """from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+
+repository = "{name}"
+model = {architecture}()  # made as it was for training, by its own code
+model.load_state_dict(load_file(hf_hub_download(repository, "model.safetensors")))
+model.eval()"""
+
+_MODULE_ADAPTER_SNIPPET = """from peft import PeftModel
+
+repository = "{name}"
+model = {architecture}()  # made as it was for training, by its own code and with the weights it had then
+model = PeftModel.from_pretrained(model, repository).eval()"""
+
+_WHERE = "`repository` is an id on the Hub, or a folder with its files."
+_NO_PACKAGE = "The package it was trained with is not needed to run it."
+# Snippet and what to know of it, by whether the weights are an adapter's, and whether transformers loads the model.
+SNIPPETS = {
+    (False, True): (_SNIPPET, f"{_WHERE} It is a plain transformers model. {_NO_PACKAGE}"),
+    (True, True): (_ADAPTER_SNIPPET, f"{_WHERE} The base model's weights and PEFT are needed besides. {_NO_PACKAGE}"),
+    (False, False): (_MODULE_SNIPPET, f"`repository` is an id on the Hub. {_NO_PACKAGE}"),
+    (True, False): (_MODULE_ADAPTER_SNIPPET, f"{_WHERE} PEFT is needed besides. {_NO_PACKAGE}"),
+}
 
 TEMPLATE = """---
 {{ card_data }}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from hf_featreuse.averaging import AVERAGE_FILE
 from hf_featreuse.errors import CheckpointError, ConfigurationError
+from hf_featreuse.hub.averaged import save_averaged
 from hf_featreuse.hub.card import build_model_card
 from hf_featreuse.hub.sending import CARD_FILE, Target, make_repository, send
 
@@ -23,13 +26,22 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 # Never pushed. `training_args.bin` is a pickle of the training arguments, the user's token among them.
 PRIVATE = ("training_args.bin", "_*", ".*", "__pycache__")
 # What a checkpoint holds for resuming alone.
-FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "resume_state*.json", "global_step*")
+FOR_RESUMING = (
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "resume_state*.json", "global_step*"),
+    AVERAGE_FILE,
+)
+# Trials of a search and of trackers, and checkpoints that a kill cut short.
+_ELSEWHERE = ("run-*", "unfinished-*")
 _CHECKPOINTS = (f"{PREFIX_CHECKPOINT_DIR}-*", "last-checkpoint")
+# Of a model, in one file or in shards.
+_WEIGHTS = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 _REPOSITORY_LINE = re.compile(r'^repository = "[^"\n]*"$', re.MULTILINE)
 
 
 def files_to_push(folder: str | Path, *, checkpoints: bool = False, for_resuming: bool = False) -> dict[str, Path]:
     """List the files of a run or checkpoint folder that belong on the Hub, by their path in the repository.
+
+    Folders of single trials of a hyperparameter search, `run-<trial>`, do not.
 
     Args:
         folder (`str` or `Path`): the folder.
@@ -39,11 +51,9 @@ def files_to_push(folder: str | Path, *, checkpoints: bool = False, for_resuming
     root, found = Path(folder), {}
     for path in _walk(root):
         parts = path.relative_to(root).parts
-        in_checkpoint = _matches(parts[0], _CHECKPOINTS) and len(parts) > 1
-        resumes = _matches(parts[1 if in_checkpoint else 0], FOR_RESUMING)
-        if (checkpoints if in_checkpoint else for_resuming or not resumes) and not any(
-            _matches(part, PRIVATE) for part in parts
-        ):
+        in_checkpoint = any(_matches(part, _CHECKPOINTS) for part in parts[:-1])
+        resumes = any(_matches(part, FOR_RESUMING) for part in parts)
+        if checkpoints if in_checkpoint else for_resuming or not resumes:
             found["/".join(parts)] = path
     return found
 
@@ -63,7 +73,8 @@ def push_folder(
 
     Everything is checked before anything is sent, and nothing in the folder changes. Optimizer states and other files
     for resuming stay here unless `checkpoints` is set; `training_args.bin`, which holds the token that training was
-    given, always does. The snippet on a card of this package is made to name the repository.
+    given, always does. Of a checkpoint of a run with `ema_decay` the averaged weights are pushed. The snippet on a
+    card of this package is made to name the repository.
 
     Args:
         folder (`str` or `Path`): with a model or a PEFT adapter in safetensors, its configuration and a model card.
@@ -80,8 +91,9 @@ def push_folder(
         `str`: address of the commit.
 
     Raises:
-        ConfigurationError: the folder is none, or holds no model or card; or `repo_id` is no id.
-        CheckpointError: a file of weights is cut short or missing.
+        ConfigurationError: the folder is none, or holds no model or card; `repo_id` is no id; or the average of an
+            adapter's weights lies beside them.
+        CheckpointError: a file of weights is cut short or missing, or the average is of another model.
         HubError: the push failed.
 
     Example:
@@ -95,10 +107,14 @@ def push_folder(
     card = check_folder_to_push(folder, repo_id, new_card=new_card)
     target = Target(repo_id, revision, private, token)
     api = HfApi(library_name="hf_featreuse")
-    name = make_repository(api, target, folder)
     files: dict[str, Path | bytes] = {**files_to_push(folder, checkpoints=checkpoints)}
-    files[CARD_FILE] = _REPOSITORY_LINE.sub(f'repository = "{name}"', card, count=1).encode()
-    return str(send(api, Target(name, revision, private, token), files, message, folder).commit_url)
+    with tempfile.TemporaryDirectory() as averaged:
+        if (folder / AVERAGE_FILE).is_file():
+            files = {path: file for path, file in files.items() if not _matches(path, _WEIGHTS)}
+            files |= {path.name: path for path in save_averaged(folder, averaged) if _matches(path.name, _WEIGHTS)}
+        name = make_repository(api, target, folder)
+        files[CARD_FILE] = _REPOSITORY_LINE.sub(f'repository = "{name}"', card, count=1).encode()
+        return str(send(api, Target(name, revision, private, token), files, message, folder).commit_url)
 
 
 def check_folder_to_push(folder: Path, repo_id: str, *, new_card: bool = False) -> str:
@@ -134,9 +150,9 @@ def check_folder_to_push(folder: Path, repo_id: str, *, new_card: bool = False) 
 def _walk(root: Path) -> Iterator[Path]:
     """The files of a folder; folders that are never pushed are not looked into."""
     for path in sorted(root.iterdir()):
-        if path.is_dir() and not _matches(path.name, PRIVATE):
+        if path.is_dir() and not _matches(path.name, (*PRIVATE, *_ELSEWHERE)):
             yield from _walk(path)
-        elif path.is_file():
+        elif path.is_file() and not _matches(path.name, PRIVATE):
             yield path
 
 

@@ -12,15 +12,16 @@ from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
+from hf_featreuse.averaging import WeightAverage
 from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.errors import HubError
 from hf_featreuse.hub.folders import files_to_push
-from hf_featreuse.hub.run_card import write_run_card, write_run_plot
+from hf_featreuse.hub.run_card import card_arguments, write_run_card, write_run_plot
 from hf_featreuse.hub.sending import CARD_FILE, Target, make_repository, send
 
 logger = logging.get_logger(__name__)
@@ -43,14 +44,22 @@ class HubTrainer(Trainer):
             those of pushes while training goes on too: `finetuned_from`, `dataset`, `license`, `tags`.
 
     Raises:
+        ConfigurationError: in `train()`, `card_details` holds what is no argument of `create_model_card`.
         HubError: at construction with `push_to_hub=True`, the repository cannot be made; in `push_to_hub()`, the push
             failed.
     """
 
     # Not to be changed in place: it belongs to every trainer.
     card_details: Mapping[str, Any] = MappingProxyType({})
+    # Set by `RecipeTrainer`, with `ema_decay`.
+    weight_average: WeightAverage | None = None
     push_in_progress: PushInProgress | None
     _pusher: ThreadPoolExecutor | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the base class does, once `card_details` can be used."""
+        card_arguments(self.card_details)
+        return super().train(*args, **kwargs)
 
     def _target(self, token: str | None = None, revision: str | None = None, private: bool | None = None) -> Target:
         """Where to push: what is given, else what the training arguments say."""
@@ -99,7 +108,8 @@ class HubTrainer(Trainer):
             self._write_card(folder, finetuned_from=finetuned_from, **given)
 
     def _write_card(self, folder: str | Path, **given: Any) -> None:
-        details = {"finetuned_from": getattr(self.model, "name_or_path", None) or None, **self.card_details}
+        details = {"finetuned_from": getattr(self.model, "name_or_path", None) or None}
+        details.update(card_arguments(self.card_details))
         details.update({name: value for name, value in given.items() if value is not None})
         write_run_card(self, folder, **details)  # pyright: ignore[reportArgumentType]
 
@@ -142,9 +152,7 @@ class HubTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         folder = Path(str(self.args.output_dir))
-        if is_adapter(self.model):
-            # An adapter's files name no labels; those of its base are another task's.
-            self._base_config().save_pretrained(folder)
+        self._save_base_config(folder)
         self.create_model_card(**kwargs)
         self._finish_current_push()
         if self.hub_model_id is None or revision is not None:
@@ -155,9 +163,12 @@ class HubTrainer(Trainer):
             return self._send(folder, target, message, folder)
         return self._in_background([(self._snapshot(folder, shutil.copy2), target, message, "", False)], folder)[0]
 
-    def _base_config(self) -> Any:
+    def _save_base_config(self, folder: Path) -> None:
+        """Write the configuration of an adapter's base: an adapter's files name no labels, the base's other ones."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model().config
+        base = model.get_base_model() if is_adapter(model) else None
+        if isinstance(base, PreTrainedModel):
+            base.config.save_pretrained(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the model of a checkpoint that was just written, and the checkpoint where the strategy says so."""
@@ -179,46 +190,60 @@ class HubTrainer(Trainer):
             for stale in Path(str(self.args.output_dir)).glob(f"{_SNAPSHOT_PREFIX}*"):
                 shutil.rmtree(stale, ignore_errors=True)
         try:
-            snapshot = self._checkpoint_snapshot(Path(checkpoint_folder))
-        except OSError as error:
-            # The checkpoint is whole; a full disk here is no reason to stop training.
+            jobs = self._checkpoint_jobs(Path(checkpoint_folder))
+        except Exception as error:
+            # The checkpoint is whole; neither a full disk here nor a card is a reason to stop training.
             again = self._target().again(checkpoint_folder)
             logger.error(f"Step {step} is not pushed: {error}. Push it later with `{again}`.")
             return
-        target, message = self._target(), f"Training in progress, step {step}"
-        jobs = [(snapshot, target, message, "", False)]
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            jobs.append((snapshot, target, f"{message}, checkpoint", f"{name}/", True))
         self._in_background(jobs, Path(checkpoint_folder))
 
-    def _checkpoint_snapshot(self, checkpoint: Path) -> Path:
-        """A checkpoint as it is now, with a card."""
-        # Links cost no space, and stay when the checkpoint itself is deleted.
-        snapshot = self._snapshot(checkpoint, _link_or_copy)
-        if is_adapter(self.model):
-            self._base_config().save_pretrained(snapshot)
-        (snapshot / CARD_FILE).unlink(missing_ok=True)  # A link to PEFT's card in the checkpoint.
+    def _checkpoint_jobs(self, checkpoint: Path) -> list[_Job]:
+        """Pushes of the model of a checkpoint and, where the strategy says so, of the checkpoint, as they are now."""
+        target, message = self._target(), f"Training in progress, step {self.state.global_step}"
+        model, strategy = self._model_snapshot(checkpoint), self.args.hub_strategy
+        jobs = [(model, target, message, "", False)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            whole = model if self.weight_average is None else self._snapshot(checkpoint, _link_or_copy)
+            jobs.append((whole, target, f"{message}, checkpoint", f"{name}/", True))
+        return jobs
+
+    def _model_snapshot(self, checkpoint: Path) -> Path:
+        """The model of a checkpoint, with a card; with `ema_decay` the averaged one, whose results the card gives."""
+        if self.weight_average is None:
+            # Links cost no space, and stay when the checkpoint itself is deleted.
+            snapshot = self._snapshot(checkpoint, _link_or_copy)
+        else:
+            snapshot = self._new_snapshot()
+            with self.weight_average.applied():
+                self._save(str(snapshot))
+        self._save_base_config(snapshot)
+        (snapshot / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which may be a link to that of the checkpoint.
         self._write_card(snapshot)
         return snapshot
 
+    def _new_snapshot(self) -> Path:
+        return Path(tempfile.mkdtemp(prefix=_SNAPSHOT_PREFIX, dir=str(self.args.output_dir)))
+
     def _snapshot(self, folder: Path, copy: Callable[[str, str], Any]) -> Path:
         """Keep the files of a folder as they are now, beside the run."""
-        snapshot = Path(tempfile.mkdtemp(prefix=_SNAPSHOT_PREFIX, dir=str(self.args.output_dir)))
+        snapshot = self._new_snapshot()
         for name, path in files_to_push(folder, for_resuming=True).items():
             (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
             copy(str(path), str(snapshot / name))
         return snapshot
 
     def _in_background(self, jobs: list[_Job], folder: Path) -> list[Future[CommitInfo]]:
-        """Send, one after the other, commits from one snapshot, then delete it; report those that fail."""
+        """Send, one after the other, commits from snapshots, then delete those; report what fails."""
         if self._pusher is None:
             self._pusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         futures = []
         for snapshot, target, message, prefix, for_resuming in jobs:
             job = (snapshot, target, message, folder, prefix, for_resuming)
             futures.append(self._pusher.submit(self._send_and_report, *job))
-        self._pusher.submit(shutil.rmtree, jobs[-1][0], ignore_errors=True)
+        for snapshot in {job[0] for job in jobs}:
+            self._pusher.submit(shutil.rmtree, snapshot, ignore_errors=True)
         earlier: Any = self.push_in_progress
         if earlier is None or earlier.is_done():
             self.push_in_progress = PushInProgress(futures)  # pyright: ignore[reportArgumentType]: it takes a list.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.constants import is_offline_mode
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_featreuse.checkpoints import is_adapter
@@ -32,6 +33,18 @@ _LISTED_ARGUMENTS = (
 # Listed where they are in use.
 _LISTED_IF_SET = ("label_smoothing_factor", "mixup_alpha", "cutmix_alpha", "ema_decay")
 _LICENCE_TIMEOUT_SECONDS = 5.0
+_IN_CARD = ("finetuned_from", "dataset", "license", "tags", "model_name")
+# Further arguments of `Trainer.create_model_card`.
+_WITHOUT_PLACE = ("language", "tasks", "dataset_tags", "dataset_args")
+
+
+def card_arguments(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `card_details` that have a place in the card; raise `ConfigurationError` for what is no argument."""
+    if unknown := sorted(set(details) - {*_IN_CARD, *_WITHOUT_PLACE}):
+        raise ConfigurationError(
+            f"`card_details` holds {unknown}, which the model card does not know. Pass some of {', '.join(_IN_CARD)}."
+        )
+    return {name: value for name, value in details.items() if name in _IN_CARD}
 
 
 def write_run_card(
@@ -54,6 +67,7 @@ def write_run_card(
         settings = model.active_peft_config
         adapter, base = str(getattr(settings.peft_type, "value", settings.peft_type)), settings.base_model_name_or_path
         model = model.get_base_model()
+    is_pretrained = isinstance(model, PreTrainedModel)
     # The full id, where there is a repository: the snippet on the card loads from it.
     name = trainer.hub_model_id or model_name or args.hub_model_id or Path(str(args.output_dir)).resolve().name
     evaluations = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
@@ -74,9 +88,11 @@ def write_run_card(
         | {name: values[name] for name in _LISTED_IF_SET if values.get(name)}
         | {"processes": args.world_size, "mixed_precision": args.mixed_precision, **steps},
         adapter=adapter,
+        from_pretrained=is_pretrained,
     )
-    own: list[str] = card.data["tags"]
-    card.data["tags"] = own + [tag for tag in ([tags] if isinstance(tags, str) else tags or ()) if tag not in own]
+    of_model: Sequence[str] = (model.model_tags or ()) if is_pretrained else ()
+    given = [tags] if isinstance(tags, str) else tags or ()
+    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *of_model, *given]))
     card.save(folder / CARD_FILE)
 
 

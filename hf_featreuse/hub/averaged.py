@@ -1,0 +1,48 @@
+"""Write the model of a checkpoint with the averaged weights, which lie beside those that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors
+from transformers import AutoModelForImageClassification
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
+
+from hf_featreuse.averaging import AVERAGE_FILE, WeightAverage
+from hf_featreuse.checkpoints import load_weights
+from hf_featreuse.errors import CheckpointError, ConfigurationError
+
+
+def save_averaged(checkpoint: Path, folder: str | Path) -> list[Path]:
+    """Write the model of a checkpoint into another folder with its averaged weights; give the files.
+
+    Raises:
+        ConfigurationError: the checkpoint is an adapter's.
+        CheckpointError: the model cannot be loaded, or the average is of another one.
+    """
+    average_file = checkpoint / AVERAGE_FILE
+    if (checkpoint / ADAPTER_CONFIG_NAME).is_file():
+        raise ConfigurationError(
+            f"`{checkpoint}` holds an adapter's weights as they train, and their average apart in {AVERAGE_FILE}. "
+            "Pass the folder of the finished run, which has the average in place. Where there is none, resume from it "
+            f"with `max_steps` at its own step first; or delete {AVERAGE_FILE} to push the weights as they train."
+        )
+    try:
+        model = AutoModelForImageClassification.from_pretrained(checkpoint, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The model in {checkpoint} cannot be loaded to give it the weights of {AVERAGE_FILE}: "
+            f"{str(error).splitlines()[0]}. Push the folder of the finished run, or delete {AVERAGE_FILE} to push the "
+            "weights as they train."
+        ) from error
+    # Which reports what is missing; `from_pretrained` fills it at random.
+    load_weights(model, checkpoint)
+    with safetensors.safe_open(average_file, framework="pt") as file:
+        averaged = set(file.keys())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in averaged)
+    average = WeightAverage(model, decay=0.5)
+    average.load(checkpoint)
+    average.copy_to_model()
+    model.save_pretrained(folder)
+    return sorted(Path(folder).iterdir())
