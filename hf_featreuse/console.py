@@ -194,15 +194,8 @@ class ConsoleCallback(TrainerCallback):
         kind = self.run.step_kind
         if kind is None:
             return
-        # Imported by Trainer in a notebook alone: it needs IPython.
-        notebook: Any = sys.modules.get("transformers.utils.notebook")
-        callback: Any
         for callback in self.run.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.set_postfix_str(describe_kind(kind), refresh=False)
-            elif notebook is not None and isinstance(callback, notebook.NotebookProgressCallback):
-                if callback.training_tracker is not None:
-                    callback.training_tracker.prefix = describe_kind(kind)
+            _show_kind(callback, describe_kind(kind))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the closing summary."""
@@ -214,6 +207,18 @@ class ConsoleCallback(TrainerCallback):
             args,
             state,
         )
+
+
+def _show_kind(callback: Any, text: str) -> None:
+    """Put a text into the bar of a callback of Trainer, if it has one."""
+    # Imported by Trainer in a notebook alone: it needs IPython.
+    notebook: Any = sys.modules.get("transformers.utils.notebook")
+    if isinstance(callback, ProgressCallback):
+        if callback.training_bar is not None:
+            callback.training_bar.set_postfix_str(text, refresh=False)
+    elif notebook is not None and isinstance(callback, notebook.NotebookProgressCallback):
+        if callback.training_tracker is not None:
+            callback.training_tracker.prefix = text
 
 
 def _engine(accelerator: Any) -> str | None:
