@@ -1,7 +1,9 @@
 """One thread, no network, no progress bars: set before torch and the Hugging Face libraries are imported."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         other = item.path.stem in VIT_ALONE and architecture not in (None, "vit")
         if beyond or other:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _log_level_as_before() -> Iterator[None]:
+    """The examples set the level of the package's logger, as programs do."""
+    logger = logging.getLogger("hf_featreuse")
+    level = logger.level
+    yield
+    logger.setLevel(level)
