@@ -39,9 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _log_level_as_before() -> Iterator[None]:
-    """The examples set the level of the package's logger, as programs do."""
+def _plain_log_level() -> Iterator[None]:
+    """The examples set the level of the package's logger, as programs do: also in fixtures that outlive a test."""
     logger = logging.getLogger("hf_featreuse")
-    level = logger.level
+    logger.setLevel(logging.NOTSET)
     yield
-    logger.setLevel(level)
+    logger.setLevel(logging.NOTSET)
