@@ -1,5 +1,6 @@
 """One thread, no network, no progress bars: set before torch and the Hugging Face libraries are imported."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -7,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# torch's compiler imports it, and it refuses to come after Python's own distutils, which some tracker imports.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 for name, value in {
     "OMP_NUM_THREADS": "1",
