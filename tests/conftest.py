@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# torch's compiler imports it, and it refuses to come after Python's own distutils, which some tracker imports.
+# torch's compiler imports it, and it refuses to come after pip, whose parser a test of the docs reads (Python 3.11).
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
 
