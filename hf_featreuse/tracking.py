@@ -95,6 +95,6 @@ def _log_picture(tracker: TrainerCallback, path: Path, step: int) -> None:
 
         wandb.log({_NAME: wandb.Image(str(path)), "train/global_step": step})
     else:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]  # optional: its Pillow is older than the one tested
 
         trackio.log({_NAME: trackio.Image(str(path)), "train/global_step": step})
