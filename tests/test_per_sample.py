@@ -232,6 +232,31 @@ def test_a_block_is_computed_on_the_samples_that_keep_it_and_no_others(name: str
     assert seen == (~masks).sum(0).tolist()
 
 
+@pytest.mark.parametrize("freezing", [False, True])
+def test_groups_keep_the_memory_format_of_the_stream(freezing: bool):
+    model = build("convnext")
+    blocks = find_residual_blocks(model)
+    masks = random_masks(6, len(blocks))
+    masks[0], masks[1] = True, False
+    found: dict[str, list[bool]] = {}
+
+    def note(_module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        found["inputs"].append(args[0].is_contiguous(memory_format=torch.channels_last))
+        if output.requires_grad:
+            output.register_hook(
+                lambda gradient: found["gradients"].append(gradient.is_contiguous(memory_format=torch.channels_last))
+            )
+
+    for block in blocks:
+        next(m for m in block.module.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(note)
+    context = train_samples if freezing else skip_samples
+    for run in (contextlib.nullcontext(), context(blocks, masks, CPU)):
+        found.update(inputs=[], gradients=[])
+        with run:
+            model(**tiny_models.batch(6)).loss.backward()
+        assert all(found["inputs"]) and all(found["gradients"]) and len(found["gradients"]) >= len(blocks)
+
+
 @pytest.mark.parametrize("train_trunk", [False, True])
 @pytest.mark.parametrize("name", WITHOUT_BATCH_NORM)
 def test_arithmetic_falls_in_proportion(name: str, train_trunk: bool):
