@@ -25,16 +25,16 @@ IMAGES = RESULTS / "images_vit_cpu.json"
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- begin: benchmarks/performance.py -->", "<!-- end -->"
 _VIT = ["--batch_size", "64"]
-_CONVNEXT = ["--model_type", "convnext", "--image_size", "64", "--batch_size", "16", "--config_overrides"]
-_CONVNEXT += ["patch_size=4,depths=[3,3,9,3],hidden_sizes=[96,192,384,768]"]
+_CONVNEXT = ["--model_type", "convnext", "--image_size", "64", "--config_overrides"]
+_CONVNEXT += ["patch_size=4,depths=[3,3,9,3],hidden_sizes=[96,192,384,768]", "--batch_size"]
 _BOTH = ["--granularity", "batch", "sample", "--peers", "--rounds", "3", "--steps", "7"]
-_SHORT = ["--granularity", "batch", "sample", "--peers", "--rounds", "2", "--steps", "5"]
 # Title, and arguments of benchmarks/speed.py, by name of the file of results.
 CASES = {
     "speed_vit_0.2": ("ViT-S layers on 65 tokens, rate 0.2", [*_VIT, *_BOTH, "--drop_rate", "0.2"]),
     "speed_vit_0.5": ("ViT-S layers on 65 tokens, rate 0.5", [*_VIT, *_BOTH, "--drop_rate", "0.5"]),
-    "speed_convnext_0.2": ("ConvNeXt-T at 64 pixels, rate 0.2", [*_CONVNEXT, *_SHORT, "--drop_rate", "0.2"]),
-    "speed_convnext_0.5": ("ConvNeXt-T at 64 pixels, rate 0.5", [*_CONVNEXT, *_SHORT, "--drop_rate", "0.5"]),
+    "speed_convnext_0.2": ("ConvNeXt-T at 64 pixels, rate 0.2", [*_CONVNEXT, "64", *_BOTH, "--drop_rate", "0.2"]),
+    "speed_convnext_0.5": ("ConvNeXt-T at 64 pixels, rate 0.5", [*_CONVNEXT, "64", *_BOTH, "--drop_rate", "0.5"]),
+    "speed_convnext_16": ("ConvNeXt-T, 16 images, rate 0.5", [*_CONVNEXT, "16", *_BOTH, "--drop_rate", "0.5"]),
     "speed_vit_0.05": (
         "ViT-S layers on 65 tokens, rate 0.05",
         [*_VIT, "--drop_rate", "0.05", "--rounds", "2", "--steps", "5"],
