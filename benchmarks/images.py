@@ -135,7 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="Workers that read; each in turn.")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=7, help="Optimizer steps a round of each; the first warms up.")
     parser.add_argument("--json", type=Path, help="Write the figures to this file as well.")
     options = parser.parse_args()

@@ -37,7 +37,7 @@ CASES = {
     "speed_convnext_16": ("ConvNeXt-T, 16 images, rate 0.5", [*_CONVNEXT, "16", *_BOTH, "--drop_rate", "0.5"]),
     "speed_vit_0.05": (
         "ViT-S layers on 65 tokens, rate 0.05",
-        [*_VIT, "--drop_rate", "0.05", "--rounds", "2", "--steps", "5"],
+        [*_VIT, "--drop_rate", "0.05", "--rounds", "4", "--steps", "7"],
     ),
 }
 SHOWN = {
