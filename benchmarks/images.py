@@ -106,7 +106,7 @@ def measure_training(split: ImageSplit, collator: ImageCollator, options: argpar
                     model = AutoModelForImageClassification.from_config(config)
                     model.load_state_dict(weights)
                     trainer = trainer_class(model, args, train_dataset=data, data_collator=collator)
-                    seconds[source][name] += timed_training(trainer).values()
+                    seconds[source][name] += timed_training(trainer, warm_up=2).values()
             print(f"round {index + 1} of {options.rounds}", flush=True)
     return seconds
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="Workers that read; each in turn.")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=7, help="Optimizer steps a round of each; the first warms up.")
+    parser.add_argument("--steps", type=int, default=8, help="Optimizer steps a round of each; two warm up.")
     parser.add_argument("--json", type=Path, help="Write the figures to this file as well.")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
