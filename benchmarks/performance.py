@@ -27,7 +27,7 @@ BEGIN, END = "<!-- begin: benchmarks/performance.py -->", "<!-- end -->"
 _VIT = ["--batch_size", "64"]
 _CONVNEXT = ["--model_type", "convnext", "--image_size", "64", "--config_overrides"]
 _CONVNEXT += ["patch_size=4,depths=[3,3,9,3],hidden_sizes=[96,192,384,768]", "--batch_size"]
-_BOTH = ["--granularity", "batch", "sample", "--peers", "--rounds", "3", "--steps", "7"]
+_BOTH = ["--granularity", "batch", "sample", "--peers", "--rounds", "4", "--steps", "7"]
 # Title, and arguments of benchmarks/speed.py, by name of the file of results.
 CASES = {
     "speed_vit_0.2": ("ViT-S layers on 65 tokens, rate 0.2", [*_VIT, *_BOTH, "--drop_rate", "0.2"]),
