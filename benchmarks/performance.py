@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -45,6 +46,7 @@ SHOWN = {
     "FeatureReuseTrainer": "feature reuse",
     "FeatureReuseTrainer by sample": "by sample",
 }
+_COLUMNS = 3
 COLOURS = dict(zip(SHOWN, ("#CC79A7", "#009E73", "#56B4E9"), strict=True))
 
 
@@ -56,24 +58,29 @@ def load() -> dict[str, dict]:
 
 def plot(found: dict[str, dict], path: Path) -> None:
     """Time of a mean step against the stock Trainer's, with the FLOP bound, a panel for each case."""
-    figure = Figure(figsize=(2.6 * len(found), 2.9), layout="constrained")
+    rows = math.ceil(len(found) / _COLUMNS)
+    figure = Figure(figsize=(3 * _COLUMNS, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (name, record) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+    panels = figure.subplots(rows, _COLUMNS, squeeze=False)
+    for axis in panels.flat[len(found) :]:
+        axis.axis("off")
+    for axis, (name, record) in zip(panels.flat, found.items(), strict=False):
         base = statistics.fmean(record["seconds"]["Trainer"])
-        rows = [row for row in SHOWN if row in record["seconds"]]
-        ratios = [statistics.fmean(record["seconds"][row]) / base for row in rows]
-        bounds = [statistics.fmean(record["bounds"].get(row) or [1.0]) for row in rows]
-        axis.bar([SHOWN[row] for row in rows], ratios, color=[COLOURS[row] for row in rows])
+        shown = [row for row in SHOWN if row in record["seconds"]]
+        ratios = [statistics.fmean(record["seconds"][row]) / base for row in shown]
+        bounds = [statistics.fmean(record["bounds"].get(row) or [1.0]) for row in shown]
+        axis.bar([SHOWN[row] for row in shown], ratios, color=[COLOURS[row] for row in shown])
         axis.set_xlim(-0.6, len(SHOWN) - 0.4)
         for place, bound in enumerate(bounds):
             axis.plot([place - 0.4, place + 0.4], [bound, bound], color="black", linewidth=2)
         axis.axhline(1, color="#666666", linewidth=1, linestyle="--")
         axis.set_ylim(0, 1.25)
-        axis.set_title(CASES[name][0].replace(", ", "\n"), fontsize=9)
-        axis.tick_params(axis="x", labelrotation=30, labelsize=8)
+        axis.set_title("\n".join(CASES[name][0].rsplit(", ", 1)), fontsize=9)
+        axis.tick_params(axis="x", labelsize=8)
         axis.tick_params(axis="y", labelsize=8)
-    figure.axes[0].set_ylabel("time of a step, Trainer = 1")
-    figure.text(0.995, 0.005, "black line: FLOP bound", ha="right", fontsize=8)
+    for axis in panels[:, 0]:
+        axis.set_ylabel("time of a step, Trainer = 1", fontsize=9)
+    figure.supxlabel("black line: FLOP bound", fontsize=8, x=0.99, ha="right")
     figure.savefig(path, dpi=110)
 
 

@@ -1,8 +1,4 @@
-"""Draw a training run, with losses of each kind of step, accuracy and dropped blocks; or a model before training.
-
-The colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers. matplotlib is imported when
-a figure is drawn, and drawn without pyplot, so that an application's figures and backend stay as they are.
-"""
+"""Draw a training run: losses of each kind of step, accuracy and dropped blocks, over the optimizer steps."""
 
 from __future__ import annotations
 
@@ -15,29 +11,26 @@ import numpy as np
 
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.inspection.report import common_prefix
+from hf_featreuse.plotting.figure import BLUE, GREEN, GREY, ORANGE, PURPLE, legend_above, save_figure, stacked_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-    from hf_featreuse.inspection.report import ModelReport
     from hf_featreuse.schedule import FeatureReuseSchedule
 
 LogHistory = Sequence[Mapping[str, Any]]
 # (steps, values), name in the legend, colour, line style.
 _Curve = tuple[tuple[list[int], list[float]], str, str, str]
 
-_BLUE, _ORANGE, _GREEN, _GREY, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#666666", "#CC79A7"
 # Key in the log, name in the legend, colour, line style.
 _KIND_LOSSES = (
-    ("loss/stochastic_depth", "stochastic depth", _BLUE, "-"),
-    ("loss/masked_freeze", "masked freeze", _ORANGE, "-"),
-    ("loss/vanilla", "vanilla", _GREY, "-"),
+    ("loss/stochastic_depth", "stochastic depth", BLUE, "-"),
+    ("loss/masked_freeze", "masked freeze", ORANGE, "-"),
+    ("loss/vanilla", "vanilla", GREY, "-"),
 )
-_OVERALL_LOSS = (("loss", "training", _GREY, "-"),)
-_EVALUATION_LOSS = (("eval_loss", "evaluation", _GREEN, "--"),)
-_ACCURACIES = (("eval_accuracy", "top-1", _GREEN, "-"), ("eval_top5_accuracy", "top-5", _PURPLE, "--"))
-_WIDTH_INCHES, _DOTS_PER_INCH = 10.0, 120
+_OVERALL_LOSS = (("loss", "training", GREY, "-"),)
+_EVALUATION_LOSS = (("eval_loss", "evaluation", GREEN, "--"),)
+_ACCURACIES = (("eval_accuracy", "top-1", GREEN, "-"), ("eval_top5_accuracy", "top-5", PURPLE, "--"))
 # About three pixels each; narrower ones blur into one another.
 _MAX_COLUMNS = 300
 # Columns hold whole cycles: this many steps is a multiple of the usual lengths of a cycle.
@@ -45,8 +38,6 @@ _CYCLES = 12
 # Steps of a column that are counted: a plan takes some 60 microseconds, and a run may have millions of steps.
 _MAX_COUNTED = 2 * _CYCLES
 _MAX_ROW_LABELS = 16
-_MAX_COLUMN_LABELS = 48
-_CHARACTERS_IN_A_ROW = 150
 _SMOOTH_FROM = 150
 _SAMPLES = 16
 
@@ -110,7 +101,7 @@ def plot_training(
             "there is nothing to plot. Pass `trainer.state.log_history` of a finished run."
         )
     heights = [2.6, 2.0, min(5.0, max(1.6, 0.2 * schedule.num_blocks))]
-    figure, axes = _new_figure([h for h, has_data in zip(heights, panels, strict=True) if has_data], title)
+    figure, axes = stacked_axes([h for h, has_data in zip(heights, panels, strict=True) if has_data], title)
     if losses:
         _draw_curves(axes[0], losses, "loss")
     if accuracies:
@@ -119,42 +110,6 @@ def plot_training(
         _draw_raster(axes[-1], shares, last_step, block_names)
     axes[-1].set_xlabel("optimizer step")
     axes[-1].set_xlim(0, last_step)
-    return save_figure(figure, path)
-
-
-def plot_inspection(report: ModelReport, path: str | Path, *, title: str | None = None) -> Path:
-    """Write a PNG of an inspected model: survival probability and share of arithmetic of each block, over depth.
-
-    Needs matplotlib, which comes with `pip install "hf_featreuse[examples]"`.
-
-    Args:
-        report (`ModelReport`): from `inspect_model`. Without counted arithmetic, the second panel is left out.
-        path (`str` or `Path`): the file to write; its folder is made if missing.
-        title (`str`, *optional*): printed above the panels; by default the model and the expected costs.
-
-    Returns:
-        `Path`: the file, 1200 pixels wide.
-
-    Raises:
-        ConfigurationError: matplotlib is missing.
-
-    Example:
-        >>> import tempfile
-        >>> from hf_featreuse import inspect_model
-        >>> from hf_featreuse.plotting import plot_inspection
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     plot_inspection(inspect_model("vit"), f"{folder}/vit.png").name
-        'vit.png'
-    """
-    blocks = report.blocks
-    arithmetic = [100 * block.share_of_arithmetic for block in blocks if block.share_of_arithmetic is not None]
-    figure, axes = _new_figure([2.0] * (2 if arithmetic else 1), title or _inspection_title(report))
-    survival = [block.survival_probability for block in blocks]
-    _draw_bars(axes[0], survival, _BLUE, "survival probability")
-    axes[0].set_ylim(0, 1)
-    if arithmetic:
-        _draw_bars(axes[1], arithmetic, _ORANGE, "arithmetic\n(% of a vanilla step)")
-    _label_blocks(axes[-1], [block.name for block in blocks])
     return save_figure(figure, path)
 
 
@@ -223,69 +178,6 @@ def _column_width(num_steps: int, max_columns: int) -> int:
     return next((width for width in (1, 2, 4, 6, 12) if width >= least), _CYCLES * math.ceil(least / _CYCLES))
 
 
-def empty_figure(height: float) -> Figure:
-    """Make a figure of this height in inches and of the width of all; `ConfigurationError` without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            'Plotting needs matplotlib, which is not installed. Run `pip install "hf_featreuse[examples]"`, or leave '
-            "the plot out."
-        ) from error
-    figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _new_figure(heights: Sequence[float], title: str | None) -> tuple[Figure, list[Axes]]:
-    """Make the figure and axes of these heights in inches, one above the other, that share their x axis."""
-    # Each panel needs half an inch more, for its legend.
-    figure = empty_figure(sum(heights) + 0.5 * len(heights) + 0.4)
-    if title:
-        figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
-    return figure, list(axes[:, 0])
-
-
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG and make its folder if missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
-    return path
-
-
-def _inspection_title(report: ModelReport) -> str:
-    name = report.architecture if report.model == report.architecture else f"{report.model} ({report.architecture})"
-    if not report.costs:
-        return name
-    depth, freeze, mean = (report.costs[key] for key in ("stochastic_depth", "masked_freeze", "mean"))
-    expected = f"stochastic depth {depth:.2f}, masked freeze {freeze:.2f}, mean {mean:.2f}"
-    return f"{name}\nexpected cost, vanilla step = 1: {expected}"
-
-
-def _draw_bars(axes: Axes, values: Sequence[float], colour: str, label: str) -> None:
-    """Draw one bar a block."""
-    axes.bar(range(len(values)), values, width=0.75, color=colour)
-    axes.set_ylabel(label)
-    axes.set_xlim(-0.6, len(values) - 0.4)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _label_blocks(axes: Axes, names: Sequence[str]) -> None:
-    """Name the blocks under their bars, every second or further one where they are many."""
-    prefix = common_prefix(names)
-    shown = range(0, len(names), math.ceil(len(names) / _MAX_COLUMN_LABELS))
-    labels = [names[block].removeprefix(prefix) for block in shown]
-    axes.set_xticks(list(shown), labels, fontsize=8)
-    if len(labels) * max(map(len, labels)) > _CHARACTERS_IN_A_ROW:
-        axes.tick_params(axis="x", rotation=90)
-    axes.set_xlabel(f"block of {prefix.rstrip('.')}, in forward order" if prefix else "block, in forward order")
-
-
 def _draw_curves(axes: Axes, curves: Sequence[_Curve], label: str, factor: float = 1.0) -> None:
     """Draw one line a curve; long ones faintly, with their running mean on top."""
     longest = max(len(steps) for (steps, _), *_ in curves)
@@ -316,7 +208,7 @@ def _draw_curves(axes: Axes, curves: Sequence[_Curve], label: str, factor: float
     axes.set_ylabel(label)
     axes.grid(color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    _legend_above(axes)
+    legend_above(axes)
 
 
 def _draw_raster(axes: Axes, shares: np.ndarray, last_step: int, block_names: Sequence[str] | None) -> None:
@@ -326,11 +218,11 @@ def _draw_raster(axes: Axes, shares: np.ndarray, last_step: int, block_names: Se
 
     _, num_blocks, columns = shares.shape
     width = _column_width(last_step, _MAX_COLUMNS)
-    blue, orange = np.array(to_rgb(_BLUE)), np.array(to_rgb(_ORANGE))
+    blue, orange = np.array(to_rgb(BLUE)), np.array(to_rgb(ORANGE))
     depth, freeze = shares[..., None]
     handles = [
-        Patch(color=_BLUE, label="stochastic depth: dropped"),
-        Patch(color=_ORANGE, label="masked freeze: trained"),
+        Patch(color=BLUE, label="stochastic depth: dropped"),
+        Patch(color=ORANGE, label="masked freeze: trained"),
     ]
     if width == 1:
         image = 1 + depth * (blue - 1) + freeze * (orange - 1)
@@ -357,18 +249,4 @@ def _draw_raster(axes: Axes, shares: np.ndarray, last_step: int, block_names: Se
     axes.set_yticks(list(shown), [names[block].removeprefix(prefix) for block in shown], fontsize=8)
     axes.set_ylabel(f"block of\n{prefix.rstrip('.')}" if prefix else "block")
     axes.spines[["top", "right"]].set_visible(False)
-    _legend_above(axes, handles)
-
-
-def _legend_above(axes: Axes, handles: list[Any] | None = None) -> None:
-    """Put the legend over the panel, where it hides nothing."""
-    axes.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=5,
-        frameon=False,
-        fontsize=9,
-        borderaxespad=0.2,
-        handlelength=1.8,
-    )
+    legend_above(axes, handles)
