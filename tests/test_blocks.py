@@ -1,149 +1,17 @@
-"""Residual blocks are found by structure, in forward order, and nothing is disturbed by looking."""
+"""Residual blocks are found by structure, in forward order."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
+from labelled_models import ADAPTED, MODELS, TRANSFORMER, InPlace, every_model, mobilenet_v1, names, resnet, vit
 from peft import LoraConfig, get_peft_model
-from tiny_models import ARCHITECTURES, NUM_LABELS, batch, build, snapshot
+from tiny_models import build
 from torch import nn
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
-    ConvNextV2Config,
-    ConvNextV2ForImageClassification,
-    DeiTConfig,
-    DeiTForImageClassification,
-    Dinov2Config,
-    Dinov2ForImageClassification,
-    MobileNetV1Config,
-    MobileNetV1ForImageClassification,
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
-    PreTrainedModel,
-    ResNetConfig,
-    ResNetForImageClassification,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
-from hf_featreuse import BlockError, FeatureReuseError, ResidualBlock, find_residual_blocks, trainable_blocks
-
-_TRANSFORMER = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 16,
-    "patch_size": 8,
-    "num_labels": NUM_LABELS,
-}
-_CONVNEXT = {"num_stages": 3, "hidden_sizes": [8, 8, 16], "depths": [1, 2, 1], "num_labels": NUM_LABELS}
-
-
-def _vit() -> PreTrainedModel:
-    return ViTForImageClassification(ViTConfig(**_TRANSFORMER))
-
-
-def _deit() -> PreTrainedModel:
-    return DeiTForImageClassification(DeiTConfig(**_TRANSFORMER))
-
-
-def _beit() -> PreTrainedModel:
-    return BeitForImageClassification(BeitConfig(**_TRANSFORMER))
-
-
-def _dinov2() -> PreTrainedModel:
-    config = {key: value for key, value in _TRANSFORMER.items() if key != "intermediate_size"}
-    return Dinov2ForImageClassification(Dinov2Config(mlp_ratio=2, **config))
-
-
-def _convnext() -> PreTrainedModel:
-    return build("convnext")
-
-
-def _convnextv2() -> PreTrainedModel:
-    return ConvNextV2ForImageClassification(ConvNextV2Config(**_CONVNEXT))
-
-
-def _resnet(layer_type: str = "basic", hidden_act: str = "relu") -> PreTrainedModel:
-    sizes = [8, 16] if layer_type == "basic" else [16, 32]
-    config = ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=sizes,
-        depths=[2, 3],
-        layer_type=layer_type,
-        hidden_act=hidden_act,
-        num_labels=NUM_LABELS,
-    )
-    return ResNetForImageClassification(config)
-
-
-def _bottleneck() -> PreTrainedModel:
-    return _resnet("bottleneck")
-
-
-def _swin(image_size: int = 32, window_size: int = 4) -> PreTrainedModel:
-    config = SwinConfig(
-        image_size=image_size,
-        patch_size=4,
-        embed_dim=8,
-        depths=[1, 2],
-        num_heads=[1, 2],
-        window_size=window_size,
-        num_labels=NUM_LABELS,
-    )
-    return SwinForImageClassification(config)
-
-
-def _mobilenet_v2() -> PreTrainedModel:
-    config = MobileNetV2Config(
-        image_size=32, depth_multiplier=0.25, depth_divisible_by=4, min_depth=4, num_labels=NUM_LABELS
-    )
-    return MobileNetV2ForImageClassification(config)
-
-
-def _mobilenet_v1() -> PreTrainedModel:
-    return MobileNetV1ForImageClassification(
-        MobileNetV1Config(image_size=32, depth_multiplier=0.25, num_labels=NUM_LABELS)
-    )
-
-
-MODELS = {
-    "vit": (_vit, [f"vit.layers.{i}" for i in range(3)]),
-    "deit": (_deit, [f"deit.layers.{i}" for i in range(3)]),
-    "dinov2": (_dinov2, [f"dinov2.encoder.layer.{i}" for i in range(3)]),
-    "beit": (_beit, [f"beit.layers.{i}" for i in range(3)]),
-    "convnext": (
-        _convnext,
-        [f"convnext.encoder.stages.{s}.layers.{i}" for s, i in ((0, 0), (0, 1), (1, 0), (1, 1))],
-    ),
-    # Stages of one block each: no sibling to compare with.
-    "convnextv2": (
-        _convnextv2,
-        [f"convnextv2.encoder.stages.{s}.layers.{i}" for s, i in ((0, 0), (1, 0), (1, 1), (2, 0))],
-    ),
-    # The first block of a stage that changes size has a projection as its shortcut and is left out.
-    "resnet": (_resnet, [f"resnet.encoder.stages.{s}.layers.{i}" for s, i in ((0, 0), (0, 1), (1, 1), (1, 2))]),
-    "bottleneck": (_bottleneck, [f"resnet.encoder.stages.{s}.layers.{i}" for s, i in ((0, 1), (1, 1), (1, 2))]),
-    "swin": (_swin, [f"swin.encoder.layers.{s}.blocks.{i}" for s, i in ((0, 0), (1, 0), (1, 1))]),
-    "mobilenet_v2": (_mobilenet_v2, [f"mobilenet_v2.layer.{i}" for i in (1, 3, 4, 6, 7, 8, 10, 11, 13, 14)]),
-}
-every_model = pytest.mark.parametrize("kind", MODELS)
-ADAPTED = {
-    "vit": ["q_proj", "v_proj"],
-    "convnext": ["pwconv1"],
-    "swin": ["q_proj", "v_proj"],
-    "resnet": ["convolution"],
-}
-
-
-def names(blocks: list[ResidualBlock]) -> list[str]:
-    return [block.name for block in blocks]
-
+from hf_featreuse import BlockError, FeatureReuseError, find_residual_blocks
 
 # What is found
 
@@ -197,7 +65,7 @@ def test_blocks_are_found_with_everything_but_the_head_frozen(kind):
 
 
 def test_blocks_are_found_with_every_parameter_frozen():
-    model = _vit().requires_grad_(False)
+    model = vit().requires_grad_(False)
     assert names(find_residual_blocks(model)) == MODELS["vit"][1]
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -219,13 +87,13 @@ def test_blocks_are_found_in_train_and_in_eval_mode_alike(kind):
 
 
 def test_dropout_and_drop_path_do_not_hide_blocks():
-    config = {**_TRANSFORMER, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    config = {**TRANSFORMER, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
     model = BeitForImageClassification(BeitConfig(drop_path_rate=0.9, **config)).train()
     assert names(find_residual_blocks(model)) == MODELS["beit"][1]
 
 
 def test_gelu_after_the_addition_is_listed_as_inexact():
-    blocks = find_residual_blocks(_resnet(hidden_act="gelu"))
+    blocks = find_residual_blocks(resnet(hidden_act="gelu"))
     assert names(blocks) == MODELS["resnet"][1]
     assert [block.exact for block in blocks] == [False] * 4
     assert {block.activation for block in blocks} == {"Gelu"}
@@ -233,7 +101,7 @@ def test_gelu_after_the_addition_is_listed_as_inexact():
 
 @pytest.mark.parametrize("hidden_act", ["relu", "relu6"])
 def test_relu_after_the_addition_is_exact(hidden_act):
-    blocks = find_residual_blocks(_resnet(hidden_act=hidden_act))
+    blocks = find_residual_blocks(resnet(hidden_act=hidden_act))
     assert [block.exact for block in blocks] == [True] * 4
     assert {block.activation for block in blocks} == {"Relu" if hidden_act == "relu" else "Hardtanh"}
 
@@ -292,21 +160,6 @@ def test_labels_in_the_batch_are_left_out():
 
     data = {"x": torch.randn(2, 4), "labels": torch.zeros(2), "label": torch.zeros(2)}
     assert len(find_residual_blocks(Checked(), data)) == 3
-
-
-class InPlace(nn.Module):
-    def __init__(self, early: bool) -> None:
-        super().__init__()
-        self.early = early
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branch = self.linear(x)
-        if self.early:
-            x += branch
-            return x
-        branch += x
-        return branch
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -375,109 +228,20 @@ def test_module_that_is_residual_in_only_some_calls_is_not_found():
     assert names(find_residual_blocks(Twice(), torch.randn(2, 4))) == ["body.0"]
 
 
-# Nothing is disturbed
+def test_a_block_that_takes_the_input_itself_is_found():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
 
+        def forward(self, x):
+            return x + self.linear(x)
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("training", [True, False])
-def test_random_states_buffers_gradients_and_modes_stay(kind, training):
-    model = build(kind)
-    model.train(training)
-    next(model.children()).train(not training)
-    model(**batch()).loss.backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
-    values = [None if gradient is None else gradient.clone() for gradient in gradients]
-    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
-    weights = [parameter.detach().clone() for parameter in model.parameters()]
-    before, states = snapshot(model), (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
-    find_residual_blocks(model)
-    assert snapshot(model) == before
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.array_equal(np.random.get_state()[1], states[1])
-    assert random.getstate() == states[2]
-    assert all(parameter.grad is gradient for parameter, gradient in zip(model.parameters(), gradients, strict=True))
-    assert all(
-        gradient is None or torch.equal(gradient, value) for gradient, value in zip(gradients, values, strict=True)
-    )
-    assert list(dict(model.named_buffers())) == list(buffers)
-    for name, buffer in model.named_buffers():
-        assert buffer is buffers[name][0]
-        assert torch.equal(buffer, buffers[name][1])
-    assert all(torch.equal(parameter, weight) for parameter, weight in zip(model.parameters(), weights, strict=True))
-
-
-def test_random_layers_and_writing_buffers_leave_no_trace():
-    class Noisy(InPlace):
-        def __init__(self) -> None:
-            super().__init__(False)
-            self.register_buffer("calls", torch.zeros(()))
-            self.register_buffer("replaced", torch.zeros(()))
-            self.note = "before"
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.calls += 1
-            self.replaced = self.replaced + 1
-            self.note = "after"
-            self.extra = torch.rand(())
-            return super().forward(x + 0 * torch.rand(()))  # Not residual: x was copied by the addition.
-
-    noisy = Noisy()
-    model = nn.Sequential(InPlace(False), noisy)
-    state, replaced = torch.get_rng_state(), noisy.replaced
-    find_residual_blocks(model, torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert noisy.calls == 0
-    assert noisy.replaced is replaced
-    assert noisy.note == "before"
-    assert not hasattr(noisy, "extra")
-
-
-def test_trace_is_undone_after_a_failed_forward():
-    class Failing(InPlace):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("no such shape")
-
-    model = nn.Sequential(InPlace(False), nn.BatchNorm1d(4), Failing(False)).train()
-    model[0].requires_grad_(False)
-    before, state = snapshot(model), torch.get_rng_state()
-    with pytest.raises(BlockError, match="no such shape"):
-        find_residual_blocks(model, torch.zeros(2, 4))
-    assert snapshot(model) == before
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_swin_keeps_its_shifted_window_where_the_input_is_no_larger_than_it():
-    model = _swin(image_size=32, window_size=4)
-    blocks = [module for module in model.modules() if hasattr(module, "shift_size")]
-    before = [(block.shift_size, block.window_size) for block in blocks]
-    assert before == [(0, 4), (0, 4), (2, 4)]
-    find_residual_blocks(model)
-    assert [(block.shift_size, block.window_size) for block in blocks] == before
-    # The forward itself does change them for good.
-    model(torch.zeros(1, 3, 32, 32))
-    assert [(block.shift_size, block.window_size) for block in blocks] == [(0, 4)] * 3
-
-
-def test_given_batch_stays_as_it_is():
-    data = batch(2)
-    images = data["pixel_values"].clone()
-    find_residual_blocks(build("vit"), data)
-    assert set(data) == {"pixel_values", "labels"}
-    assert torch.equal(data["pixel_values"], images)
-    assert not data["pixel_values"].requires_grad
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_search_costs_one_forward(kind):
-    model = build(kind)
-    calls = []
-    model.register_forward_hook(lambda *_: calls.append("model"))
-    for block in find_residual_blocks(model):
-        block.module.register_forward_hook(lambda *_: calls.append("block"))
-    calls.clear()
-    found = find_residual_blocks(model)
-    assert calls.count("model") == 1
-    assert calls.count("block") == len(found)
+    model = nn.Sequential(Residual(), Residual(), nn.Linear(4, 2))
+    batch = torch.zeros(2, 4)
+    assert [block.name for block in find_residual_blocks(model, batch)] == ["0", "1"]
+    assert not batch.requires_grad
+    assert batch.grad is None
 
 
 # Errors
@@ -494,7 +258,7 @@ def test_plain_network_has_no_residual_block():
 
 def test_mobilenet_v1_has_no_residual_block():
     with pytest.raises(BlockError, match="MobileNetV1ForImageClassification has no residual block"):
-        find_residual_blocks(_mobilenet_v1())
+        find_residual_blocks(mobilenet_v1())
 
 
 def test_network_without_a_config_needs_inputs():
@@ -519,122 +283,3 @@ def test_inputs_of_a_wrong_name_are_an_error():
     with pytest.raises(BlockError, match="failed on the batch") as caught:
         find_residual_blocks(build("vit"), {"images": torch.zeros(1, 3, 32, 32)})
     assert caught.value.__cause__ is not None
-
-
-# Targets
-
-
-def select(target: object) -> list[str]:
-    return names(find_residual_blocks(build("convnext"), target_blocks=target))
-
-
-FOUND = MODELS["convnext"][1]
-
-
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [
-        (None, FOUND),
-        (r".*", FOUND),
-        (r".*\.stages\.1\..*", FOUND[2:]),
-        (r"convnext\.encoder\.stages\.0\.layers\.1", FOUND[1:2]),
-        (r".*layers\.[0-9]", FOUND),
-        (r".*(0\.layers\.1|1\.layers\.0)", FOUND[1:3]),
-        ([FOUND[3], FOUND[0]], [FOUND[0], FOUND[3]]),
-        (["layers.1"], [FOUND[1], FOUND[3]]),
-        (["stages.1.layers.0", FOUND[0]], [FOUND[0], FOUND[2]]),
-        (("1",), [FOUND[1], FOUND[3]]),
-    ],
-)
-def test_target_filters_in_forward_order(target, expected):
-    assert select(target) == expected
-
-
-@pytest.mark.parametrize(
-    ("target", "named"),
-    [
-        # A regular expression must match the whole name, from its start to its end.
-        ("layers", "layers"),
-        (r"layers\.0", r"layers\.0"),
-        (r"convnext\.encoder\.stages\.0\.layers\.", r"convnext\.encoder\.stages\.0\.layers\."),
-        (r".*stages\.9.*", r".*stages\.9.*"),
-        # An ending must begin after a dot.
-        (["ayers.0"], "ayers.0"),
-        (["onvnext.encoder.stages.0.layers.0"], "onvnext.encoder.stages.0.layers.0"),
-        # No beginning, no module inside a block, no container, no regular expression in a list.
-        (["convnext.encoder"], "convnext.encoder"),
-        (["pwconv1"], "pwconv1"),
-        (["stages.0"], "stages.0"),
-        ([r".*"], r".*"),
-        # One entry that matches nothing is an error even if others match.
-        ([FOUND[0], "layers.7"], "layers.7"),
-        (["layers.0", "layers"], "layers"),
-    ],
-)
-def test_target_that_matches_nothing_names_the_candidates(target, named):
-    with pytest.raises(BlockError) as caught:
-        select(target)
-    message = str(caught.value)
-    assert f"`target_blocks={named!r}` matches no residual block of ConvNextForImageClassification" in message
-    assert all(name in message for name in FOUND)
-
-
-def test_bad_regular_expression_is_named():
-    with pytest.raises(BlockError, match=r"`target_blocks='\(layers'` is no regular expression") as caught:
-        select("(layers")
-    assert FOUND[0] in str(caught.value)
-
-
-def test_empty_target_is_an_error():
-    with pytest.raises(BlockError, match=r"`target_blocks=\[\]` matches no residual block"):
-        select([])
-
-
-def test_long_lists_of_candidates_are_cut():
-    with pytest.raises(BlockError) as caught:
-        find_residual_blocks(_mobilenet_v2(), target_blocks="nothing")
-    message = str(caught.value)
-    assert "(10 in all)" in message
-    assert MODELS["mobilenet_v2"][1][7] in message
-    assert MODELS["mobilenet_v2"][1][8] not in message
-
-
-# Blocks that train
-
-
-def test_trainable_blocks_are_those_with_a_parameter_that_requires_gradients():
-    model = build("vit")
-    blocks = find_residual_blocks(model)
-    blocks[0].module.requires_grad_(False)
-    blocks[2].module.requires_grad_(False)
-    next(blocks[2].module.parameters()).requires_grad_(True)
-    assert trainable_blocks(model, blocks) == blocks[1:]
-
-
-def test_blocks_of_an_adapter_are_trainable_only_where_it_is():
-    model = get_peft_model(build("vit"), LoraConfig(r=2, target_modules=r".*layers\.[13]\..*q_proj"))
-    blocks = find_residual_blocks(model)
-    assert names(trainable_blocks(model, blocks)) == ["base_model.model.vit.layers.1", "base_model.model.vit.layers.3"]
-
-
-def test_no_trainable_block_is_an_error():
-    model = build("vit").requires_grad_(False)
-    model.classifier.requires_grad_(True)
-    with pytest.raises(BlockError, match=r"None of the 4 residual blocks of ViTForImageClassification"):
-        trainable_blocks(model, find_residual_blocks(model))
-
-
-def test_a_block_that_takes_the_input_itself_is_found():
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return x + self.linear(x)
-
-    model = nn.Sequential(Residual(), Residual(), nn.Linear(4, 2))
-    batch = torch.zeros(2, 4)
-    assert [block.name for block in find_residual_blocks(model, batch)] == ["0", "1"]
-    assert not batch.requires_grad
-    assert batch.grad is None
