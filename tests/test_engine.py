@@ -1,16 +1,13 @@
-"""FeatureReuse around a plain training loop."""
-
-import dataclasses
+"""A step of each kind: what is skipped, what is frozen, and what a step that cannot be exact says."""
 
 import pytest
 import torch
+from engine_checks import ALWAYS, engine, every_architecture, moved
 from tiny_models import ARCHITECTURES, NUM_LABELS, WITHOUT_BATCH_NORM, batch, build, snapshot
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_featreuse import (
-    BlockError,
-    ConfigurationError,
     FeatureReuse,
     FeatureReuseSchedule,
     ResidualBlock,
@@ -19,24 +16,15 @@ from hf_featreuse import (
     find_residual_blocks,
     skip_blocks,
     train_only,
-    trainable_blocks,
 )
 
 VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-# A single kind of step over a set that is never empty in the first cycles.
-ALWAYS = {"drop_rate": 0.5, "drop_rate_schedule": "uniform", "seed": 0}
+# A single kind of step.
 ONLY = {
     DEPTH: {**ALWAYS, "masked_freeze_steps": 0},
     FREEZE: {**ALWAYS, "stochastic_depth_steps": 0},
     VANILLA: {**ALWAYS, "stochastic_depth_steps": 0, "masked_freeze_steps": 0},
 }
-
-
-def engine(model: nn.Module, *, scale_kept: bool = False, train_trunk: bool = False, **options) -> FeatureReuse:
-    blocks = trainable_blocks(model, find_residual_blocks(model))
-    schedule = FeatureReuseSchedule(len(blocks), **{**ALWAYS, **options})
-    return FeatureReuse(model, blocks, schedule, scale_kept=scale_kept, train_trunk=train_trunk)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -54,10 +42,6 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
     for name, parameter in model.named_parameters():
         state |= {f"{name}|{key}": value.clone() for key, value in optimizer.state.get(parameter, {}).items()}
     return state
-
-
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, value in after.items() if name not in before or not torch.equal(before[name], value)}
 
 
 def inside(name: str, blocks: list[ResidualBlock]) -> bool:
@@ -404,111 +388,3 @@ def test_exception_in_a_step_restores_everything_and_the_engine_goes_on(architec
         backward(model)
     assert plan.kind is kind
     assert snapshot(model) == before
-
-
-# Construction: each error before anything is changed
-
-
-def test_number_of_blocks_must_be_that_of_the_schedule():
-    model = build("vit")
-    blocks = find_residual_blocks(model)
-    with pytest.raises(BlockError, match=r"for 5 blocks, but 4 were passed.*FeatureReuseSchedule\(4"):
-        FeatureReuse(model, blocks, FeatureReuseSchedule(5))
-
-
-def test_block_of_another_model_is_an_error():
-    model, other = build("vit"), build("vit")
-    blocks = find_residual_blocks(other)
-    with pytest.raises(BlockError, match=r"vit\.layers\.0 is not a part of this ViTForImageClassification"):
-        FeatureReuse(model, blocks, FeatureReuseSchedule(4))
-    mixed = [*find_residual_blocks(model)[:3], blocks[3]]
-    with pytest.raises(BlockError, match=r"vit\.layers\.3 is not a part"):
-        FeatureReuse(model, mixed, FeatureReuseSchedule(4))
-
-
-def test_block_that_was_replaced_since_is_an_error():
-    model = build("vit")
-    blocks = find_residual_blocks(model)
-    model.vit.layers[2] = build("vit", seed=1).vit.layers[2]
-    with pytest.raises(BlockError, match=r"vit\.layers\.2 is not a part"):
-        FeatureReuse(model, blocks, FeatureReuseSchedule(4))
-
-
-def test_block_passed_twice_is_an_error():
-    model = build("vit")
-    blocks = find_residual_blocks(model)
-    with pytest.raises(BlockError, match=r"Blocks vit\.layers\.0 and vit\.layers\.0 share modules"):
-        FeatureReuse(model, [blocks[0], blocks[0]], FeatureReuseSchedule(2))
-
-
-@pytest.mark.parametrize("outer_first", [False, True])
-def test_block_inside_another_is_an_error(outer_first):
-    model = build("convnext")
-    inner = find_residual_blocks(model)[0]
-    stage = dataclasses.replace(
-        inner, name="convnext.encoder.stages.0", module=model.get_submodule("convnext.encoder.stages.0")
-    )
-    pair = [stage, inner] if outer_first else [inner, stage]
-    with pytest.raises(BlockError, match="share modules"):
-        FeatureReuse(model, pair, FeatureReuseSchedule(2))
-
-
-def gelu_resnet() -> nn.Module:
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8], depths=[2], layer_type="basic", hidden_act="gelu", num_labels=NUM_LABELS
-    )
-    return ResNetForImageClassification(config)
-
-
-def test_inexact_blocks_are_an_error_unless_nothing_is_skipped_or_frozen():
-    model = gelu_resnet()
-    blocks = find_residual_blocks(model)
-    with pytest.raises(BlockError, match="cannot be skipped exactly"):
-        FeatureReuse(model, blocks, FeatureReuseSchedule(2))
-    FeatureReuse(model, blocks, FeatureReuseSchedule(2, stochastic_depth_steps=0, masked_freeze_steps=0))
-
-
-def test_block_with_nothing_to_train_is_an_error():
-    model = build("vit")
-    blocks = find_residual_blocks(model)
-    blocks[1].module.requires_grad_(False)
-    with pytest.raises(BlockError, match=r"vit\.layers\.1 holds no parameter.*trainable_blocks\(model, blocks\)"):
-        FeatureReuse(model, blocks, FeatureReuseSchedule(4))
-
-
-def test_scaling_blocks_that_end_in_an_activation_is_an_error():
-    model = build("resnet")
-    blocks, before = find_residual_blocks(model), snapshot(model)
-    with pytest.raises(ConfigurationError, match="`scale_kept=True` cannot scale block"):
-        FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)), scale_kept=True)
-    assert snapshot(model) == before
-
-
-@every_architecture
-def test_construction_changes_nothing(architecture):
-    model = build(architecture)
-    before, weights = snapshot(model), {name: value.clone() for name, value in model.state_dict().items()}
-    engine(model)
-    assert snapshot(model) == before
-    assert not moved(weights, model.state_dict())
-
-
-def test_inexact_blocks_are_taken_when_asked_for():
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[3], layer_type="basic", hidden_act="gelu")
-    model = ResNetForImageClassification(config)
-    blocks = find_residual_blocks(model)
-    schedule = FeatureReuseSchedule(len(blocks), drop_rate=0.9, drop_rate_schedule="uniform")
-    reuse = FeatureReuse(model, blocks, schedule, allow_inexact_skip=True)
-    with reuse.step(0) as plan:
-        model(torch.zeros(1, 3, 32, 32)).logits.sum().backward()
-    assert plan.kind is StepKind.STOCHASTIC_DEPTH
-    assert all(p.grad is None for index in plan.dropped for p in blocks[index].module.parameters())
-
-
-def test_reentrant_activation_checkpointing_is_refused_with_the_setting_to_use():
-    model = build("vit")
-    blocks = find_residual_blocks(model)
-    model.activation_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ConfigurationError, match=r'activation_checkpointing_kwargs=\{"use_reentrant": False\}'):
-        FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)))
-    FeatureReuse(model, [], FeatureReuseSchedule(0, stochastic_depth_steps=0, masked_freeze_steps=0))

@@ -1,14 +1,10 @@
-"""Skipping equals removing the blocks, to the bit, and leaves no trace."""
-
-import copy
-import io
-import pickle
+"""Skipped blocks are as if removed, kept ones may be scaled, and misuse is refused."""
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, NUM_LABELS, batch, build, snapshot
+from skipping_checks import chosen, every_architecture, gradients, run, same, without
+from tiny_models import NUM_LABELS, batch, build, snapshot
 from torch import nn
-from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification
 
 from hf_featreuse import (
@@ -21,48 +17,8 @@ from hf_featreuse import (
 )
 from hf_featreuse.skipping import check_exact, check_scalable
 
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 # Every architecture has at least four blocks; -1 is the last one.
 DROPPED = [(0,), (1,), (-1,), (0, 2), (1, 2, -1), "all"]
-
-
-class Shortcut(nn.Module):
-    """What is left of a block that was cut out: its input, in the form that the block returns."""
-
-    def __init__(self, num_outputs: int | None) -> None:
-        super().__init__()
-        self.num_outputs = num_outputs
-
-    def forward(self, x: torch.Tensor, *_: object, **__: object) -> object:
-        return x if self.num_outputs is None else (x, *(None,) * (self.num_outputs - 1))
-
-
-def chosen(blocks: list[ResidualBlock], indices: object) -> list[ResidualBlock]:
-    return list(blocks) if indices == "all" else [blocks[index] for index in indices]
-
-
-def without(model: nn.Module, blocks: list[ResidualBlock]) -> nn.Module:
-    """A copy of the model from which the blocks were cut out."""
-    model = copy.deepcopy(model)
-    for block in blocks:
-        parent, _, child = block.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Shortcut(block.num_outputs))
-    return model
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def run(model: nn.Module) -> torch.Tensor:
-    """Forward and backward in training mode; the logits."""
-    output = model.train()(**batch())
-    output.loss.backward()
-    return output.logits
-
-
-def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
 
 
 def inexact_model() -> PreTrainedModel:
@@ -185,133 +141,6 @@ def test_stream_may_be_another_argument_or_a_keyword(by_keyword):
         assert model.body[0](scale, stream=x)[1:] == (None, scale)
 
 
-# No trace
-
-
-@every_architecture
-@pytest.mark.parametrize("fails", [False, True])
-def test_context_leaves_no_trace(architecture, fails):
-    model = build(architecture)
-    blocks = find_residual_blocks(model)
-    scalable = architecture != "resnet"
-    run(model)  # Swin's first forward fits its windows to the input.
-    before = snapshot(model)
-    classes = [type(module) for module in model.modules()]
-    attributes = [{key: id(value) for key, value in vars(module).items()} for module in model.modules()]
-    try:
-        with skip_blocks(blocks[:2], kept=blocks[2:] if scalable else (), survival=[0.5] * 2 if scalable else ()):
-            inside = snapshot(model)
-            run(model)
-            if fails:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        assert fails
-    assert snapshot(model) == before
-    assert all(type(module) is plain for module, plain in zip(model.modules(), classes, strict=True))
-    assert [{key: id(value) for key, value in vars(module).items()} for module in model.modules()] == attributes
-    for key in ("keys", "requires_grad", "modes", "hooks"):
-        assert inside[key] == before[key], key
-    assert inside["classes"] != before["classes"]
-
-
-@every_architecture
-def test_class_inside_keeps_its_name_and_is_still_the_plain_class_to_isinstance(architecture):
-    model = build(architecture)
-    block = find_residual_blocks(model)[0]
-    plain, text = type(block.module), repr(model)
-    with skip_blocks([block]):
-        bound = type(block.module)
-        assert bound is not plain
-        assert isinstance(block.module, plain)
-        assert (bound.__name__, bound.__qualname__, bound.__module__) == (
-            plain.__name__,
-            plain.__qualname__,
-            plain.__module__,
-        )
-        assert repr(model) == text
-
-
-def test_subclass_is_made_once_a_class():
-    model = build("vit")
-    blocks, seen = find_residual_blocks(model), set()
-    for _ in range(3):
-        with skip_blocks(blocks):
-            seen |= {type(block.module) for block in blocks}
-    assert len(seen) == 1
-
-
-def copies(model: nn.Module):
-    """Every way of copying a model, by name."""
-    yield "deepcopy", copy.deepcopy(model)
-    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
-        yield f"pickle {protocol}", pickle.loads(pickle.dumps(model, protocol))
-    stream = io.BytesIO()
-    torch.save(model, stream)
-    stream.seek(0)
-    yield "torch.save", torch.load(stream, weights_only=False)
-
-
-@every_architecture
-def test_copies_made_inside_are_plain_and_whole(architecture):
-    model = build(architecture).eval()
-    blocks = find_residual_blocks(model)
-    expected, before = model(**batch()).logits, snapshot(model)
-    with skip_blocks(blocks[:3]):
-        skipped = model(**batch()).logits
-        for way, other in copies(model):
-            assert snapshot(other) == before, way
-            assert torch.equal(other(**batch()).logits, expected), way
-            assert next(other.parameters()) is not next(model.parameters()), way
-            found = find_residual_blocks(other)
-            assert [block.name for block in found] == [block.name for block in blocks], way
-            with skip_blocks(found[:3]):
-                assert torch.equal(other(**batch()).logits, skipped), way
-        # The original goes on skipping.
-        assert torch.equal(model(**batch()).logits, skipped)
-    assert snapshot(model) == before
-
-
-def test_copies_of_scaled_blocks_are_plain():
-    model = build("vit").eval()
-    blocks, before, expected = find_residual_blocks(model), snapshot(model), model(**batch()).logits
-    with skip_blocks([], kept=blocks, survival=[0.5] * 4):
-        assert not torch.equal(model(**batch()).logits, expected)
-        for way, other in copies(model):
-            assert snapshot(other) == before, way
-            assert torch.equal(other(**batch()).logits, expected), way
-
-
-def test_copy_of_a_bound_block_alone_is_plain():
-    block = find_residual_blocks(build("vit"))[0]
-    plain = type(block.module)
-    with skip_blocks([block]):
-        for way, other in copies(block.module):
-            assert type(other) is plain, way
-        assert type(copy.copy(block.module)) is plain
-
-
-class CopiesItself(nn.Linear):
-    """A block that has a deep copy of its own."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + super().forward(x)
-
-    def __deepcopy__(self, memo: dict) -> nn.Module:
-        other = type(self)(4, 4)
-        other.load_state_dict(self.state_dict())
-        return other
-
-
-def test_deep_copy_of_a_block_s_own_is_used_and_plain():
-    module, x = CopiesItself(4, 4), torch.ones(2, 4)
-    expected = module(x)
-    with skip_blocks([ResidualBlock("block", module)]):
-        other = copy.deepcopy(module)
-        assert type(other) is CopiesItself
-        assert torch.equal(other(x), expected)
-        assert torch.equal(module(x), x)
-
-
 # Scaling
 
 
@@ -384,97 +213,6 @@ def test_scaled_output_has_the_type_of_the_block_s_own():
     module = Halved(4, 4)
     with skip_blocks([], kept=[ResidualBlock("block", module)], survival=[0.7]):
         assert module(torch.ones(2, 4)).dtype == torch.bfloat16
-
-
-# Checkpointing
-
-
-# ConvNeXt and ResNet of transformers have no activation checkpointing.
-@pytest.mark.parametrize("architecture", ["vit", "swin"])
-@pytest.mark.parametrize("indices", [(0,), (1, 2), "all"])
-def test_checkpointing_gives_the_same_gradients(architecture, indices):
-    model, checkpointed = build(architecture), build(architecture)
-    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
-    for each in (model, checkpointed):
-        with skip_blocks(chosen(find_residual_blocks(each), indices)):
-            run(each)
-    assert all(map(same, gradients(checkpointed).values(), gradients(model).values()))
-
-
-@pytest.mark.parametrize("architecture", ["vit", "swin"])
-def test_checkpointing_gives_the_same_gradients_with_scaling(architecture):
-    model, checkpointed = build(architecture), build(architecture)
-    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
-    for each in (model, checkpointed):
-        blocks = find_residual_blocks(each)
-        with skip_blocks(blocks[:1], kept=blocks[1:], survival=[0.5] * 3):
-            run(each)
-    assert all(map(same, gradients(checkpointed).values(), gradients(model).values()))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.tanh(self.linear(x))
-
-
-class CheckpointedStage(nn.Module):
-    """Checkpointing around a whole stage: the forward of every block of it runs again in backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Linear(4, 4)
-        self.stage = nn.Sequential(Block(), Block(), Block())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(self.stage, self.stem(x), use_reentrant=False) if self.training else self.stage(self.stem(x))
-
-
-def stage_gradients(hold: bool, dropped: slice) -> list[torch.Tensor | None]:
-    model, x = CheckpointedStage().train(), torch.ones(2, 4)
-    blocks = find_residual_blocks(model, x)
-    assert [block.name for block in blocks] == ["stage.0", "stage.1", "stage.2"]
-    with skip_blocks(blocks[dropped]):
-        loss = model(x).square().sum()
-        if hold:
-            loss.backward()
-    if not hold:
-        loss.backward()
-    return [parameter.grad for parameter in model.parameters()]
-
-
-@pytest.mark.parametrize("dropped", [slice(0, 1), slice(1, 2), slice(1, 3)])
-def test_context_held_through_backward_is_right_under_stage_checkpointing(dropped):
-    model, x = CheckpointedStage().eval(), torch.ones(2, 4)
-    with skip_blocks(find_residual_blocks(model, x)[dropped]):
-        model(x).square().sum().backward()
-    assert all(map(same, stage_gradients(True, dropped), [parameter.grad for parameter in model.parameters()]))
-
-
-# Recomputation ends with the last tensor it needs, so blocks dropped at the end of a stage would not show.
-@pytest.mark.parametrize("dropped", [slice(0, 1), slice(1, 2), slice(0, 2)])
-def test_leaving_the_context_before_backward_shows_under_stage_checkpointing(dropped):
-    """Why the context must hold through backward: the recomputation would run what was skipped."""
-    try:
-        early = stage_gradients(False, dropped)
-    except CheckpointError:
-        return
-    assert not all(map(same, early, stage_gradients(True, dropped)))
-
-
-@pytest.mark.parametrize("indices", [(0,), (1, 2), "all"])
-def test_leaving_the_context_before_backward_shows_where_a_model_checkpoints_its_stages(indices):
-    """Swin does; ViT checkpoints inside each block, so that a dropped block is not computed again there."""
-    model = build("swin").train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    with skip_blocks(chosen(find_residual_blocks(model), indices)):
-        loss = model(**batch()).loss
-    with pytest.raises(CheckpointError):
-        loss.backward()
 
 
 # Errors: each before anything is changed
