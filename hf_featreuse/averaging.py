@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -58,14 +59,16 @@ class WeightAverage:
         check_decay(decay)
         self.model, self.decay = model, decay
         # Between steps, as in masked-freeze steps some parameters require no gradient.
-        self._names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        names += [name for name, tensor in model.named_buffers() if tensor.is_floating_point()]
+        # Where each lies: a model that is moved replaces buffers, and a walk over all modules in every step is slow.
+        self._places = {name: _place(model, name) for name in names}
         self._average = {name: tensor.clone() for name, tensor in self._tensors().items()}
         self._update = get_ema_multi_avg_fn(decay)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What is averaged, as the model has it now."""
-        found = {name: parameter.detach() for name, parameter in self.model.named_parameters() if name in self._names}
-        return found | {name: tensor for name, tensor in self.model.named_buffers() if tensor.is_floating_point()}
+        return {name: holder[key].detach() for name, (holder, key) in self._places.items()}
 
     def update(self) -> None:
         """Move the average; call it once after every optimizer step."""
@@ -124,6 +127,13 @@ class WeightAverage:
             return False
         self.load_state_dict(safetensors.torch.load_file(path), str(path))
         return True
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dictionary that holds a parameter or buffer, and its key there."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return (module._parameters if key in module._parameters else module._buffers), key
 
 
 def check_decay(value: object) -> None:

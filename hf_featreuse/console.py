@@ -194,8 +194,9 @@ class ConsoleCallback(TrainerCallback):
         kind = self.run.step_kind
         if kind is None:
             return
+        text = describe_kind(kind)
         for callback in self.run.callback_handler.callbacks:
-            _show_kind(callback, describe_kind(kind))
+            _show_kind(callback, text)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the closing summary."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class EngineTrainer(ExactTrainer):
     _dynamo_plugin: TorchDynamoPlugin | None = None
     # Parameters whose optimizer state in the last checkpoint is none of theirs.
     _without_state: Sequence[str] = ()
+    # Units of FSDP2: the classes of the blocks that were found.
+    _block_classes: Sequence[str] = ()
 
     @property
     def reuse_args(self) -> FeatureReuseArguments:
@@ -105,7 +107,7 @@ class EngineTrainer(ExactTrainer):
             tell_ranks_of_failure(error)
             raise
         check_ranks_agree(reuse)
-        self._shard_block_by_block(reuse)
+        self._block_classes = sorted({plain_class(block.module).__name__ for block in reuse.blocks})
         return reuse
 
     def _check_sharding(self) -> None:
@@ -122,17 +124,24 @@ class EngineTrainer(ExactTrainer):
                 f"{self.accelerator.distributed_type.value} here: every process holds the whole model."
             )
 
-    def _shard_block_by_block(self, reuse: FeatureReuse) -> None:
+    @contextlib.contextmanager
+    def _sharded_by_block(self) -> Iterator[None]:
         """Let FSDP2 gather the weights of each block alone, so that those of skipped blocks stay where they are."""
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is not None and plugin.transformer_cls_names_to_wrap is None and reuse.blocks:
-            # The model's own list may nest units, at which accelerate 1.15 stops for ViT, or miss the blocks.
-            names = {plain_class(block.module).__name__ for block in reuse.blocks}
-            plugin.transformer_cls_names_to_wrap = sorted(names)
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin is None or plugin.transformer_cls_names_to_wrap is not None or not self._block_classes:
+            yield
+            return
+        # The model's own list may nest units, at which accelerate 1.15 stops for ViT, or miss the blocks.
+        plugin.transformer_cls_names_to_wrap = list(self._block_classes)
+        try:
+            yield
+        finally:  # The plugin outlives this trainer; the next one may have another model.
+            plugin.transformer_cls_names_to_wrap = None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.model
-        with without_unknown_embeddings(model) if self.is_fsdp_enabled and model else contextlib.nullcontext():
+        if not self.is_fsdp_enabled or self.model is None:
+            return super()._prepare_for_training(*args, **kwargs)
+        with without_unknown_embeddings(self.model), self._sharded_by_block():
             return super()._prepare_for_training(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -68,7 +68,7 @@ def checkpoint_fault(folder: str | Path) -> str | None:
 
 def _weights_fault(folder: Path) -> str | None:
     for path in sorted(folder.rglob("*.safetensors")):
-        if not _is_whole_safetensors(path):
+        if not is_whole_safetensors(path):
             return f"{path.name} is cut short"
     for path in sorted(folder.rglob("*.index.json")):
         try:
@@ -180,7 +180,7 @@ def _step(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def _is_whole_safetensors(path: Path) -> bool:
+def is_whole_safetensors(path: Path) -> bool:
     """Whether the file is as long as its header says."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -132,4 +132,5 @@ def run_sharded(folder: Path, model: nn.Module | None = None, *, watch: bool = T
         "plans": [trainer.feature_reuse.plan(step) for step in range(trainer.state.max_steps)],
         "units": [name for name, module in trainer.model.named_modules() if type(module).__name__.startswith("FSDP")],
         "history": trainer.state.log_history,
+        "named_after": trainer.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap,
     }

@@ -146,6 +146,9 @@ def test_a_model_in_shards_needs_each_of_them(tmp_path):
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match="00002-of-00002"):
         check_folder_to_push(folder, "ada/x", new_card=True)
+    (folder / "model.safetensors.index.json").write_text(index[:30])
+    with pytest.raises(CheckpointError, match=r"index\.json is not whole"):
+        check_folder_to_push(folder, "ada/x", new_card=True)
 
 
 def test_a_short_card_says_what_the_configuration_says(tmp_path):
@@ -164,6 +167,8 @@ def test_without_a_network_the_error_says_so_and_how_to_push_again(tmp_path):
 def test_the_command_to_push_again_fits_a_shell_and_hides_the_token():
     target = Target("ada/x", "v 1", True, "hf_secret")
     assert target.again("my run") == "featreuse push 'my run' ada/x --revision 'v 1' --private"
+    assert Target("ada/x", private=False).again("run") == "featreuse push run ada/x --public"
+    assert Target("ada/x").again("run") == "featreuse push run ada/x"
 
 
 def test_a_checkpoint_in_shards_is_not_pushed_and_said(tmp_path, monkeypatch):
@@ -179,7 +184,26 @@ def test_a_checkpoint_in_shards_is_not_pushed_and_said(tmp_path, monkeypatch):
     assert list(tmp_path.glob("_push-*")) == []
 
 
+def test_a_configuration_that_was_cut_short_is_said(tmp_path):
+    folder = Path(save(tmp_path / "model"))
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:30])
+    with pytest.raises(CheckpointError, match=r"config\.json is not whole"):
+        check_folder_to_push(folder, "ada/x", new_card=True)
+
+
 # What a push in mid-run is made of
+
+
+@pytest.mark.parametrize(("strategy", "resumes"), [("every_save", False), ("all_checkpoints", True)])
+def test_a_snapshot_keeps_the_optimizer_only_where_it_is_sent(tmp_path, strategy, resumes):
+    trainer = FeatureReuseTrainer(build("vit"), config(tmp_path, hub_strategy=strategy, max_steps=1))
+    checkpoint = Path(save(tmp_path / "checkpoint-1"))
+    (checkpoint / "optimizer.pt").write_bytes(b"moments")
+    jobs = trainer._checkpoint_jobs(checkpoint)
+    assert len(jobs) == 1 + resumes
+    for snapshot, *_ in jobs:
+        assert (snapshot / "optimizer.pt").is_file() == resumes
+        assert (snapshot / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
@@ -255,6 +279,26 @@ def test_the_card_of_a_plain_module_is_not_that_of_a_transformers_model(tmp_path
         assert "PlainNet()" in card and "transformers model" not in card and "pipeline(" not in card, name
         assert "library_name: transformers" not in card and "- transformers\n" not in card.split("\n---\n")[0]
         assert not (folder / "config.json").exists()
+
+
+def test_the_card_gives_the_results_of_the_best_model_where_it_was_loaded(tmp_path):
+    accuracies = iter((0.5, 0.9, 0.1, 0.3))
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}
+    trainer = FeatureReuseTrainer(
+        build("vit"),
+        config(tmp_path, **options, **best),
+        train_dataset=examples(8),
+        eval_dataset=examples(4),
+        compute_metrics=lambda _: {"accuracy": next(accuracies)},
+    )
+    trainer.train()
+    trainer.create_model_card()
+    assert trainer.state.best_global_step == 2
+    assert "90.00" in (tmp_path / "README.md").read_text()
+    trainer.evaluate()
+    trainer.create_model_card()
+    assert "30.00" in (tmp_path / "README.md").read_text()
 
 
 def test_tags_of_the_model_are_on_the_card(tmp_path):

@@ -231,15 +231,7 @@ def test_the_number_of_ranks_changes_nothing(tmp_path: Path):
     whole = run(tmp_path, per_device_train_batch_size=8, max_steps=4)
     script = tmp_path / "train.py"
     script.write_text(_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]

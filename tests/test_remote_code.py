@@ -1,13 +1,16 @@
 """A checkpoint that brings its own code is loaded without running it."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from tiny_models import build
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from hf_featreuse import CheckpointError, WeightAverage
 from hf_featreuse.cli import main
-from hf_featreuse.small_models import small_image_processor
+from hf_featreuse.hub.averaged import save_averaged
+from hf_featreuse.small_models import small_config, small_image_processor
 
 CODE = """
 from pathlib import Path
@@ -23,11 +26,16 @@ class OwnModel(ViTForImageClassification):
 """
 
 
+def small_vit() -> PreTrainedModel:
+    """With the ten classes of the digits, so that every verb can do its work."""
+    return AutoModelForImageClassification.from_config(small_config("vit", 8, num_labels=10))
+
+
 @pytest.fixture(params=["vit", "of_its_own"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A ViT whose configuration names classes of a file beside it, under a known model type or one of its own."""
     folder = tmp_path / "checkpoint"
-    model = build("vit")
+    model = small_vit()
     model.save_pretrained(folder)
     small_image_processor(model.config, model.config.image_size).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -42,6 +50,10 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
+def is_unknown(checkpoint: Path) -> bool:
+    return "of_its_own" in (checkpoint / "config.json").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("verb", ["inspect", "analyze", "prune"])
 def test_no_verb_runs_it(verb: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     further = {
@@ -52,6 +64,15 @@ def test_no_verb_runs_it(verb: str, checkpoint: Path, tmp_path: Path, capsys: py
     code = main([verb, str(checkpoint), *further[verb]])
     message = capsys.readouterr().err
     assert not (tmp_path / "ran").exists(), message
-    if "of_its_own" in (checkpoint / "config.json").read_text(encoding="utf-8"):
+    if is_unknown(checkpoint):
         assert code == 1
         assert "trust_remote_code" in message or "of_its_own" in message
+    else:
+        assert code == 0, message
+
+
+def test_a_push_of_averaged_weights_does_not_run_it(checkpoint: Path, tmp_path: Path) -> None:
+    WeightAverage(small_vit(), decay=0.5).save(checkpoint)
+    with pytest.raises(CheckpointError, match="cannot be loaded") if is_unknown(checkpoint) else nullcontext():
+        save_averaged(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()

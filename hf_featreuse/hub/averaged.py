@@ -28,7 +28,9 @@ def save_averaged(checkpoint: Path, folder: str | Path) -> list[Path]:
             f"with `max_steps` at its own step first; or delete {AVERAGE_FILE} to push the weights as they train."
         )
     try:
-        model = AutoModelForImageClassification.from_pretrained(checkpoint, local_files_only=True)
+        model = AutoModelForImageClassification.from_pretrained(
+            checkpoint, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"The model in {checkpoint} cannot be loaded to give it the weights of {AVERAGE_FILE}: "

@@ -8,21 +8,22 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from hf_featreuse.averaging import AVERAGE_FILE
 from hf_featreuse.errors import CheckpointError, ConfigurationError
 from hf_featreuse.hub.averaged import save_averaged
 from hf_featreuse.hub.card import build_model_card
 from hf_featreuse.hub.sending import CARD_FILE, Target, make_repository, send
+from hf_featreuse.whole_checkpoints import is_whole_safetensors
 
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Never pushed. `training_args.bin` is a pickle of the training arguments, the user's token among them.
 PRIVATE = ("training_args.bin", "_*", ".*", "__pycache__")
 # What a checkpoint holds for resuming alone.
@@ -35,6 +36,7 @@ _ELSEWHERE = ("run-*", "unfinished-*")
 _CHECKPOINTS = (f"{PREFIX_CHECKPOINT_DIR}-*", "last-checkpoint")
 # Of a model, in one file or in shards.
 _WEIGHTS = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+_SAVE_AGAIN = "Save the model again, or push an earlier checkpoint of it."
 _REPOSITORY_LINE = re.compile(r'^repository = "[^"\n]*"$', re.MULTILINE)
 
 
@@ -162,41 +164,41 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _check_weights(folder: Path) -> None:
     """Raise unless the folder holds a configuration and every file of its weights, whole."""
-    if (folder / ADAPTER_CONFIG).is_file():
-        needed, weights = ADAPTER_WEIGHTS, [folder / ADAPTER_WEIGHTS]
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        needed, weights = ADAPTER_SAFE_WEIGHTS_NAME, [folder / ADAPTER_SAFE_WEIGHTS_NAME]
     else:
         needed, weights = f"{CONFIG_NAME} and {SAFE_WEIGHTS_NAME}", [folder / SAFE_WEIGHTS_NAME]
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            weights = [folder / shard for shard in sorted(shards)]
+            weights = [folder / shard for shard in sorted(set(_read(index)["weight_map"].values()))]
         if not (folder / CONFIG_NAME).is_file():
             weights = []
-    if not weights or not weights[0].is_file():
+    if not any(path.is_file() for path in weights):
         raise ConfigurationError(
             f"`{folder}` holds no model: {needed} are looked for. Pass the `output_dir` of a run after "
             "`save_model()`, or one of its folders `checkpoint-<step>`."
         )
     for path in weights:
-        try:
-            # The header says how long the file is; nothing else is read.
-            with safe_open(path, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} is not whole: {error}. Save the model again, or push an earlier checkpoint of it."
-            ) from error
+        if not path.is_file() or not is_whole_safetensors(path):
+            raise CheckpointError(f"{path} is not whole: it is missing or cut short. {_SAVE_AGAIN}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not whole: {error}. {_SAVE_AGAIN}") from error
 
 
 def _short_card(folder: Path, repo_id: str) -> str:
     """A card of what the configuration says."""
-    if (folder / ADAPTER_CONFIG).is_file():
-        adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        adapter = _read(folder / ADAPTER_CONFIG_NAME)
         peft_type, base = str(adapter["peft_type"]), adapter.get("base_model_name_or_path")
     else:
         peft_type, base = None, None
     config = folder / CONFIG_NAME
-    names = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    names = _read(config).get("architectures") if config.is_file() else None
     card = build_model_card(
         model_name=repo_id,
         base_model=base,

@@ -157,7 +157,7 @@ class HubTrainer(Trainer):
         self._finish_current_push()
         if self.hub_model_id is None or revision is not None:
             self.init_hf_repo(token=token, private=private, revision=revision)
-            self.create_model_card(**kwargs)  # Which names the repository now.
+            self._write_card(folder, **card_arguments(kwargs))  # Which names the repository now.
         target, message = self._target(token, revision, private), commit_message or "End of training"
         if blocking:
             return self._send(folder, target, message, folder)
@@ -201,19 +201,23 @@ class HubTrainer(Trainer):
     def _checkpoint_jobs(self, checkpoint: Path) -> list[_Job]:
         """Pushes of the model of a checkpoint and, where the strategy says so, of the checkpoint, as they are now."""
         target, message = self._target(), f"Training in progress, step {self.state.global_step}"
-        model, strategy = self._model_snapshot(checkpoint), self.args.hub_strategy
+        strategy = self.args.hub_strategy
+        resumes = strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        model = self._model_snapshot(checkpoint, for_resuming=resumes)
         jobs = [(model, target, message, "", False)]
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        if resumes:
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            whole = model if self.weight_average is None else self._snapshot(checkpoint, _link_or_copy)
+            whole = model
+            if self.weight_average is not None:
+                whole = self._snapshot(checkpoint, _link_or_copy, for_resuming=True)
             jobs.append((whole, target, f"{message}, checkpoint", f"{name}/", True))
         return jobs
 
-    def _model_snapshot(self, checkpoint: Path) -> Path:
+    def _model_snapshot(self, checkpoint: Path, for_resuming: bool) -> Path:
         """The model of a checkpoint, with a card; with `ema_decay` the averaged one, whose results the card gives."""
         if self.weight_average is None:
             # Links cost no space, and stay when the checkpoint itself is deleted.
-            snapshot = self._snapshot(checkpoint, _link_or_copy)
+            snapshot = self._snapshot(checkpoint, _link_or_copy, for_resuming)
         else:
             snapshot = self._new_snapshot()
             with self.weight_average.applied():
@@ -226,10 +230,10 @@ class HubTrainer(Trainer):
     def _new_snapshot(self) -> Path:
         return Path(tempfile.mkdtemp(prefix=_SNAPSHOT_PREFIX, dir=str(self.args.output_dir)))
 
-    def _snapshot(self, folder: Path, copy: Callable[[str, str], Any]) -> Path:
-        """Keep the files of a folder as they are now, beside the run."""
+    def _snapshot(self, folder: Path, copy: Callable[[str, str], Any], for_resuming: bool = False) -> Path:
+        """Keep the files of a folder as they are now, beside the run; those for resuming only where they are sent."""
         snapshot = self._new_snapshot()
-        for name, path in files_to_push(folder, for_resuming=True).items():
+        for name, path in files_to_push(folder, for_resuming=for_resuming).items():
             (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
             copy(str(path), str(snapshot / name))
         return snapshot

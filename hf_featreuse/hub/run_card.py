@@ -69,8 +69,7 @@ def write_run_card(
         model = model.get_base_model()
     is_pretrained = isinstance(model, PreTrainedModel)
     # The full id, where there is a repository: the snippet on the card loads from it.
-    name = trainer.hub_model_id or model_name or args.hub_model_id or Path(str(args.output_dir)).resolve().name
-    evaluations = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+    name = trainer.hub_model_id or model_name or trainer._target().repo_id
     steps = {"steps": trainer.state.global_step}
     if trainer.state.global_step < trainer.state.max_steps:
         steps["steps_planned"] = trainer.state.max_steps
@@ -79,7 +78,7 @@ def write_run_card(
         base_model=base,
         dataset_name=dataset if dataset is None or isinstance(dataset, str) else ", ".join(dataset),
         settings=trainer.reuse_args.settings(),
-        metrics={key: value for key, value in (evaluations or [{}])[-1].items() if _is_metric(key, value)},
+        metrics={key: value for key, value in _evaluation(trainer).items() if _is_metric(key, value)},
         license=license or (licence_of(base) if base and is_hub_id(base) else None),
         plot_file=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
         architecture=unsharded_class(model).__name__,
@@ -94,6 +93,20 @@ def write_run_card(
     given = [tags] if isinstance(tags, str) else tags or ()
     card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *of_model, *given]))
     card.save(folder / CARD_FILE)
+
+
+def _evaluation(trainer: FeatureReuseTrainer) -> dict[str, Any]:
+    """The last evaluation of the run; where training loaded its best model and none followed, that of this model."""
+    state = trainer.state
+    places = [at for at, entry in enumerate(state.log_history) if any(key.startswith("eval_") for key in entry)]
+    if not places:
+        return {}
+    last = state.log_history[places[-1]]
+    has_ended = any("train_runtime" in entry for entry in state.log_history[places[-1] :])
+    if not has_ended or not trainer.args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return last
+    at_best = [state.log_history[at] for at in places if state.log_history[at].get("step") == state.best_global_step]
+    return (at_best or [last])[-1]
 
 
 def _is_metric(key: str, value: object) -> bool:

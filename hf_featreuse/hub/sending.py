@@ -51,7 +51,7 @@ class Target:
     def again(self, folder: str | Path) -> str:
         """The command that pushes a folder here; a checkpoint of a run has no card yet."""
         more = [f"--revision {shlex.quote(self.revision)}"] if self.revision else []
-        more += ["--private"] if self.private else []
+        more += {True: ["--private"], False: ["--public"], None: []}[self.private]
         has_card = (Path(folder) / CARD_FILE).is_file()
         more += ["--new_card"] if not has_card and any(Path(folder).glob("*.safetensors")) else []
         return shlex.join(["featreuse", "push", str(folder), self.repo_id]) + "".join(f" {flag}" for flag in more)
