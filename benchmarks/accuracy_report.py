@@ -18,6 +18,7 @@ from pathlib import Path
 from accuracy import ARMS, BUDGETS, DEFAULT_OUT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from reporting import write_between
 from scipy.stats import t as student
 from tasks import MODELS, TASKS
 
@@ -194,8 +195,7 @@ def main() -> None:
         text += "\n".join(["", "### Settings tried on the validation part", "", *search, ""])
     plot(found, ROOT / "docs" / "images" / "accuracy.png")
     picture = "![Accuracy points over vanilla training, with 95 % intervals](images/accuracy.png)"
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{picture}\n\n{text}\n{END}{rest.partition(END)[2]}")
+    write_between(PAGE, BEGIN, END, f"{picture}\n\n{text}")
 
 
 if __name__ == "__main__":

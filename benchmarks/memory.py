@@ -15,16 +15,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from overhead import saved_for_backward
+from reporting import versions, write_between
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -39,7 +38,6 @@ BEGIN, END = "<!-- begin: benchmarks/memory.py -->", "<!-- end -->"
 MEGABYTE = 1e6
 RATES, GRAINS, CYCLES = (0.5, 0.2), ("batch", "sample"), 4
 KINDS = (StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE)
-PARTS = ("activations", "gradients", "moments", "peak")
 
 
 def vit_small() -> nn.Module:
@@ -268,6 +266,12 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def page(found: dict[str, Any]) -> str:
+    """What the page shows: the picture and the tables."""
+    alternative = "Memory of each kind of step by its parts (SD: stochastic depth, MF: masked freeze)"
+    return f"![{alternative}](images/{PICTURE.name})\n\n{tables(found)}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="fake", choices=("fake", "cpu", "cuda"))
@@ -276,13 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="Measure nothing, write the page.")
     options = parser.parse_args(arguments)
     if not options.report:
-        versions = (
-            f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-        )
-        device = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.device} tensors of a CPU"
+        devices = {"fake": "fake tensors of a CPU", "cpu": "CPU"}
+        device = torch.cuda.get_device_name() if options.device == "cuda" else devices[options.device]
         found: dict[str, Any] = {
             "device": device,
-            "versions": versions,
+            "versions": versions(),
             "batch_size": options.batch_size,
             "models": {},
         }
@@ -295,8 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json == RESULTS:
         found = json.loads(RESULTS.read_text(encoding="utf-8"))
         plot(found, PICTURE)
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{tables(found)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        write_between(PAGE, BEGIN, END, f"{page(found)}\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_featreuse import FeatureReuse, FeatureReuseConfig, FeatureReuseTrainer, find_residual_blocks
 
-MEGABYTE = 2**20
+MEBIBYTE = 2**20
 
 
 def kind_row(kind: str, granularity: str) -> str:
@@ -94,4 +94,4 @@ def step_memory(model, reuse: FeatureReuse, step: int, batch: dict[str, torch.Te
         loss.backward()
     peak += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
-    return (torch.cuda.max_memory_allocated() if is_cuda else peak) / MEGABYTE
+    return (torch.cuda.max_memory_allocated() if is_cuda else peak) / MEBIBYTE

@@ -19,6 +19,7 @@ import speed
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from reporting import write_between
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -115,8 +116,7 @@ def main() -> None:
         print(speed.table(found), flush=True)
     found = load()
     plot(found, ROOT / "docs" / "images" / "performance.png")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{page(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    write_between(PAGE, BEGIN, END, page(found))
 
 
 if __name__ == "__main__":

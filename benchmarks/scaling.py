@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from overhead import saved_for_backward
+from reporting import write_between
 from step_model import ENGINES, VANILLA, Hardware, Parts, ddp_step
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -186,8 +187,7 @@ def main() -> None:
         RESULTS.write_text(json.dumps(measured) + "\n", encoding="utf-8")
     text = tables(load())
     print(text)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    write_between(PAGE, BEGIN, END, f"{text}\n")
 
 
 if __name__ == "__main__":

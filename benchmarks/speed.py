@@ -19,7 +19,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 import torch
 import transformers
 from overhead import kind_row, measure_discovery, measure_memory, measure_overhead
+from reporting import versions
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.models.beit.modeling_beit import BeitDropPath
@@ -259,7 +259,7 @@ def table(figures: dict) -> str:
     """The figures as a Markdown table."""
     base = statistics.mean(figures["seconds"]["Trainer"])
     lines = [
-        "| step | mean s | ratio to Trainer | FLOP bound | ratio / bound | memory MB | steps |",
+        "| step | mean s | ratio to Trainer | FLOP bound | ratio / bound | memory MiB | steps |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
@@ -287,8 +287,7 @@ def described(options: argparse.Namespace) -> dict:
     return {
         "device": "CPU" if on_cpu else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}",
+        "versions": versions(),
         "settings": {key: value for key, value in vars(options).items() if key != "json"},
     }
 

@@ -127,4 +127,4 @@ def test_on_a_gpu_the_peak_is_what_was_allocated() -> None:
 def test_the_page_shows_what_was_measured() -> None:
     found = memory.json.loads(memory.RESULTS.read_text(encoding="utf-8"))
     assert set(found["models"]) == set(memory.MODELS)
-    assert memory.tables(found) in memory.PAGE.read_text(encoding="utf-8")
+    assert memory.page(found) in memory.PAGE.read_text(encoding="utf-8")
