@@ -36,7 +36,6 @@ _ELSEWHERE = ("run-*", "unfinished-*")
 _CHECKPOINTS = (f"{PREFIX_CHECKPOINT_DIR}-*", "last-checkpoint")
 # Of a model, in one file or in shards.
 _WEIGHTS = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
-_SAVE_AGAIN = "Save the model again, or push an earlier checkpoint of it."
 _REPOSITORY_LINE = re.compile(r'^repository = "[^"\n]*"$', re.MULTILINE)
 
 
@@ -180,14 +179,19 @@ def _check_weights(folder: Path) -> None:
         )
     for path in weights:
         if not path.is_file() or not is_whole_safetensors(path):
-            raise CheckpointError(f"{path} is not whole: it is missing or cut short. {_SAVE_AGAIN}")
+            raise CheckpointError(
+                f"{path} is not whole: it is missing or cut short. Save the model again, or push an earlier checkpoint "
+                "of it."
+            )
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not whole: {error}. {_SAVE_AGAIN}") from error
+        raise CheckpointError(
+            f"{path} is not whole: {error}. Save the model again, or push an earlier checkpoint of it."
+        ) from error
 
 
 def _short_card(folder: Path, repo_id: str) -> str:
