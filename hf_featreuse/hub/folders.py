@@ -180,8 +180,8 @@ def _check_weights(folder: Path) -> None:
     for path in weights:
         if not path.is_file() or not is_whole_safetensors(path):
             raise CheckpointError(
-                f"{path} is not whole: it is missing or cut short. Save the model again, or push an earlier checkpoint "
-                "of it."
+                f"{path} is not whole: it is missing or cut short. Save the model again, or push an earlier "
+                "checkpoint of it."
             )
 
 
