@@ -1,11 +1,11 @@
-r"""Accuracy of vanilla training, drop path, stochastic depth, masked freeze and feature reuse, over seeds.
+r"""Accuracy of plain training, drop path, stochastic depth, masked freeze and feature reuse, over seeds.
 
     OMP_NUM_THREADS=1 python benchmarks/accuracy.py --tasks digits digits-few --jobs 2
-    OMP_NUM_THREADS=1 python benchmarks/accuracy.py --jobs 2 --data uoft-cs/cifar10 \
-        --tasks cifar10 cifar10-few finetune
+    OMP_NUM_THREADS=1 python benchmarks/accuracy.py --jobs 2 --data uoft-cs/cifar10 --tasks cifar10-long
 
-Every run ends as one line of JSON in --out, and a run that is there is not run again: stop and start at will.
-`python benchmarks/accuracy_report.py` makes tables and plots of the lines.
+Every run ends as one line of JSON in --out, with all options of the method and of the recipe and the commit. A run
+whose options are all there is not run again: stop and start at will. `python benchmarks/accuracy_report.py` makes
+tables and plots of the lines.
 
 Each arm runs at equal optimizer steps ("steps") and, where its steps are cheaper than plain ones, at equal arithmetic
 ("arithmetic"): with as many more steps as the arithmetic of the plain run allows. "arithmetic-65" allows 65 % of it.
@@ -22,17 +22,19 @@ import json
 import multiprocessing
 import os
 import platform
+import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from tasks import MODELS, TASKS, Images, load
+from tasks import MODELS, RECIPE, TASKS, Images, load, recipe_of
 from transformers import AutoModelForImageClassification, PrinterCallback
-from variants import VariantConfig, VariantTrainer, mean_share
+from variants import VARIANTS, VariantConfig, VariantTrainer, mean_share
 
-from hf_featreuse import find_residual_blocks, measure_step_costs, skip_blocks
+from hf_featreuse import FeatureReuseArguments, find_residual_blocks, measure_step_costs, skip_blocks
 from hf_featreuse.metrics import build_compute_metrics, rank_top_k
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
 
@@ -48,6 +50,7 @@ ARMS = {
     "feature_reuse_sample": {"drop_granularity": "sample"},
     "drop_path": {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
 }
+PLAIN = ("vanilla", "drop_path")
 # Share of the plain run's arithmetic that a run may take; with `None` it takes as many steps.
 BUDGETS = {"steps": None, "arithmetic": 1.0, "arithmetic-65": 0.65}
 # The model's own drop path, where it has one.
@@ -56,25 +59,45 @@ MODEL_OPTIONS = {"drop_path": "drop_path_rate=0.2"}
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the results, before it was run."""
+    """One line of the results, before it was run.
+
+    Args:
+        task, model_type, arm, budget, seed, split, steps: as the command's options.
+        method (`dict`): every option of the method; of plain training, only the numbers of steps.
+        recipe (`dict`): learning rate and the like, whole.
+    """
 
     task: str
     model_type: str
     arm: str
-    options: str
     budget: str
     seed: int
     split: str
     steps: int | None = None
+    method: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple:
-        return tuple(vars(self).values())
+    def key(self) -> str:
+        """What makes it the same run as another."""
+        return json.dumps(vars(self), sort_keys=True)
+
+
+def resolved_method(arm: str, settings: str = "") -> dict[str, Any]:
+    """Every option of the method of an arm, defaults included; of a plain one, only those that make it plain."""
+    if arm in PLAIN:
+        return dict(ARMS[arm])
+    defaults = FeatureReuseArguments().settings() | {
+        option.name: option.default for option in fields(VariantConfig) if option.name in VARIANTS
+    }
+    return defaults | parse_overrides(settings) | ARMS[arm]
 
 
 def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: str) -> VariantTrainer:
     task = TASKS[run.task]
-    overrides = ",".join(filter(None, [task.models[run.model_type], MODEL_OPTIONS.get(run.arm, "")]))
+    recipe = run.recipe
+    weights = "" if recipe["first_weights"] is None else f"initializer_range={recipe['first_weights']}"
+    overrides = ",".join(filter(None, [task.models[run.model_type], MODEL_OPTIONS.get(run.arm, ""), weights]))
     torch.manual_seed(run.seed)
     config = small_config(run.model_type, task.image_size, num_labels=len(task.classes), overrides=overrides)
     if task.start is None:
@@ -88,8 +111,9 @@ def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: 
         max_steps=max_steps,
         per_device_train_batch_size=task.batch_size,
         per_device_eval_batch_size=500,
-        learning_rate=task.learning_rate,
-        weight_decay=0.05,
+        learning_rate=recipe["learning_rate"],
+        weight_decay=recipe["weight_decay"],
+        label_smoothing_factor=recipe["label_smoothing"],
         warmup_steps=max_steps // 10,
         lr_scheduler_type="cosine",
         seed=run.seed,
@@ -99,7 +123,7 @@ def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: 
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
-        **{**parse_overrides(run.options), **ARMS[run.arm]},
+        **run.method,
     )
     trainer = VariantTrainer(
         model,
@@ -122,7 +146,8 @@ def make_start(task: str, model_type: str, data_name: str | None) -> None:
     """Train a model plainly for others to start from, on training images alone."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     transformers.utils.logging.set_verbosity_error()
-    run = Run(task, model_type, "vanilla", "", "steps", seed=0, split="validation")
+    method, recipe = resolved_method("vanilla"), recipe_of(task, model_type, "vanilla")
+    run = Run(task, model_type, "vanilla", "steps", 0, "validation", method=method, recipe=recipe)
     train, test = load(TASKS[task], run.seed, run.split, data_name)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(run, train, test, TASKS[task].steps, folder)
@@ -159,56 +184,73 @@ def execute(run: Run, data_name: str | None, keep: Path | None = None) -> dict:
             kept = keep / "-".join((run.task, run.model_type, run.arm, run.budget, str(run.seed)))
             trainer.save_model(str(kept))
             small_image_processor(trainer.model.config, task.image_size).save_pretrained(kept)
+        trainer.label_smoother = None  # The loss of the labels themselves, comparable between recipes.
         metrics = trainer.evaluate()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         costs = trainer.step_costs
         few = test.rows(slice(_ROBUSTNESS_IMAGES))
-        dropped = []
-        for block in find_residual_blocks(trainer.model):
-            with skip_blocks([block]):
-                dropped.append(trainer.evaluate(few)["eval_accuracy"])
+        found = find_residual_blocks(trainer.model)
+
+        def without(blocks: list) -> float:
+            with skip_blocks(blocks):
+                return round(trainer.evaluate(few)["eval_accuracy"], 4)
+
+        robustness = {
+            "accuracy_of_these_images": without([]),
+            "accuracy_without_block": [without([block]) for block in found],
+            "accuracy_without_last_quarter": without(found[len(found) - len(found) // 4 :]),
+            "accuracy_without_last_half": without(found[len(found) // 2 :]),
+        }
     share = mean_share(trainer.args, costs, len(trainer.feature_reuse.blocks), steps) if costs else 1.0
     return {
-        **asdict(run),
+        **vars(run),
         "trained_steps": steps,
         "accuracy": round(metrics["eval_accuracy"], 6),
         "test_loss": round(metrics["eval_loss"], 5),
         "train_loss": round(logs[-1]["loss"], 5),
+        "train_loss_by_kind": {key: round(value, 5) for key, value in logs[-1].items() if key.startswith("loss/")},
         "compute_share": round(share, 5),
-        "accuracy_without_block": [round(accuracy, 4) for accuracy in dropped],
+        **robustness,
         "seconds": round(result.metrics["train_runtime"], 1),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """The commit of this tree, with a plus if it was changed since."""
+    asked = ("git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*")
+    done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def planned(options: argparse.Namespace) -> list[Run]:
     """Every run that was asked for, seed by seed, so that an early stop leaves whole comparisons."""
-    plain = ("vanilla", "drop_path")
     return [
         Run(
             task=task,
             model_type=model_type,
             arm=arm,
-            options=settings,
             budget=budget,
             seed=seed,
             split=options.split,
             steps=options.steps,
+            method=resolved_method(arm, settings),
+            recipe=recipe_of(task, model_type, arm) | parse_overrides(changed),
         )
         for seed in options.seeds
         for task in options.tasks
         for model_type in options.models
         for arm in options.arms
-        for settings in ([""] if arm in plain else options.options)
+        for settings in ([""] if arm in PLAIN else options.options)
+        for changed in options.recipes
         for budget in options.budgets
-        if applies(arm, model_type, budget, settings)
+        if applies(arm, model_type, budget)
     ]
 
 
-def applies(arm: str, model_type: str, budget: str, settings: str) -> bool:
+def applies(arm: str, model_type: str, budget: str) -> bool:
     """Whether there is such a run: plain steps cost the same at both budgets; drop path is ConvNeXt's own."""
-    if model_type == "resnet" and "scale_kept=true" in settings:
-        return False
     if arm == "drop_path":
         return model_type == "convnext" and budget == "steps"
     if arm == "feature_reuse_sample":
@@ -229,6 +271,13 @@ def main() -> None:
         default=[""],
         help="Options of the arms that drop, as in drop_rate=0.2,train_trunk=true; several are tried in turn.",
     )
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=[""],
+        help=f"What to change in the recipe, as in learning_rate=2e-3; of {', '.join(RECIPE)}. Several are tried in "
+        "turn.",
+    )
     parser.add_argument("--steps", type=int, help="Optimizer steps of a plain run; by default the task's.")
     parser.add_argument("--split", default="test", choices=("test", "validation"), help="Where accuracy is measured.")
     parser.add_argument("--data", help="Name or folder of CIFAR-10, for the tasks that take it.")
@@ -240,7 +289,7 @@ def main() -> None:
         parser.error("these tasks need `--data`, the name or folder of CIFAR-10, such as uoft-cs/cifar10")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lines = options.out.read_text().splitlines() if options.out.exists() else []
-    known = {tuple(json.loads(line)[field.name] for field in fields(Run)) for line in lines}
+    known = {Run(**{option.name: json.loads(line)[option.name] for option in fields(Run)}).key for line in lines}
     runs = [run for run in planned(options) if run.key not in known]
     print(f"{len(runs)} runs to do, {len(planned(options)) - len(runs)} done before")
     context = multiprocessing.get_context("spawn")
@@ -256,7 +305,8 @@ def main() -> None:
                 file.write(json.dumps(record) + "\n")
             print(
                 f"{count}/{len(runs)} {record['task']} {record['model_type']} {record['arm']} {record['budget']} "
-                f"seed {record['seed']}: {record['accuracy']:.1%}, {record['seconds']:.0f} s",
+                f"{record['recipe']['learning_rate']:g} seed {record['seed']}: {record['accuracy']:.1%}, "
+                f"{record['seconds']:.0f} s",
                 flush=True,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Task:
         start (`str`, *optional*): task whose plainly trained model the run starts from; `None` starts from scratch.
         shift (`int`): pixels by which training images are shifted at random; flips too where it is not 0.
         batch_size (`int`): images in an optimizer step.
-        learning_rate (`float`): peak of the one-cycle schedule.
+        recipe (`dict`): what differs from `RECIPE`.
     """
 
     image_size: int
@@ -41,7 +42,7 @@ class Task:
     start: str | None = None
     shift: int = 0
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 _DIGITS = {"vit": "", "convnext": "hidden_sizes=[24,48],depths=[2,4]", "resnet": ""}
@@ -56,6 +57,7 @@ TASKS = {
     "digits": Task(8, 400, _DIGITS),
     "digits-few": Task(8, 400, _DIGITS, train_images=150),
     "cifar10": Task(32, 600, _CIFAR10, data=True, train_images=10_000, test_images=4000, shift=4),
+    "cifar10-long": Task(32, 4000, _CIFAR10, data=True, train_images=2000, test_images=4000, shift=4),
     "cifar10-few": Task(32, 600, _CIFAR10, data=True, train_images=500, test_images=4000, shift=4),
     "six-classes": Task(32, 2000, _CIFAR10, data=True, classes=_SIX, test_images=4000, shift=4),
     "finetune": Task(
@@ -68,9 +70,16 @@ TASKS = {
         classes=_FOUR,
         start="six-classes",
         shift=4,
-        learning_rate=5e-4,
+        recipe={"learning_rate": 5e-4},
     ),
 }
+# Peak of the one-cycle schedule, AdamW's weight decay, label smoothing, standard deviation of a model's first weights.
+RECIPE = {"learning_rate": 1e-3, "weight_decay": 0.05, "label_smoothing": 0.0, "first_weights": None}
+
+
+def recipe_of(task: str, model_type: str, arm: str) -> dict[str, Any]:
+    """The recipe with which an arm is compared, whole."""
+    return RECIPE | TASKS[task].recipe
 
 
 class Images(torch.utils.data.Dataset):

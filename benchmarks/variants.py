@@ -15,6 +15,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_featreuse import FeatureReuseConfig, FeatureReuseTrainer, StepCosts, StepKind, StepPlan, train_only
 
+VARIANTS = ("second_batch", "join_gradients", "freeze_learning_rate")
+
 
 @dataclass
 class VariantConfig(FeatureReuseConfig):
