@@ -45,8 +45,12 @@ _ROBUSTNESS_IMAGES = 1000
 ARMS = {
     "vanilla": {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
     "stochastic_depth": {"masked_freeze_steps": 0},
+    "stochastic_depth_then_plain": {"masked_freeze_steps": 0, "vanilla_steps": 1},
     "masked_freeze": {"stochastic_depth_steps": 0},
+    "layer_drop_back": {"stochastic_depth_steps": 0, "vanilla_steps": 1, "drop_rate_schedule": "uniform"},
     "feature_reuse": {},
+    "stochastic_depth_unscaled": {"masked_freeze_steps": 0, "scale_kept": False},
+    "feature_reuse_unscaled": {"scale_kept": False},
     "feature_reuse_sample": {"drop_granularity": "sample"},
     "drop_path": {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
 }
@@ -164,8 +168,11 @@ def steps_at_equal_arithmetic(run: Run, steps: int) -> int:
         trainer = make_trainer(run, blank, blank, steps, folder)
         blocks = find_residual_blocks(trainer.model)
         costs = measure_step_costs(trainer.model, blocks, train_trunk=trainer.args.train_trunk)
-        share = BUDGETS[run.budget]
-        return round(share * steps / mean_share(trainer.args, costs, len(blocks), steps))
+        arithmetic, found = BUDGETS[run.budget] * steps, steps
+        # With a window, and with rates that change, the mean step depends on how many there are.
+        for _ in range(5):
+            found = round(arithmetic / mean_share(trainer.args, costs, len(blocks), found))
+        return found
 
 
 def execute(run: Run, data_name: str | None, keep: Path | None = None) -> dict:

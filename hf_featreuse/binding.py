@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from hf_featreuse.blocks import ResidualBlock
@@ -24,6 +25,7 @@ Rule = Callable[[Callable, tuple, Mapping[str, Any]], Any]
 Method = Literal["__call__", "forward"]
 
 _RULE = "_feature_reuse_rule"
+_DIVISOR = "_feature_reuse_divisor"
 _subclasses: dict[tuple[type[nn.Module], Method], type[nn.Module]] = {}
 
 
@@ -59,6 +61,28 @@ def bind_rules(rules: Sequence[tuple[ResidualBlock, Rule]], method: Method) -> I
             module.__dict__.update(patched)
 
 
+@contextlib.contextmanager
+def divide_outputs(divisors: Sequence[tuple[nn.Module, torch.Tensor]]) -> Iterator[None]:
+    """Divide the output of each module by a scalar tensor until the exit, inside compiled code too.
+
+    A forward hook would not do: graphs that are compiled already ignore one that is added later.
+    """
+    bound: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for module, divisor in divisors:
+            plain = type(module)
+            if _DIVISOR in module.__dict__:
+                raise StepError(f"A {plain.__name__} is being scaled already; leave that context first.")
+            bound.append((module, plain))
+            module.__dict__[_DIVISOR] = divisor
+            module.__class__ = _dividing_subclass(plain)
+        yield
+    finally:
+        for module, plain in reversed(bound):
+            module.__class__ = plain
+            module.__dict__.pop(_DIVISOR, None)
+
+
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as it is while no rule is bound."""
     return type(module).__bases__[0] if _RULE in module.__dict__ else type(module)
@@ -73,22 +97,39 @@ def _subclass(plain: type[nn.Module], method: Method) -> type[nn.Module]:
     def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__[_RULE](args, kwargs)
 
+    subclass = _subclasses[plain, method] = _copied_as_plain(plain, method, bound, _RULE)
+    return subclass
+
+
+@functools.cache
+def _dividing_subclass(plain: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module class, of the same name, whose output is divided by a tensor of the instance."""
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return plain.__call__(self, *args, **kwargs) / self.__dict__[_DIVISOR]
+
+    return _copied_as_plain(plain, "__call__", __call__, _DIVISOR)
+
+
+def _copied_as_plain(plain: type[nn.Module], method: Method, function: Callable, attribute: str) -> type[nn.Module]:
+    """A subclass with another method, whose copies and pickles are of the plain class and lack an attribute."""
+
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        rule = self.__dict__.pop(_RULE)
+        value = self.__dict__.pop(attribute)
         self.__class__ = plain
         try:
             return copy.deepcopy(self, memo)
         finally:
             self.__class__ = subclass
-            self.__dict__[_RULE] = rule
+            self.__dict__[attribute] = value
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # Not `copyreg.__newobj__`: pickle insists that its class is the instance's own.
-        state = {key: value for key, value in self.__dict__.items() if key != _RULE}
+        state = {key: value for key, value in self.__dict__.items() if key != attribute}
         return object.__new__, (plain,), state
 
-    methods = {method: bound, "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}
-    subclass = _subclasses[plain, method] = same_named_subclass(plain, methods)
+    methods = {method: function, "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}
+    subclass = same_named_subclass(plain, methods)
     return subclass
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from hf_featreuse.errors import BlockError, ConfigurationError
 from hf_featreuse.probing import check_not_compiled
 from hf_featreuse.targets import listed, no_match, target_entries
-from hf_featreuse.tracing import Call, Key, trace_calls
+from hf_featreuse.tracing import Call, Key, Trace, trace_calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,10 @@ class ResidualBlock:
             not the batch, such as `"position_embeddings.0"` or `"1"`; what samples share when they are taken apart.
         passed_on (`tuple`, defaults to none): for each further output, position or keyword of the argument that it
             hands on, such as a second stream; `None` where it is made inside.
+        branch (`torch.nn.Module`, *optional*): part of the block whose output is added to its input, if an activation
+            follows the addition; what a stochastic-depth step scales.
+        followers (`tuple[torch.nn.Module, ...]`): modules with parameters of their own that the forward first calls
+            after the last call of this block.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -60,6 +64,8 @@ class ResidualBlock:
     num_calls: int = 1
     unbatched: frozenset[str] = frozenset()
     passed_on: tuple[Key | None, ...] = ()
+    branch: nn.Module | None = field(default=None, repr=False)
+    followers: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @property
     def has_trainable_parameters(self) -> bool:
@@ -130,15 +136,16 @@ def find_and_choose(
     in_lists = [name for name in modules if isinstance(_parent(modules, model, name), (nn.ModuleList, nn.Sequential))]
     alike = _among_siblings_of_one_class(model)
     traced = {*in_lists, *alike} if target_blocks is None else set(modules)
-    calls = trace_calls(
+    trace = trace_calls(
         model, {n: m for n, m in modules.items() if n in traced and next(m.parameters(), None) is not None}, inputs
     )
+    calls = trace.calls
     found: list[ResidualBlock] = []
     for names in (set(in_lists), alike):
-        shown = [_block(name, modules[name], made) for name, made in calls.items() if name in names and _shown(made)]
+        shown = [_block(name, modules[name], trace) for name, made in calls.items() if name in names and _shown(made)]
         found = found or _innermost(shown)
     if target_blocks is not None:
-        return found, _choose(found, modules, calls, target_blocks, type(model).__name__)
+        return found, _choose(found, modules, trace, target_blocks, type(model).__name__)
     if not found:
         raise BlockError(
             f"{type(model).__name__} has no residual block that can be skipped: no module in a list or sequence, or "
@@ -175,8 +182,9 @@ def _shown(calls: list[Call]) -> bool:
     return bool(calls) and all(call.shown and call.key == calls[0].key for call in calls)
 
 
-def _block(name: str, module: nn.Module, calls: list[Call]) -> ResidualBlock:
-    first = calls[0]
+def _block(name: str, module: nn.Module, trace: Trace) -> ResidualBlock:
+    calls = trace.calls[name]
+    first, ended = calls[0], calls[-1].ended
     return ResidualBlock(
         name=name,
         module=module,
@@ -188,17 +196,24 @@ def _block(name: str, module: nn.Module, calls: list[Call]) -> ResidualBlock:
         num_calls=len(calls),
         unbatched=frozenset().union(*(call.unbatched for call in calls)),
         passed_on=first.passed_on,
+        branch=first.branch if all(call.branch is first.branch for call in calls) else None,
+        followers=tuple(
+            other
+            for other, begun in trace.first_called.items()
+            if begun >= ended and next(other.parameters(recurse=False), None) is not None
+        ),
     )
 
 
 def _choose(
     found: Sequence[ResidualBlock],
     modules: Mapping[str, nn.Module],
-    calls: Mapping[str, list[Call]],
+    trace: Trace,
     target_blocks: str | Sequence[str],
     model_name: str,
 ) -> list[ResidualBlock]:
     """The blocks that a target selects, in forward order; modules that are named become blocks."""
+    calls = trace.calls
     candidates = listed([block.name for block in found])
     chosen: dict[str, ResidualBlock] = {}
     for entry, matches in target_entries(target_blocks, candidates):
@@ -216,7 +231,7 @@ def _choose(
                         candidates,
                         f". It names {name} ({type(modules[name]).__name__}), which {why}",
                     )
-                selected[name] = _block(name, modules[name], calls[name])
+                selected[name] = _block(name, modules[name], trace)
         chosen.update(selected)
     if not chosen:
         raise no_match(target_blocks, model_name, candidates)
@@ -281,12 +296,13 @@ def check_exact(blocks: Sequence[ResidualBlock]) -> None:
 
 
 def check_scalable(blocks: Sequence[ResidualBlock]) -> None:
-    """Raise `ConfigurationError` if the increment of one of the blocks has no meaning after an activation."""
-    with_activation = [block for block in blocks if block.activation is not None]
-    if with_activation:
+    """Raise `ConfigurationError` if what one of the blocks adds to its input cannot be scaled."""
+    unknown = next((block for block in blocks if block.activation is not None and block.branch is None), None)
+    if unknown is not None:
         raise ConfigurationError(
-            f"`scale_kept=True` cannot scale block {with_activation[0].name}: {with_activation[0].activation} follows "
-            "its addition, so output minus input is not the residual branch. Set `scale_kept=False`."
+            f"`scale_kept=True` cannot scale block {unknown.name} ({type(unknown.module).__name__}): "
+            f"{unknown.activation} follows its addition, and no module inside it returns just what is added. Set "
+            "`scale_kept=False`, or leave the block out with `target_blocks`."
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hf_featreuse.draws import SAMPLE_DRAW_VERSION
 from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.freezing import trunk_option
 from hf_featreuse.schedule import FeatureReuseSchedule, StepKind
 
 
@@ -38,7 +41,8 @@ class PlanSource:
     def to_json(self) -> dict[str, Any]:
         """Numbers, strings and lists that [`from_json`] reads back."""
         return {
-            "schedule": _settings(self.schedule),
+            "schedule": self.schedule.settings(),
+            "sample_draw": SAMPLE_DRAW_VERSION,
             "blocks": list(self.blocks),
             "trunk_trains": self.trunk_trains,
             "samples": self.samples,
@@ -47,8 +51,25 @@ class PlanSource:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> PlanSource:
-        """Read back what [`to_json`] gave."""
-        return cls(**{**saved, "schedule": FeatureReuseSchedule(**saved["schedule"]), "blocks": (*saved["blocks"],)})
+        """Read back what [`to_json`] gave.
+
+        Raises:
+            ConfigurationError: sets per sample were drawn by an older version, which this one cannot repeat.
+        """
+        schedule = FeatureReuseSchedule(**saved["schedule"])
+        version = saved.get("sample_draw", 1)
+        if schedule.drop_granularity == "sample" and version != SAMPLE_DRAW_VERSION:
+            raise ConfigurationError(
+                f'The checkpoint was written with version {version} of the draw of `drop_granularity="sample"`, and '
+                f"this package has version {SAMPLE_DRAW_VERSION}, which draws other sets. Resume it with the version "
+                "of hf_featreuse that wrote it, or start a new run from its weights with `from_pretrained`."
+            )
+        known = {name: saved[name] for name in ("trunk_trains", "samples", "options") if name in saved}
+        # Before it was a word, the option was a boolean.
+        options = {**known.get("options", {})}
+        if "train_trunk" in options:
+            options["train_trunk"] = trunk_option(options["train_trunk"])
+        return cls(**{**known, "options": options, "schedule": schedule, "blocks": (*saved["blocks"],)})
 
     def plan(self, step: int) -> tuple[StepKind, dict[str, bytes]]:
         """Kind of a step, and by name of the dropped blocks the samples that drop them."""
@@ -77,7 +98,7 @@ class PlanSource:
         return {name: (first.get(name), value) for name, value in second.items() if first.get(name) != value}
 
     def _named(self, with_options: bool) -> dict[str, Any]:
-        named = {**_settings(self.schedule), "blocks": self.blocks, "trunk_trains": self.trunk_trains}
+        named = {**self.schedule.settings(), "blocks": self.blocks, "trunk_trains": self.trunk_trains}
         return {**named, **(self.options if with_options else {})}
 
 
@@ -112,9 +133,21 @@ def check_plans(saved: PlanSource, now: PlanSource, steps: int) -> str | None:
     )
 
 
-def _settings(schedule: FeatureReuseSchedule) -> dict[str, Any]:
-    """The arguments that make the schedule anew."""
-    return {name: value for name, value in vars(schedule).items() if name != "rates"}
+def check_scaling(saved: Mapping[str, Any], scale_kept: bool) -> None:
+    """Raise `ConfigurationError` if the steps taken until a checkpoint were not scaled and those to come would be.
+
+    Args:
+        saved (`dict`): what [`PlanSource.to_json`] gave for the checkpoint.
+        scale_kept (`bool`): the option of the run that resumes it.
+    """
+    schedule = saved["schedule"]
+    scaled_a_step = schedule["drop_rate"] > 0 and schedule["stochastic_depth_steps"] > 0
+    if scale_kept and scaled_a_step and saved["options"].get("scale_kept") is False:
+        raise ConfigurationError(
+            "The checkpoint was written with `scale_kept=False`, and this run has `scale_kept=True`, which is the "
+            "default now: the weights were trained for residual increments that are not scaled. Pass "
+            "`scale_kept=False` to resume, or start a new run from these weights with `from_pretrained`."
+        )
 
 
 def _short(value: Any) -> str:

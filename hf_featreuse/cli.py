@@ -18,10 +18,10 @@ from typing import get_args
 
 import huggingface_hub.utils
 import transformers
-from transformers.hf_argparser import string_to_bool
 
 from hf_featreuse.analysis import command as analysis_command
 from hf_featreuse.errors import FeatureReuseError
+from hf_featreuse.freezing import TrainTrunk
 from hf_featreuse.hub.command import add_push_arguments, push
 from hf_featreuse.inspection import inspect_model
 from hf_featreuse.pruning.command import add_prune_arguments, prune
@@ -135,13 +135,13 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         "--masked_freeze_steps", type=int, default=1, help="optimizer steps of masked freeze in a cycle"
     )
     parser.add_argument(
+        "--vanilla_steps", type=int, default=0, help="plain optimizer steps at the start of each cycle"
+    )
+    parser.add_argument(
         "--train_trunk",
-        type=string_to_bool,
-        nargs="?",
-        const=True,
-        default=True,
-        metavar="BOOL",
-        help="in masked-freeze steps, train everything outside the blocks as well (default: true)",
+        choices=get_args(TrainTrunk),
+        default="all",
+        help="what outside the blocks trains in masked-freeze steps: all, only the head after the last block, or none",
     )
     parser.add_argument(
         "--target_blocks",
@@ -171,6 +171,7 @@ def _inspect(options: argparse.Namespace) -> str:
         drop_rate_schedule=options.drop_rate_schedule,
         stochastic_depth_steps=options.stochastic_depth_steps,
         masked_freeze_steps=options.masked_freeze_steps,
+        vanilla_steps=options.vanilla_steps,
         train_trunk=options.train_trunk,
     )
     if "plot" in options:

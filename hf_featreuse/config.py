@@ -11,9 +11,15 @@ from typing import Any, get_args
 from transformers import TrainingArguments
 
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.freezing import FrozenBatchNorm
+from hf_featreuse.freezing import FrozenBatchNorm, trunk_option
 from hf_featreuse.recipe import RecipeArguments
-from hf_featreuse.schedule import FeatureReuseSchedule, check_granularity, check_options, check_seed
+from hf_featreuse.schedule import FeatureReuseSchedule, check_options, check_seed
+
+# Options that go to the schedule as they are.
+_OF_SCHEDULE = (
+    *("drop_rate", "drop_rate_schedule", "drop_rate_over_time", "drop_granularity"),
+    *("vanilla_steps", "stochastic_depth_steps", "masked_freeze_steps"),
+)
 
 
 class _OneOrMany(argparse.Action):
@@ -38,7 +44,7 @@ class FeatureReuseArguments:
 
     drop_rate: float = field(
         default=0.5,
-        metadata={"help": "Probability, above 0 and below 1, of dropping a residual block in a cycle."},
+        metadata={"help": "Probability, in [0, 1), of dropping a residual block in a cycle. 0 is plain training."},
     )
     # A plain string, not a Literal: the error then names the option as it is named in Python.
     drop_rate_schedule: str = field(
@@ -47,44 +53,55 @@ class FeatureReuseArguments:
             "help": "'linear': rising with depth up to drop_rate at the last block; 'uniform': drop_rate for all."
         },
     )
+    drop_rate_over_time: str = field(
+        default="constant",
+        metadata={
+            "help": "From reuse_start to reuse_end, drop rates are 'constant', 'falling' linearly to 0, or 'rising' "
+            "linearly from 0."
+        },
+    )
     drop_granularity: str = field(
         default="batch",
         metadata={
             "help": "'batch': all samples of a step share one drawn set of blocks; 'sample': each has its own, as in "
-            "drop path. Models with BatchNorm take 'batch' only."
+            "drop path, and rates are rounded to sixteenths. Models with BatchNorm take 'batch' only."
         },
     )
+    vanilla_steps: int = field(default=0, metadata={"help": "Plain optimizer steps at the start of each cycle."})
     stochastic_depth_steps: int = field(
         default=1,
-        metadata={"help": "Optimizer steps of a cycle in which the drawn blocks are left out. 0 skips this kind."},
+        metadata={"help": "Optimizer steps of a cycle in which the drawn blocks are left out; 0 for none."},
     )
     masked_freeze_steps: int = field(
         default=1,
-        metadata={"help": "Optimizer steps of a cycle in which only the drawn blocks train. 0 skips this kind."},
+        metadata={
+            "help": "Optimizer steps of a cycle in which, of the blocks, only the drawn ones train; 0 for none."
+        },
     )
     scale_kept: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "In stochastic-depth steps, divide the residual increment of each kept block by its survival "
             "probability."
         },
     )
-    train_trunk: bool = field(
-        default=True,
+    train_trunk: str = field(
+        default="all",
         metadata={
-            "help": "In masked-freeze steps, train everything outside the residual blocks (stem, norms, head) as well."
+            "help": "In masked-freeze steps, train 'all' that lies outside the residual blocks (stem, norms, head) as "
+            "well, only the 'head' after the last block, or 'none' of it."
         },
     )
     frozen_batch_norm: str = field(
         default="batch",
         metadata={
             "help": "In masked-freeze steps frozen BatchNorm layers use 'batch' statistics, as in plain training, or "
-            "those of 'inference'. Their running statistics rest either way."
+            "those of 'inference'. Their running statistics do not change either way."
         },
     )
     allow_inexact_skip: bool = field(
         default=False,
-        metadata={"help": "Drop blocks too whose shortcut is no identity, as with GELU after the addition."},
+        metadata={"help": "Drop blocks too whose shortcut is not an identity, as with GELU after the addition."},
     )
     target_blocks: list[str] | str | None = field(
         default=None,
@@ -110,15 +127,15 @@ class FeatureReuseArguments:
 
     def check(self) -> None:
         """Raise `ConfigurationError` unless every option is usable."""
-        check_options(self.drop_rate, self.drop_rate_schedule, self.stochastic_depth_steps, self.masked_freeze_steps)
-        check_granularity(self.drop_granularity)
+        check_options(**{name: getattr(self, name) for name in _OF_SCHEDULE})
+        self.train_trunk = trunk_option(self.train_trunk)
         if self.reuse_seed is not None:
             check_seed("reuse_seed", self.reuse_seed)
         if self.frozen_batch_norm not in get_args(FrozenBatchNorm):
             raise ConfigurationError(
                 f"`frozen_batch_norm={self.frozen_batch_norm!r}` is unknown. Pass one of {get_args(FrozenBatchNorm)}."
             )
-        for name in ("scale_kept", "train_trunk", "allow_inexact_skip"):
+        for name in ("scale_kept", "allow_inexact_skip"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"`{name}={getattr(self, name)!r}` is not a boolean. Pass True or False.")
         self._check_window()
@@ -151,7 +168,7 @@ class FeatureReuseArguments:
     @property
     def alternates(self) -> bool:
         """Whether any step differs from plain training."""
-        return bool(self.stochastic_depth_steps or self.masked_freeze_steps)
+        return self.drop_rate > 0 and bool(self.stochastic_depth_steps or self.masked_freeze_steps)
 
     def schedule(self, num_blocks: int, max_steps: int, seed: int) -> FeatureReuseSchedule:
         """Build the schedule of a run.
@@ -159,23 +176,21 @@ class FeatureReuseArguments:
         Args:
             num_blocks (`int`): number of residual blocks.
             max_steps (`int`): optimizer steps of the whole run; the window's fractions are of this.
-            seed (`int`): used where `reuse_seed` is `None`.
+            seed (`int`): used if `reuse_seed` is `None`.
 
         Raises:
             ConfigurationError: an option has a value that cannot be used.
         """
         self.check()
         first_step, last_step = window_steps(self.reuse_start, self.reuse_end, max_steps)
+        if self.drop_rate_over_time != "constant" and last_step is None:
+            last_step = max_steps
         return FeatureReuseSchedule(
             num_blocks,
-            drop_rate=self.drop_rate,
-            drop_rate_schedule=self.drop_rate_schedule,  # pyright: ignore[reportArgumentType]
-            stochastic_depth_steps=self.stochastic_depth_steps,
-            masked_freeze_steps=self.masked_freeze_steps,
             seed=seed if self.reuse_seed is None else self.reuse_seed,
             first_step=first_step,
             last_step=last_step,
-            drop_granularity=self.drop_granularity,  # pyright: ignore[reportArgumentType]
+            **{name: getattr(self, name) for name in _OF_SCHEDULE},
         )
 
     def settings(self) -> dict[str, Any]:
@@ -188,23 +203,27 @@ class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArgumen
     """`TrainingArguments` with the options of feature reuse and of a recipe. None of its own defaults changes.
 
     Args:
-        drop_rate (`float`, defaults to 0.5): probability, above 0 and below 1, of dropping a block in a cycle.
+        drop_rate (`float`, defaults to 0.5): probability, in [0, 1), of dropping a block in a cycle. 0 is plain
+            training, for which the model needs no residual block.
         drop_rate_schedule (`"linear"` or `"uniform"`, defaults to `"linear"`): drop probability rising linearly over
             depth up to `drop_rate` at the last block (Huang et al. 2016), or the same for every block.
+        drop_rate_over_time (`"constant"`, `"falling"` or `"rising"`, defaults to `"constant"`): from `reuse_start` to
+            `reuse_end`, drop rates stay, fall linearly to 0, or rise linearly from 0.
         drop_granularity (`"batch"` or `"sample"`, defaults to `"batch"`): whether all samples of a step share one set
             of blocks, or each has its own, as in drop path: a block is computed on the samples that keep it, and
-            trains on those that dropped it. Refused for models with BatchNorm.
+            trains on those that dropped it. Rates are then rounded to sixteenths. Refused for models with BatchNorm.
+        vanilla_steps (`int`, defaults to 0): plain optimizer steps at the start of each cycle.
         stochastic_depth_steps (`int`, defaults to 1): optimizer steps of the first kind in a cycle.
-        masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle. 1 and 0 is plain
-            stochastic depth, 0 and 1 masked freeze alone, 0 and 0 plain training, for which the model needs no
-            residual block.
-        scale_kept (`bool`, defaults to `False`): in stochastic-depth steps, divide the residual increment of each
-            kept block by its survival probability. Refused for blocks with an activation after the addition.
-        train_trunk (`bool`, defaults to `True`): in masked-freeze steps, train everything outside the blocks (stem,
-            norms, head) too.
+        masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle. 1 and 0 is only
+            stochastic depth, 0 and 1 only masked freeze, 0 and 0 plain training, as with `drop_rate=0`.
+        scale_kept (`bool`, defaults to `True`): in stochastic-depth steps, divide the residual increment of each kept
+            block by its survival probability, so that it has the same mean as in the whole network.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): in masked-freeze steps, train all that lies
+            outside the blocks (stem, norms, head) too, only what follows the last block, or nothing of it. `True` and
+            `False` mean `"all"` and `"none"`.
         frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
-            layers normalise in masked-freeze steps; their running statistics rest either way.
-        allow_inexact_skip (`bool`, defaults to `False`): drop blocks too whose shortcut is no identity to the bit,
+            layers normalise in masked-freeze steps; their running statistics do not change either way.
+        allow_inexact_skip (`bool`, defaults to `False`): drop blocks too whose shortcut is not a bitwise identity,
             such as those with GELU after the addition, or named ones that nothing shows to be residual.
         target_blocks (`str` or `list[str]`, *optional*): which residual blocks take part: a regular expression that
             matches the whole name, or a list of names or dotted endings of names. The others belong to the trunk. An

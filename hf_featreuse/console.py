@@ -21,7 +21,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from hf_featreuse.cost import StepCosts
 from hf_featreuse.engine import FeatureReuse
-from hf_featreuse.inspection.expectation import expected_costs, step_shares
+from hf_featreuse.inspection.expectation import expected_costs
 from hf_featreuse.schedule import FeatureReuseSchedule, StepKind
 from hf_featreuse.sharding import unsharded_class
 
@@ -67,7 +67,7 @@ def opening_summary(
         >>> print(opening_summary(reuse, None, max_steps=100))  # doctest: +ELLIPSIS
         Feature reuse with ViTForImageClassification (... parameters)
           blocks  2, vit.layers.0 to vit.layers.1
-          rates   0.25 to 0.50, one set a step
+          rates   0.25 to 0.50, one set per step
           steps   100, in cycles of 1 stochastic depth and 1 masked freeze
           engine  1 process on cpu, full precision
     """
@@ -78,16 +78,19 @@ def opening_summary(
     else:
         lowest, highest = min(schedule.rates), max(schedule.rates)
         rates = f"{lowest:.2f}" if lowest == highest else f"{lowest:.2f} to {highest:.2f}"
+        each = "step" if schedule.drop_granularity == "batch" else "sample"
+        over_time = {"falling": ", falling to 0", "rising": ", rising from 0"}.get(schedule.drop_rate_over_time, "")
+        plain = f"{schedule.vanilla_steps} vanilla, " if schedule.vanilla_steps else ""
         lines += [
             f"  blocks  {len(reuse.blocks)}, {reuse.blocks[0].name} to {reuse.blocks[-1].name}",
-            f"  rates   {rates}, one set a {'step' if schedule.drop_granularity == 'batch' else 'sample'}",
-            f"  steps   {max_steps}, in cycles of {schedule.stochastic_depth_steps} stochastic depth and "
+            f"  rates   {rates}{over_time}, one set per {each}",
+            f"  steps   {max_steps}, in cycles of {plain}{schedule.stochastic_depth_steps} stochastic depth and "
             f"{schedule.masked_freeze_steps} masked freeze",
         ]
         if costs is not None and type(schedule) is FeatureReuseSchedule:
-            cost = _mean_costs(reuse, costs)
+            cost = _mean_costs(reuse, costs, max_steps)
             lines.append(
-                f"  cost    {cost['mean']:.2f} of a plain step's arithmetic in the mean (stochastic depth "
+                f"  cost    {cost['mean']:.2f} of a plain step's arithmetic on average (stochastic depth "
                 f"{cost['stochastic_depth']:.2f}, masked freeze {cost['masked_freeze']:.2f})"
             )
     device = next(model.parameters()).device.type
@@ -96,15 +99,30 @@ def opening_summary(
     return "\n".join(lines)
 
 
-def _mean_costs(reuse: FeatureReuse, costs: StepCosts) -> dict[str, float]:
-    """Expected arithmetic by kind of step and in the mean: exact, or, with sets by sample, that of 64 samples."""
+def _mean_costs(reuse: FeatureReuse, costs: StepCosts, max_steps: int) -> dict[str, float]:
+    """Expected arithmetic by kind of step and of the run's mean step; of sets per sample, that of 64 samples."""
     schedule = reuse.schedule
-    shares = step_shares(schedule, reuse.trunk_trains)
     if schedule.drop_granularity == "batch":
-        return expected_costs(costs, schedule.rates, shares, reuse.trunk_trains)
-    plans = [schedule.plan(schedule.first_step + step, batch_size=64) for step in range(schedule.steps_per_cycle)]
-    found = {kind.value: 1.0 for kind in StepKind} | {plan.kind.value: costs.share(plan) for plan in plans}
-    return {**found, "mean": sum(costs.share(plan) for plan in plans) / len(plans)}
+        found = expected_costs(costs, schedule, reuse.trunk_trains)
+    else:
+        plans = [schedule.plan(step, batch_size=64) for step in _some_cycles(schedule, max_steps)]
+        found = {kind.value: 1.0 for kind in StepKind}
+        for kind in found:
+            shares = [costs.share(plan) for plan in plans if plan.kind == kind]
+            found[kind] = sum(shares) / len(shares) if shares else 1.0
+        found["mean"] = sum(costs.share(plan) for plan in plans) / max(len(plans), 1)
+    last = max_steps - 1 if schedule.last_step is None else min(schedule.last_step, max_steps - 1)
+    inside = max(last - schedule.first_step + 1, 0) / max(max_steps, 1)
+    return {**found, "mean": 1 - inside + inside * found["mean"]}
+
+
+def _some_cycles(schedule: FeatureReuseSchedule, max_steps: int) -> list[int]:
+    """The steps of four whole cycles, spread over the window."""
+    last = max_steps - 1 if schedule.last_step is None else min(schedule.last_step, max_steps - 1)
+    cycles = max((last - schedule.first_step + 1) // schedule.steps_per_cycle, 1)
+    starts = sorted({cycles * quarter // 4 for quarter in range(4)})
+    length = schedule.steps_per_cycle
+    return [schedule.first_step + start * length + step for start in starts for step in range(length)]
 
 
 def closing_summary(

@@ -13,6 +13,7 @@ does not see.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from transformers import Cache
 
 from hf_featreuse.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError
-from hf_featreuse.freezing import freeze, own_parameters, trunk_modules
+from hf_featreuse.freezing import TrainTrunk, freeze, own_parameters, trunk_modules, trunk_option
 from hf_featreuse.per_sample import FROZEN, RESTS, TRAINS, sample_groups
 from hf_featreuse.probing import model_inputs, undisturbed
 from hf_featreuse.schedule import StepKind, StepPlan
@@ -63,7 +64,7 @@ class StepCosts:
         blocks (`tuple[BlockCost, ...]`): of the residual blocks in forward order.
         trunk (`tuple[int, ...]`): forward operations of the parts of the trunk: before, between and after the blocks.
         trunk_trains (`tuple[bool, ...]`): whether each of these parts holds parameters that train.
-        train_trunk (`bool`): whether the trunk trains in masked-freeze steps.
+        train_trunk (`"all"`, `"head"` or `"none"`): what of the trunk trains in masked-freeze steps.
 
     Example:
         >>> from hf_featreuse import BlockCost, StepCosts, StepKind, StepPlan
@@ -77,7 +78,7 @@ class StepCosts:
     blocks: tuple[BlockCost, ...]
     trunk: tuple[int, ...]
     trunk_trains: tuple[bool, ...]
-    train_trunk: bool = False
+    train_trunk: TrainTrunk | bool = "none"
 
     def share(self, plan: StepPlan) -> float:
         """Arithmetic of a step as a share of a vanilla step's, from 0 to 1.
@@ -95,30 +96,33 @@ class StepCosts:
         if not self.vanilla or plan.kind is StepKind.VANILLA:
             return 1.0
         freezing = plan.kind is StepKind.MASKED_FREEZE
-        trunk = self.train_trunk or not freezing
+        trunk = trunk_option(self.train_trunk) if freezing else "all"
         masks = plan.sample_masks
         if masks is None:
             masks = np.zeros((1, len(self.blocks)), dtype=bool)
             masks[0, list(plan.dropped)] = True
-        groups = sample_groups(masks, freezing=freezing, gradient_everywhere=trunk)
+        groups = sample_groups(masks, freezing=freezing, gradient_everywhere=trunk == "all")
         counts = np.stack([(groups == group).sum(0) for group in (TRAINS, FROZEN, RESTS)])
         if not freezing:
             # A sample that drops a block is not computed there.
             counts[RESTS] = 0
-        total = self._sum(counts.T.tolist(), len(masks), trunk) + (self._stem_rest * len(masks) if trunk else 0)
+        total = self._sum(counts.T.tolist(), len(masks), trunk) + (
+            self._stem_rest * len(masks) if trunk == "all" else 0
+        )
         return total / (self.vanilla * len(masks))
 
-    def _sum(self, groups: Sequence[Sequence[int]], samples: int, trunk: bool) -> int:
+    def _sum(self, groups: Sequence[Sequence[int]], samples: int, trunk: TrainTrunk) -> int:
         """Operations of a step, from the input upwards: below the lowest part that trains there is no backward.
 
         Args:
             groups: of each block, how many samples train it, are frozen in it and rest in it.
             samples: in the batch.
-            trunk: whether the trunk trains.
+            trunk: what of the trunk trains.
         """
         count, gradient_goes_on = 0, False
         for index, forward in enumerate(self.trunk):
-            trains = trunk and self.trunk_trains[index]
+            is_trained_part = trunk == "all" or (trunk == "head" and index == len(self.blocks))
+            trains = is_trained_part and self.trunk_trains[index]
             # Linear or convolutional: the gradients of input and of weights cost as much as the forward each. Between
             # and after the blocks a norm comes first, whose weights need the gradient of the layer above it.
             count += samples * forward * (1 + (gradient_goes_on or (trains and index > 0)) + trains)
@@ -136,7 +140,7 @@ class StepCosts:
         """What a plain step costs beyond the sum: gradients inside a first part of the trunk of several layers."""
         if not self.trunk_trains[0]:
             return 0
-        return self.vanilla - self._sum([(1, 0, 0)] * len(self.blocks), 1, trunk=True)
+        return self.vanilla - self._sum([(1, 0, 0)] * len(self.blocks), 1, "all")
 
 
 def measure_step_costs(
@@ -144,7 +148,7 @@ def measure_step_costs(
     blocks: Sequence[ResidualBlock],
     inputs: Mapping[str, Any] | torch.Tensor | None = None,
     *,
-    train_trunk: bool = True,
+    train_trunk: TrainTrunk | bool = "all",
 ) -> StepCosts:
     """Count the arithmetic of a forward and backward of a small batch, block by block.
 
@@ -156,7 +160,8 @@ def measure_step_costs(
         blocks (`list[ResidualBlock]`): its blocks in forward order.
         inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch without labels; by default a
             batch of one is made from `model.config`.
-        train_trunk (`bool`, defaults to `True`): whether the trunk trains in masked-freeze steps.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): what of the trunk trains in masked-freeze
+            steps.
 
     Raises:
         BlockError: no batch can be made, or the model returns no output to run backward from.
@@ -187,7 +192,7 @@ def measure_step_costs(
                 handle.remove()
         costs = recorder.replay_all()
     trunk = (*recorder.before, forward - recorder.ended)
-    return StepCosts(total, tuple(costs), trunk, tuple(recorder.trunk_trains), train_trunk)
+    return StepCosts(total, tuple(costs), trunk, tuple(recorder.trunk_trains), trunk_option(train_trunk))
 
 
 def flop_counter() -> FlopCounterMode:
@@ -220,7 +225,8 @@ class _Recorder:
 
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         self.blocks = blocks
-        self.trunk = [m for m in trunk_modules(model, blocks) if any(p.requires_grad for p in own_parameters([m]))]
+        trunk = itertools.chain(*trunk_modules(model, blocks))
+        self.trunk = [module for module in trunk if any(p.requires_grad for p in own_parameters([module]))]
         self.trunk_trains = [False] * (len(blocks) + 1)
         self.next_block = 0
         self.counter = flop_counter()

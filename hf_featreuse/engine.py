@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from hf_featreuse.batch_norm import count_batches_once
 from hf_featreuse.blocks import ResidualBlock, check_exact, check_scalable
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
-from hf_featreuse.freezing import FrozenBatchNorm, freeze, norm_layers, own_parameters, trunk_modules
+from hf_featreuse.freezing import (
+    FrozenBatchNorm,
+    TrainTrunk,
+    freeze,
+    norm_layers,
+    own_parameters,
+    trunk_modules,
+    trunk_option,
+)
 from hf_featreuse.per_sample import check_per_sample, skip_samples, train_samples
 from hf_featreuse.schedule import VANILLA_PLAN, FeatureReuseSchedule, StepKind, StepPlan
 from hf_featreuse.sharding import ready_shards, sharded_modules
 from hf_featreuse.skipping import skip_blocks
+
+logger = logging.get_logger(__name__)
 
 
 class FeatureReuse:
@@ -27,12 +40,13 @@ class FeatureReuse:
         blocks (`list[ResidualBlock]`): b0..b(L-1), as from `trainable_blocks(model, find_residual_blocks(model))`.
             `plan.dropped` indexes this list; every other part of the model is the trunk.
         schedule (`FeatureReuseSchedule`): for L blocks.
-        scale_kept (`bool`, defaults to `False`): in stochastic-depth steps, divide the residual increment of each kept
-            block by its survival probability.
-        train_trunk (`bool`, defaults to `True`): in masked-freeze steps, let the trunk train as well.
+        scale_kept (`bool`, defaults to `True`): in stochastic-depth steps, divide the residual increment of each kept
+            block by its survival probability, `plan.survival`.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): in masked-freeze steps, train the whole trunk
+            too, only what follows the last block, or nothing but D. `True` means `"all"`, `False` means `"none"`.
         frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
-            layers normalise in masked-freeze steps; their running statistics rest either way.
-        allow_inexact_skip (`bool`, defaults to `False`): take blocks too whose shortcut is no identity to the bit.
+            layers normalise in masked-freeze steps; their running statistics do not change either way.
+        allow_inexact_skip (`bool`, defaults to `False`): take blocks too whose shortcut is not a bitwise identity.
 
     Attributes:
         current_plan (`StepPlan`, *optional*): the plan of the step that is open now.
@@ -41,7 +55,8 @@ class FeatureReuse:
     Raises:
         BlockError: a block is not part of the model, inexact, inside another, or holds nothing that trains; the
             schedule is for another number of blocks; or it draws a set for every sample and the model has BatchNorm.
-        ConfigurationError: `scale_kept` with blocks that end in an activation, or reentrant activation checkpointing.
+        ConfigurationError: `scale_kept` with a block that cannot be scaled, an unknown `train_trunk`, or reentrant
+            activation checkpointing.
 
     Example:
         >>> import torch
@@ -69,13 +84,13 @@ class FeatureReuse:
         blocks: Sequence[ResidualBlock],
         schedule: FeatureReuseSchedule,
         *,
-        scale_kept: bool = False,
-        train_trunk: bool = True,
+        scale_kept: bool = True,
+        train_trunk: TrainTrunk | bool = "all",
         frozen_batch_norm: FrozenBatchNorm = "batch",
         allow_inexact_skip: bool = False,
     ) -> None:
         _check_blocks(model, blocks, schedule)
-        if schedule.steps_per_cycle:
+        if schedule.alternates:
             check_checkpointing(model)
             if not allow_inexact_skip:
                 check_exact(blocks)
@@ -87,17 +102,19 @@ class FeatureReuse:
         self.blocks = list(blocks)
         self.schedule = schedule
         self.scale_kept = scale_kept
-        self.train_trunk = train_trunk
+        self.train_trunk = trunk_option(train_trunk)
         self.frozen_batch_norm: FrozenBatchNorm = frozen_batch_norm
         self.allow_inexact_skip = allow_inexact_skip
         self.current_plan: StepPlan | None = None
+        self._warned = False
         self._read_parameters()
-        self.trunk_trains = any(parameter.requires_grad for parameter in self._parameters[-1])
+        trunk = [parameter for part in self._parameters[len(self.blocks) :] for parameter in part]
+        self.trunk_trains = any(parameter.requires_grad for parameter in trunk)
 
     def _read_parameters(self) -> None:
         """Walk the modules once, which keeps the work of a step to a few attribute writes a parameter."""
-        trunk = trunk_modules(self.model, self.blocks)
-        parts = [list(block.module.modules()) for block in self.blocks] + [trunk]
+        parts = [list(block.module.modules()) for block in self.blocks]
+        parts += trunk_modules(self.model, self.blocks)
         self._sharded = sharded_modules(self.model)
         self._parameters = [list(own_parameters(part)) for part in parts]
         self._norms = [norm_layers(part) for part in parts]
@@ -109,13 +126,21 @@ class FeatureReuse:
     def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
         """Give the plan of an optimizer step: the schedule's, except where it would leave nothing to train.
 
-        Where the user froze the whole trunk, as with adapters in the blocks alone, a cycle that drops every block is
-        vanilla. Takes the arguments of [`FeatureReuseSchedule.plan`].
+        If the user froze the whole trunk, as with adapters only in the blocks, a cycle that drops every block is
+        vanilla, and the survival probabilities are those given that some block is kept. Takes the arguments of
+        [`FeatureReuseSchedule.plan`].
         """
-        # A schedule of the user's own that draws by batch need not know of samples.
+        # A schedule of the user's own that draws per batch need not know of samples.
         samples = {} if self.schedule.drop_granularity == "batch" else {"batch_size": batch_size, "position": position}
         plan = self.schedule.plan(global_step, **samples)
-        return plan if self.trunk_trains or len(plan.dropped) < len(self.blocks) else VANILLA_PLAN
+        if self.trunk_trains or not self.blocks or plan.sample_masks is not None:
+            return plan
+        if len(plan.dropped) == len(self.blocks):
+            return VANILLA_PLAN
+        if plan.survival is None:
+            return plan
+        some_kept = 1 - math.prod(1 - probability for probability in plan.survival)
+        return replace(plan, survival=tuple(min(probability / some_kept, 1.0) for probability in plan.survival))
 
     @contextlib.contextmanager
     def step(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> Iterator[StepPlan]:
@@ -174,27 +199,38 @@ class FeatureReuse:
             self._check_gradients(plan, parameters)
             yield freeze(parameters, norms, self.frozen_batch_norm)
             if plan.sample_masks is not None:
-                yield train_samples(self.blocks, plan.sample_masks, self._device, gradient_everywhere=self.train_trunk)
+                yield train_samples(
+                    self.blocks, plan.sample_masks, self._device, gradient_everywhere=self.train_trunk == "all"
+                )
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def _skip(self, plan: StepPlan) -> contextlib.AbstractContextManager[None]:
+        survival = plan.survival if self.scale_kept else None
+        if self.scale_kept and survival is None:
+            self._warn_unscaled()
         if plan.sample_masks is not None:
-            survival = [1 - rate for rate in self.schedule.rates] if self.scale_kept else None
             return skip_samples(self.blocks, plan.sample_masks, self._device, survival=survival)
         dropped = [self.blocks[index] for index in plan.dropped]
-        if not self.scale_kept:
-            return skip_blocks(dropped, allow_inexact=self.allow_inexact_skip)
-        kept = [index for index in range(len(self.blocks)) if index not in plan.dropped]
-        survival = [1 - self.schedule.rates[index] for index in kept]
+        kept = [] if survival is None else [i for i in range(len(self.blocks)) if i not in plan.dropped]
         return skip_blocks(
             dropped,
             kept=[self.blocks[index] for index in kept],
-            survival=survival,
+            survival=[survival[index] for index in kept] if survival else None,
             allow_inexact=self.allow_inexact_skip,
         )
+
+    def _warn_unscaled(self) -> None:
+        """Warn once that the plans of a schedule say nothing of survival."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                f"The plans of {type(self.schedule).__name__} have no `survival`, so stochastic-depth steps do not "
+                "scale the blocks that they keep, and the whole network differs from those that train. Give each plan "
+                "the survival probability of every block, or set `scale_kept=False`."
+            )
 
     def active_parameters(self, plan: StepPlan) -> list[nn.Parameter]:
         """Give the parameters that a step may move: those of the parts that are computed and train.
@@ -209,20 +245,19 @@ class FeatureReuse:
         return [parameter for parameter in active.values() if id(parameter) in self._trainable]
 
     def _active_parts(self, plan: StepPlan) -> set[int]:
-        """Indices of the blocks, and of the trunk after them, that are computed and train in a step."""
-        trunk = len(self.blocks)
-        if plan.sample_masks is not None or plan.kind is StepKind.VANILLA:
-            blocks = set(range(trunk))
-        else:
-            dropped = set(plan.dropped)
-            blocks = dropped if plan.kind is StepKind.MASKED_FREEZE else set(range(trunk)) - dropped
-        return blocks | ({trunk} if plan.kind is not StepKind.MASKED_FREEZE or self.train_trunk else set())
+        """Indices of the parts that are computed and train in a step: blocks, then trunk up to the head, and head."""
+        body = len(self.blocks)
+        everything, dropped = set(range(body + 2)), set(plan.dropped)
+        if plan.kind is not StepKind.MASKED_FREEZE:
+            return everything - dropped
+        blocks = everything - {body, body + 1} if plan.sample_masks is not None else dropped
+        return blocks | {"all": {body, body + 1}, "head": {body + 1}, "none": set()}[self.train_trunk]
 
     def _frozen(self, plan: StepPlan) -> tuple[list[nn.Parameter], list]:
-        """Parameters and normalisation layers that rest in a masked-freeze step."""
-        # Where every sample has its own set, any block may train, and is frozen sample by sample.
+        """Parameters and normalisation layers that are frozen in a masked-freeze step."""
+        # If every sample has its own set, any block may train, and is frozen sample by sample.
         training = self._active_parts(plan)
-        resting = [index for index in range(len(self.blocks) + 1) if index not in training]
+        resting = [index for index in range(len(self._parameters)) if index not in training]
         # A parameter shared with a part that trains, trains.
         active = {id(p) for index in training for p in self._parameters[index]}
         parameters = [p for i in resting for p in self._parameters[i] if p.requires_grad and id(p) not in active]
@@ -265,7 +300,7 @@ def _check_blocks(model: nn.Module, blocks: Sequence[ResidualBlock], schedule: F
                 f"Block {block.name} is not a part of this {type(model).__name__}: it was found in another model, or "
                 "the model was replaced since. Call `find_residual_blocks` on the model that trains."
             )
-        if not block.has_trainable_parameters and schedule.steps_per_cycle:
+        if not block.has_trainable_parameters and schedule.alternates:
             raise BlockError(
                 f"Block {block.name} holds no parameter that requires gradients. Filter the blocks with "
                 "`trainable_blocks(model, blocks)`."

@@ -12,15 +12,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hf_featreuse.blocks import ResidualBlock
-from hf_featreuse.errors import BlockError
+from hf_featreuse.errors import BlockError, ConfigurationError
 
 FrozenBatchNorm = Literal["batch", "inference"]
+TrainTrunk = Literal["all", "head", "none"]
+
+
+def trunk_option(train_trunk: object) -> TrainTrunk:
+    """The option `train_trunk` as a word; `True` is `"all"` and `False` is `"none"`."""
+    if isinstance(train_trunk, bool):
+        return "all" if train_trunk else "none"
+    for word in get_args(TrainTrunk):
+        if train_trunk == word:
+            return word
+    raise ConfigurationError(f"`train_trunk={train_trunk!r}` is unknown. Pass one of {get_args(TrainTrunk)}.")
 
 
 @contextlib.contextmanager
@@ -28,7 +39,7 @@ def train_only(
     model: nn.Module,
     blocks: Sequence[ResidualBlock],
     *,
-    train_trunk: bool = False,
+    train_trunk: TrainTrunk | bool = "none",
     all_blocks: Sequence[ResidualBlock] = (),
     frozen_batch_norm: FrozenBatchNorm = "batch",
 ) -> Iterator[None]:
@@ -40,13 +51,15 @@ def train_only(
     Args:
         model (`torch.nn.Module`): the model.
         blocks (`list[ResidualBlock]`): the blocks that train.
-        train_trunk (`bool`, defaults to `False`): let everything outside `all_blocks` train too.
-        all_blocks (`list[ResidualBlock]`): all blocks of the model; needed with `train_trunk`, to know the trunk.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"none"`): of what lies outside `all_blocks`, train all
+            too, only the modules that are first called after the last block, or nothing.
+        all_blocks (`list[ResidualBlock]`): all blocks of the model in forward order; needed to know the trunk.
         frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): whether frozen BatchNorm layers use the
             statistics of the batch, as in a plain step, or their running ones, as in evaluation.
 
     Raises:
         BlockError: nothing would train, or `all_blocks` is missing.
+        ConfigurationError: `train_trunk` has another value.
 
     Example:
         >>> import torch
@@ -60,11 +73,15 @@ def train_only(
         >>> model.classifier.weight.grad is None
         True
     """
-    if train_trunk and not all_blocks:
-        raise BlockError("`train_trunk=True` needs `all_blocks`, the list of all blocks, to know what the trunk is.")
+    trunk = trunk_option(train_trunk)
+    if trunk != "none" and not all_blocks:
+        raise BlockError(
+            f"`train_trunk={train_trunk!r}` needs `all_blocks`, the list of all blocks, to know what the trunk is."
+        )
     training = {id(module) for block in blocks for module in block.module.modules()}
-    if train_trunk:
-        training |= {id(module) for module in trunk_modules(model, all_blocks)}
+    if trunk != "none":
+        body, head = trunk_modules(model, all_blocks)
+        training |= {id(module) for module in (head if trunk == "head" else [*body, *head])}
     frozen = [module for module in model.modules() if id(module) not in training]
     active = {id(p) for p in own_parameters(m for m in model.modules() if id(m) in training) if p.requires_grad}
     if not active:
@@ -116,10 +133,12 @@ def norm_layers(modules: Iterable[nn.Module]) -> list[_NormBase]:
     return [module for module in modules if isinstance(module, _NormBase) and module.track_running_stats]
 
 
-def trunk_modules(model: nn.Module, all_blocks: Sequence[ResidualBlock]) -> list[nn.Module]:
-    """The modules that belong to no block."""
+def trunk_modules(model: nn.Module, all_blocks: Sequence[ResidualBlock]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules that belong to no block: those of the head, which follows the last block, come second."""
     in_blocks = {id(module) for block in all_blocks for module in block.module.modules()}
-    return [module for module in model.modules() if id(module) not in in_blocks]
+    after = {id(module) for module in all_blocks[-1].followers} if all_blocks else set()
+    trunk = [module for module in model.modules() if id(module) not in in_blocks]
+    return [module for module in trunk if id(module) not in after], [m for m in trunk if id(m) in after]
 
 
 def own_parameters(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:

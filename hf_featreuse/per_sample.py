@@ -24,7 +24,7 @@ from hf_featreuse.binding import Rule, bind_rules
 from hf_featreuse.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.freezing import freeze
-from hf_featreuse.skipping import scaled, shortcut
+from hf_featreuse.skipping import Scaling, shortcut
 
 # Groups of samples, as seen by one block.
 TRAINS, FROZEN, RESTS = 0, 1, 2
@@ -66,14 +66,15 @@ def skip_samples(
 
     Raises:
         StepError: when called, a batch has another number of samples.
+        ConfigurationError: `survival` does not fit `blocks`, or what a block adds cannot be scaled.
     """
+    scaling = Scaling(blocks, [1.0] * len(blocks) if survival is None else survival)
     splits = _splits(sample_groups(masks, freezing=False, gradient_everywhere=True), device)
-    probabilities = survival or [1.0] * len(blocks)
     rules = [
-        (block, _in_groups(block, split, {TRAINS: _kept(block, probability), RESTS: shortcut(block)}))
-        for block, split, probability in zip(blocks, splits, probabilities, strict=True)
+        (block, _in_groups(block, split, {TRAINS: kept or _plain, RESTS: shortcut(block)}))
+        for (block, kept), split in zip(scaling.rules, splits, strict=True)
     ]
-    with _bound(rules):
+    with scaling.branches(), _bound(rules):
         yield
 
 
@@ -236,10 +237,6 @@ def _put_together(outputs: list[Any], sizes: list[int], split: _Split) -> Any:
 
 def _plain(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return call(*args, **kwargs)
-
-
-def _kept(block: ResidualBlock, survival: float) -> Rule:
-    return _plain if survival == 1 else scaled(block, survival)
 
 
 def _frozen(block: ResidualBlock) -> Rule:

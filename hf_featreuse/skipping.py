@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hf_featreuse.binding import Rule, bind_rules
+from hf_featreuse.binding import Rule, bind_rules, divide_outputs
 from hf_featreuse.blocks import ResidualBlock, check_exact, check_scalable
 from hf_featreuse.errors import BlockError, ConfigurationError
 
@@ -40,13 +40,14 @@ def skip_blocks(
         dropped (`list[ResidualBlock]`): blocks that return their residual stream at once.
         kept (`list[ResidualBlock]`, defaults to none): blocks whose residual increment is scaled.
         survival (`list[float]`, *optional*): survival probability, above 0 and up to 1, of each block of `kept`; a
-            block's output becomes `x + (block(x) - x) / survival`.
-        allow_inexact (`bool`, defaults to `False`): skip blocks too whose shortcut is no identity to the bit. They
+            block's output becomes `x + (block(x) - x) / survival` or, if an activation follows its addition,
+            `activation(x + f(x) / survival)`.
+        allow_inexact (`bool`, defaults to `False`): skip blocks too whose shortcut is not a bitwise identity. They
             return their input as it is, without the activation that follows the addition.
 
     Raises:
         BlockError: a block is inexact or stands in both lists; when called, a scaled block changes its input in place.
-        ConfigurationError: `survival` does not fit `kept`, or an activation follows the addition of a block in `kept`.
+        ConfigurationError: `survival` does not fit `kept`, or what a block in `kept` adds cannot be scaled.
         StepError: a block is being skipped already.
 
     Example:
@@ -61,38 +62,63 @@ def skip_blocks(
         >>> all(parameter.grad is None for parameter in blocks[0].module.parameters())
         True
     """
-    rules: list[tuple[ResidualBlock, Rule]] = [(block, shortcut(block)) for block in dropped]
-    rules += [
-        (block, scaled(block, probability))
-        for block, probability in zip(kept, _check(dropped, kept, survival, allow_inexact), strict=True)
-        if probability != 1
-    ]
-    with bind_rules(rules, "__call__"):
-        yield
-
-
-def _check(
-    dropped: Sequence[ResidualBlock],
-    kept: Sequence[ResidualBlock],
-    survival: Sequence[float] | None,
-    allow_inexact: bool,
-) -> Sequence[float]:
     if not allow_inexact:
         check_exact(dropped)
-    check_scalable(kept)
     both = {id(block.module) for block in dropped} & {id(block.module) for block in kept}
     if both:
         name = next(block.name for block in dropped if id(block.module) in both)
         raise BlockError(f"Block {name} is in `dropped` and in `kept`; pass it in one of them.")
-    probabilities = list(survival or ())
-    if len(probabilities) != len(kept):
-        raise ConfigurationError(
-            f"`survival` has {len(probabilities)} entries for {len(kept)} kept blocks. Pass one probability for each."
-        )
-    wrong = [p for p in probabilities if not 0 < p <= 1]
-    if wrong:
-        raise ConfigurationError(f"`survival` holds {wrong[0]!r}. A survival probability is above 0 and at most 1.")
-    return probabilities
+    rules: list[tuple[ResidualBlock, Rule]] = [(block, shortcut(block)) for block in dropped]
+    scaling = Scaling(kept, list(survival or ()))
+    rules += [(block, rule) for block, rule in scaling.rules if rule is not None]
+    with scaling.branches(), bind_rules(rules, "__call__"):
+        yield
+
+
+class Scaling:
+    """How kept blocks are scaled: a block as a whole by a rule, one that ends in an activation by its branch.
+
+    Args:
+        blocks (`list[ResidualBlock]`): the blocks.
+        survival (`list[float]`): the survival probability of each.
+
+    Attributes:
+        rules (`list[tuple[ResidualBlock, Rule]]`): what each block does when called; `None` for its own call.
+
+    Raises:
+        ConfigurationError: the probabilities do not fit the blocks, or what a block adds cannot be scaled.
+    """
+
+    def __init__(self, blocks: Sequence[ResidualBlock], survival: Sequence[float]) -> None:
+        if len(survival) != len(blocks):
+            raise ConfigurationError(
+                f"`survival` has {len(survival)} entries for {len(blocks)} blocks. Pass one probability for each."
+            )
+        wrong = next((p for p in survival if not 0 < p <= 1), None)
+        if wrong is not None:
+            raise ConfigurationError(f"`survival` holds {wrong!r}. A survival probability is above 0 and at most 1.")
+        divided = [(block, p) for block, p in zip(blocks, survival, strict=True) if p != 1]
+        check_scalable([block for block, _ in divided])
+        self._branches = [(block.branch, _scalar(p)) for block, p in divided if block.branch is not None]
+        self.rules: list[tuple[ResidualBlock, Rule | None]] = [
+            (block, None if p == 1 or block.branch is not None else _scaled(block, _scalar(p)))
+            for block, p in zip(blocks, survival, strict=True)
+        ]
+
+    def branches(self) -> contextlib.AbstractContextManager[None]:
+        """Scale the branches of the blocks that end in an activation until the exit."""
+        return divide_outputs(self._branches)
+
+
+@functools.lru_cache(maxsize=4096)
+def _scalar(value: float) -> torch.Tensor:
+    """A probability as a tensor without dimensions, which leaves the dtype and the device of what it divides.
+
+    Unlike a number, autograd saves it: a backward that is run after the step was left, with activation checkpointing,
+    then fails instead of giving wrong gradients; and compiled blocks take a new one without a new graph.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        return torch.tensor(value, dtype=torch.float64)
 
 
 def shortcut(block: ResidualBlock) -> Rule:
@@ -127,14 +153,14 @@ def _parameter_names(forward: Callable) -> list[str]:
     return list(inspect.signature(forward).parameters)[1:]
 
 
-def scaled(block: ResidualBlock, survival: float) -> Rule:
+def _scaled(block: ResidualBlock, survival: torch.Tensor) -> Rule:
     """What a kept block does when called: its increment divided by its survival probability."""
 
     def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         stream = block.stream(args, kwargs)
-        version = stream._version
+        version = None if stream.is_inference() else stream._version
         output = call(*args, **kwargs)
-        if stream._version != version:
+        if version is not None and stream._version != version:
             raise BlockError(
                 f"Block {block.name} changes its input in place, so what it adds cannot be scaled. Set "
                 "`scale_kept=False`."

@@ -57,6 +57,9 @@ class Call:
         passed_on (`tuple`): for each further output, the key of the argument it hands on, or `None`.
         reason (`str`): why no argument can be the stream.
         unbatched (`frozenset[str]`): paths of the tensors among the arguments whose first dimension is not the batch.
+        branch (`torch.nn.Module`, *optional*): part of the module whose output is what is added to the stream, if an
+            activation follows the addition.
+        ended (`int`): how many modules had been called by the end of this call.
     """
 
     key: Key | None = None
@@ -67,12 +70,27 @@ class Call:
     passed_on: tuple[Key | None, ...] = ()
     reason: str = ""
     unbatched: frozenset[str] = frozenset()
+    branch: nn.Module | None = None
+    ended: int = 0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward of a model showed.
+
+    Args:
+        calls (`dict[str, list[Call]]`): the calls of each traced module, in the order of the first call of each.
+        first_called (`dict[torch.nn.Module, int]`): of each module that was called, how many calls came before.
+    """
+
+    calls: dict[str, list[Call]]
+    first_called: dict[nn.Module, int]
 
 
 def trace_calls(
     model: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any] | torch.Tensor | None
-) -> dict[str, list[Call]]:
-    """The calls of some modules in one forward of the model, in the order of the first call of each."""
+) -> Trace:
+    """Trace the calls of some modules in one forward of the model."""
     args, kwargs = model_inputs(model, inputs)
     tracer = _Tracer(_batch_size(args, kwargs))
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
@@ -82,6 +100,9 @@ def trace_calls(
         for parameter in frozen:
             parameter.requires_grad_(True)
         with undisturbed(model):
+            for module in model.modules():
+                handles.append(module.register_forward_pre_hook(tracer.enter_any))
+                handles.append(module.register_forward_hook(tracer.leave_any))
             for name, module in modules.items():
                 handles.append(module.register_forward_pre_hook(tracer.enter(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(tracer.leave(name), with_kwargs=True))
@@ -99,7 +120,7 @@ def trace_calls(
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return tracer.calls
+    return Trace(tracer.calls, tracer.first_called)
 
 
 class _Tracer:
@@ -107,8 +128,21 @@ class _Tracer:
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
-        self.open: dict[str, list[list[_Argument]]] = {}
+        self.open: dict[str, list[tuple[list[_Argument], int]]] = {}
         self.calls: dict[str, list[Call]] = {}
+        self.first_called: dict[nn.Module, int] = {}
+        self.num_called = 0
+        # Every module that returned so far, with the edge of its first output.
+        self.returned: list[tuple[nn.Module, Edge | None]] = []
+
+    def enter_any(self, module: nn.Module, _args: tuple) -> None:
+        self.first_called.setdefault(module, self.num_called)
+        self.num_called += 1
+
+    def leave_any(self, module: nn.Module, _args: tuple, output: Any) -> None:
+        # Read now: `hidden_states += residual` later moves the tensor to another edge.
+        edge = get_gradient_edge(output) if _has_graph(output) else None
+        self.returned.append((module, None if edge is None else (edge.node, edge.output_nr)))
 
     def enter(self, name: str):
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -117,7 +151,7 @@ class _Tracer:
                 _Argument(key, value, get_gradient_edge(value) if _has_graph(value) else None)
                 for key, value in (*enumerate(args), *kwargs.items())
             ]
-            self.open.setdefault(name, []).append(arguments)
+            self.open.setdefault(name, []).append((arguments, len(self.returned)))
             self.calls.setdefault(name, [])
 
         return hook
@@ -126,7 +160,11 @@ class _Tracer:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             shapes = ((path, tensor.shape[:1]) for path, tensor in _named_tensors(args, kwargs))
             unbatched = frozenset(path for path, first in shapes if first != (self.batch_size,))
-            self.calls[name].append(replace(_read(self.open[name].pop(), output), unbatched=unbatched))
+            arguments, begun = self.open[name].pop()
+            call = _read(arguments, output)
+            if call.activation is not None:
+                call = replace(call, branch=_find_branch(arguments, call, output, self.returned[begun:]))
+            self.calls[name].append(replace(call, unbatched=unbatched, ended=self.num_called))
 
         return hook
 
@@ -234,6 +272,48 @@ def _walk_back(start: GradientEdge, goals: set[Edge], added: bool = False) -> tu
         elif operation in _ACTIVATIONS and not added and activation is None:
             stack.extend((child, nr, added, operation) for child, nr in _inputs(node))
     return None
+
+
+def _find_branch(
+    arguments: list[_Argument], call: Call, output: Any, inside: list[tuple[nn.Module, Edge | None]]
+) -> nn.Module | None:
+    """The module inside a block whose output is added to the stream; `None` if no single module gives just that."""
+    stream = next(argument.edge for argument in arguments if argument.key == call.key)
+    assert stream is not None
+    goal: Edge = (stream.node, stream.output_nr)
+    first = output if isinstance(output, torch.Tensor) else output[0]
+    edge = get_gradient_edge(first)
+    node: Any = edge.node
+    while _operation(node) not in _ADDITIONS:
+        node = next(_inputs(node))[0]
+    if _operation(node) != "Add" or node._saved_alpha != 1:
+        return None
+    others = [summand for summand in _inputs(node) if not _is_same_value(summand, goal)]
+    if len(others) != 1:
+        return None
+    # Identities return the edge of what came before them: the last to return is what the addition took.
+    producer = next((module for module, made in reversed(inside) if made == others[0]), None)
+    calls = sum(module is producer for module, _ in inside)
+    return producer if calls == 1 and _uses(edge.node, others[0], goal) == 1 else None
+
+
+def _is_same_value(edge: Edge, goal: Edge) -> bool:
+    """Whether a tensor is the one at the goal, up to views and casts."""
+    while edge != goal and _operation(edge[0]) in _SAME_VALUES:
+        edge = next(_inputs(edge[0]))
+    return edge == goal
+
+
+def _uses(start: Any, edge: Edge, goal: Edge) -> int:
+    """How many operations between a block's output and its input take the tensor at an edge."""
+    count, pending, seen = 0, [start], {start}
+    while pending:
+        for following in _inputs(pending.pop()):
+            count += following == edge
+            if following != goal and following[0] not in seen:
+                seen.add(following[0])
+                pending.append(following[0])
+    return count
 
 
 def _summands(node: Any, operation: str) -> Iterator[Edge]:

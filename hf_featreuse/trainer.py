@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_featreuse.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
-from hf_featreuse.changed_plans import PlanSource, check_plans
+from hf_featreuse.changed_plans import PlanSource, check_plans, check_scaling
 from hf_featreuse.compiling import compile_blocks
 from hf_featreuse.console import ConsoleCallback
 from hf_featreuse.cost import StepCosts, measure_step_costs
@@ -20,6 +20,7 @@ from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.hub import HubTrainer
 from hf_featreuse.probing import own_drop_path_rate, takes_dummy_inputs, undisturbed
 from hf_featreuse.recipe_trainer import RecipeTrainer
+from hf_featreuse.resume_state import read_resume_state
 from hf_featreuse.schedule import FeatureReuseSchedule, StepKind
 from hf_featreuse.step_log import StepLog
 from hf_featreuse.tracking import SchedulePicture
@@ -156,8 +157,13 @@ class FeatureReuseTrainer(HubTrainer, RecipeTrainer):
 
     def _check_plans(self) -> None:
         """Refuse settings under which a step that was taken would have had another plan; say what else changed."""
-        saved, now = (self._resumed or {}).get("plans"), self._plan_source()
-        if saved is None or now is None:
+        if self._resumed is None or (now := self._plan_source()) is None:
+            return
+        if (saved := self._resumed.get("plans")) is None:
+            logger.warning(
+                "The checkpoint records no settings of feature reuse, so changed ones, such as `scale_kept`, which is "
+                "on by default now, go unnoticed."
+            )
             return
         said = check_plans(PlanSource.from_json(saved), now, self.state.global_step)
         if said is not None:
@@ -167,6 +173,12 @@ class FeatureReuseTrainer(HubTrainer, RecipeTrainer):
         """Train as `Trainer.train`, with feature reuse; `torch_compile=True` compiles each block until the end."""
         with contextlib.ExitStack() as self._compiled:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = read_resume_state(resume_from_checkpoint, self.args.process_index, self.args.world_size) or {}
+        if (saved := state.get("plans")) is not None:
+            check_scaling(saved, self.reuse_args.scale_kept)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
@@ -193,7 +205,7 @@ class FeatureReuseTrainer(HubTrainer, RecipeTrainer):
             blocks,
             schedule,
             scale_kept=options.scale_kept,
-            train_trunk=options.train_trunk,
+            train_trunk=options.train_trunk,  # pyright: ignore[reportArgumentType]
             frozen_batch_norm=options.frozen_batch_norm,  # pyright: ignore[reportArgumentType]
             allow_inexact_skip=options.allow_inexact_skip,
         )
@@ -201,7 +213,7 @@ class FeatureReuseTrainer(HubTrainer, RecipeTrainer):
         self.step_costs = None
         if blocks:
             inputs = self._probe_inputs(model)
-            self.step_costs = measure_step_costs(model, blocks, inputs, train_trunk=options.train_trunk)
+            self.step_costs = measure_step_costs(model, blocks, inputs, train_trunk=self.feature_reuse.train_trunk)
             if (rate := own_drop_path_rate(model)) > 0:
                 logger.warning_once(
                     f"{type(model).__name__} has drop path of its own (up to {rate:g} a sample), which acts besides "

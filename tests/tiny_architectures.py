@@ -35,6 +35,7 @@ class Architecture:
         blocks (`tuple[str, ...]`): the skippable residual blocks in forward order.
         exact (`bool`): whether their shortcut is an identity to the bit.
         activation (`str`, *optional*): after the addition.
+        branch (`str`, *optional*): with such an activation, the part of a block whose output is added to its input.
         num_outputs (`int`, *optional*): length of the tuple that a block returns; `None` for a bare tensor.
         streams (`dict[str, int]`): part of a block's name to the argument that holds its stream, where not the first.
         handed_on (`tuple[int, ...]`): the arguments that the further outputs of a block are.
@@ -51,6 +52,7 @@ class Architecture:
     blocks: tuple[str, ...] = ()
     exact: bool = True
     activation: str | None = None
+    branch: str | None = None
     num_outputs: int | None = None
     streams: dict[str, int] = field(default_factory=dict)
     handed_on: tuple[int, ...] = ()
@@ -267,6 +269,7 @@ ARCHITECTURES = (
         {**_BIT, "layer_type": "bottleneck"},
         _stages("bit.encoder.stages.{}.layers.{}", *_BEYOND_FIRST),
         activation="Relu",
+        branch="drop_path",
     ),
     _vit_like("clip", "CLIPForImageClassification", "vision_model.encoder.layers.{}", _CLIP),
     Architecture(
@@ -552,6 +555,7 @@ ARCHITECTURES = (
         {**_REGNET, "layer_type": "y"},
         _stages(_REGNET_NAME, *_BEYOND_FIRST),
         activation="Relu",
+        branch="layer",
     ),
     # A first stage that does not downsample keeps width and resolution.
     Architecture(
@@ -561,6 +565,7 @@ ARCHITECTURES = (
         {**_REGNET, "layer_type": "x", "downsample_in_first_stage": False},
         _stages(_REGNET_NAME, (0, 1), (1, 2)),
         activation="Relu",
+        branch="layer",
     ),
     Architecture(
         "regnet-gelu",
@@ -570,6 +575,7 @@ ARCHITECTURES = (
         _stages(_REGNET_NAME, *_BEYOND_FIRST),
         exact=False,
         activation="Gelu",
+        branch="layer",
     ),
     Architecture(
         "resnet-basic",
@@ -578,6 +584,7 @@ ARCHITECTURES = (
         _RESNET,
         _stages(_RESNET_NAME, (0, 1), (1, 2)),
         activation="Relu",
+        branch="layer",
     ),
     Architecture(
         "resnet-bottleneck",
@@ -586,6 +593,7 @@ ARCHITECTURES = (
         {**_RESNET, "layer_type": "bottleneck", "hidden_sizes": [16, 32]},
         _stages(_RESNET_NAME, *_BEYOND_FIRST),
         activation="Relu",
+        branch="layer",
     ),
     Architecture(
         "resnet-gelu",
@@ -595,6 +603,7 @@ ARCHITECTURES = (
         _stages(_RESNET_NAME, (0, 1), (1, 2)),
         exact=False,
         activation="Gelu",
+        branch="layer",
     ),
     Architecture(
         "segformer",

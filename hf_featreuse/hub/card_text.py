@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hf_featreuse.freezing import trunk_option
+
 MEANINGS = {
     "drop_rate": "probability of dropping a block in a cycle; the last block's where the schedule is linear",
     "drop_rate_schedule": "linear: rising with depth up to `drop_rate`; uniform: the same for all blocks",
+    "drop_rate_over_time": "constant, falling to 0 or rising from 0 between `reuse_start` and `reuse_end`",
     "drop_granularity": "batch: all samples of a step share one drawn set of blocks; sample: each has its own",
+    "vanilla_steps": "plain steps at the start of a cycle",
     "stochastic_depth_steps": "steps of a cycle in which the drawn blocks are left out",
     "masked_freeze_steps": "steps of a cycle in which only the drawn blocks train",
     "scale_kept": "whether a kept block's increment is divided by its survival probability",
-    "train_trunk": "whether the layers outside the blocks train in masked-freeze steps too",
+    "train_trunk": "what of the layers outside the blocks trains in masked-freeze steps",
     "frozen_batch_norm": "statistics that frozen BatchNorm layers use in masked-freeze steps",
     "allow_inexact_skip": "whether blocks are dropped too whose shortcut is no identity",
     "target_blocks": "which residual blocks take part; none given: all",
@@ -174,12 +178,13 @@ def method_text(settings: Mapping[str, Any] | None, num_blocks: int) -> str:
     if not depth and not freeze:
         return "Both kinds of step of hf_featreuse were switched off: this model was trained in the usual way."
     blocks = f"a random set of the {num_blocks} residual blocks" if num_blocks else "a random set of residual blocks"
-    outside = " and the layers outside the residual blocks" if settings.get("train_trunk") else ""
+    trunks = {"all": " and the layers outside the residual blocks", "head": " and the layers after the last one"}
+    outside = trunks.get(trunk_option(settings.get("train_trunk", "none")), "")
     if depth and freeze:
         kinds = (
             f"Training repeats a cycle of two kinds of step. In a *stochastic-depth* step {blocks} is dropped: left "
             "out and not computed. In a *masked-freeze* step, which follows, the whole network runs, but only the "
-            f"blocks of that set{outside} are trained. A cycle whose set is empty trains in the usual way. "
+            f"blocks of that set{outside} are trained; if the set is empty, everything is. "
             "The two kinds of step follow the abstract of [ResidualDroppath](https://arxiv.org/abs/2411.09475); the "
             "settings are of this run, not the paper's."
         )

@@ -1,34 +1,66 @@
-"""Expected cost of each kind of step over the schedule, exactly."""
+"""Expected cost of each kind of step over the schedule: exact, or over time from up to 32 of its cycles."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from hf_featreuse.cost import StepCosts
 from hf_featreuse.schedule import FeatureReuseSchedule, StepKind, StepPlan
 
+# Of a schedule whose rates change over time.
+_MOST_CYCLES = 32
+
 
 def step_shares(schedule: FeatureReuseSchedule, trunk_trains: bool) -> dict[str, float]:
-    """Expected share of the steps that each kind takes; a cycle that draws no block is vanilla."""
-    if not schedule.steps_per_cycle:
-        return {"vanilla": 1.0, "stochastic_depth": 0.0, "masked_freeze": 0.0}
-    vanilla = _vanilla_probability(schedule.rates, trunk_trains)
-    depth = (1 - vanilla) * schedule.stochastic_depth_steps / schedule.steps_per_cycle
-    return {"vanilla": vanilla, "stochastic_depth": depth, "masked_freeze": 1 - vanilla - depth}
+    """Expected share of each kind among the steps of the window.
+
+    A masked-freeze step that drew no block is vanilla; with a frozen trunk, so is a whole cycle that drew all.
+    """
+    shares = [_shares(schedule, rates, trunk_trains) for rates in _rates_over_time(schedule)]
+    return {kind: sum(share[kind] for share in shares) / len(shares) for kind in shares[0]}
 
 
-def _vanilla_probability(rates: Sequence[float], trunk_trains: bool) -> float:
-    return math.prod(1 - rate for rate in rates) + (0.0 if trunk_trains else math.prod(rates))
-
-
-def expected_costs(
-    costs: StepCosts, rates: Sequence[float], step_shares: Mapping[str, float], trunk_trains: bool
-) -> dict[str, float]:
+def expected_costs(costs: StepCosts, schedule: FeatureReuseSchedule, trunk_trains: bool) -> dict[str, float]:
+    """Expected arithmetic of each kind of step and of the mean step of the window, as shares of a vanilla step's."""
+    over_time = [(rates, _shares(schedule, rates, trunk_trains)) for rates in _rates_over_time(schedule)]
     expected = {"vanilla": 1.0}
+    mean = sum(shares["vanilla"] for _, shares in over_time)
     for kind in (StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE):
-        expected[kind.value] = expected_share(costs, kind, rates, trunk_trains)
-    return {**expected, "mean": sum(share * expected[kind] for kind, share in step_shares.items())}
+        weighted = [(shares[kind], expected_share(costs, kind, rates, trunk_trains)) for rates, shares in over_time]
+        total, weight = sum(w * cost for w, cost in weighted), sum(w for w, _ in weighted)
+        # Of a kind that does not occur, the cost that it would have.
+        expected[kind.value] = total / weight if weight else sum(cost for _, cost in weighted) / len(weighted)
+        mean += total
+    return {**expected, "mean": mean / len(over_time)}
+
+
+def _rates_over_time(schedule: FeatureReuseSchedule) -> list[tuple[float, ...]]:
+    """The rates of the cycles of the window, or of some spread evenly over it."""
+    if schedule.drop_rate_over_time == "constant" or schedule.last_step is None or not schedule.alternates:
+        return [schedule.rates]
+    cycles = -(-(schedule.last_step - schedule.first_step + 1) // schedule.steps_per_cycle)
+    count = min(cycles, _MOST_CYCLES)
+    chosen = [cycle * (cycles - 1) // max(count - 1, 1) for cycle in range(count)]
+    return [schedule.rates_at(schedule.first_step + cycle * schedule.steps_per_cycle) for cycle in chosen]
+
+
+def _shares(schedule: FeatureReuseSchedule, rates: Sequence[float], trunk_trains: bool) -> dict[str, float]:
+    if not schedule.alternates:
+        return {"vanilla": 1.0, "stochastic_depth": 0.0, "masked_freeze": 0.0}
+    differs = 1 - _all_dropped(rates, trunk_trains)
+    depth = schedule.stochastic_depth_steps / schedule.steps_per_cycle * differs
+    freeze = schedule.masked_freeze_steps / schedule.steps_per_cycle * (differs - _none_dropped(rates))
+    return {"vanilla": 1 - depth - freeze, "stochastic_depth": depth, "masked_freeze": freeze}
+
+
+def _none_dropped(rates: Sequence[float]) -> float:
+    return math.prod(1 - rate for rate in rates)
+
+
+def _all_dropped(rates: Sequence[float], trunk_trains: bool) -> float:
+    """Probability that a cycle is vanilla as it drops every block; it is not if the trunk trains."""
+    return 0.0 if trunk_trains else math.prod(rates)
 
 
 def expected_share(costs: StepCosts, kind: StepKind, rates: Sequence[float], trunk_trains: bool = True) -> float:
@@ -57,8 +89,9 @@ def expected_share(costs: StepCosts, kind: StepKind, rates: Sequence[float], tru
         total += none_below * training[lowest] * (alone + above)
         none_below *= 1 - training[lowest]
     total += none_below * share()
-    # Cycles that are vanilla are none of this kind.
-    total -= math.prod(1 - rate for rate in rates) * costs.share(StepPlan(kind, ()))
-    total -= 0.0 if trunk_trains else math.prod(rates) * costs.share(StepPlan(kind, tuple(everything)))
-    steps = 1 - _vanilla_probability(rates, trunk_trains)
-    return total / steps if steps else 1.0
+    # The sets that make the step vanilla instead.
+    none, all_dropped = 0.0 if depth else _none_dropped(rates), _all_dropped(rates, trunk_trains)
+    total -= none * costs.share(StepPlan(kind, ()))
+    total -= all_dropped * costs.share(StepPlan(kind, tuple(everything)))
+    steps = 1 - none - all_dropped
+    return total / steps if steps > 1e-12 else 1.0

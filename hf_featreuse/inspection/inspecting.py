@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from hf_featreuse.blocks import ResidualBlock, find_and_choose, trainable_blocks, why_inexact
 from hf_featreuse.cost import StepCosts, measure_step_costs
-from hf_featreuse.errors import ConfigurationError, FeatureReuseError
-from hf_featreuse.freezing import own_parameters, trunk_modules
+from hf_featreuse.errors import FeatureReuseError
+from hf_featreuse.freezing import TrainTrunk, own_parameters, trunk_modules, trunk_option
 from hf_featreuse.inspection.expectation import expected_costs, step_shares
 from hf_featreuse.inspection.named_models import Inputs, first_sentence, open_model
 from hf_featreuse.inspection.others import not_skippable
@@ -27,7 +28,8 @@ def inspect_model(
     drop_rate_schedule: DropRateSchedule = "linear",
     stochastic_depth_steps: int = 1,
     masked_freeze_steps: int = 1,
-    train_trunk: bool = True,
+    vanilla_steps: int = 0,
+    train_trunk: TrainTrunk | bool = "all",
 ) -> ModelReport:
     """Report a model's residual blocks, the expected cost of each kind of step, and what cannot be skipped.
 
@@ -45,7 +47,9 @@ def inspect_model(
         drop_rate_schedule (`"linear"` or `"uniform"`, defaults to `"linear"`): as in [`FeatureReuseSchedule`].
         stochastic_depth_steps (`int`, defaults to 1): optimizer steps of the first kind in a cycle.
         masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle.
-        train_trunk (`bool`, defaults to `True`): whether everything outside the blocks trains in masked-freeze steps.
+        vanilla_steps (`int`, defaults to 0): plain optimizer steps at the start of each cycle.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): what outside the blocks trains in
+            masked-freeze steps.
 
     Returns:
         `ModelReport`: print it for a table; `report.to_dict()` for JSON.
@@ -62,9 +66,15 @@ def inspect_model(
         >>> {kind: round(cost, 2) for kind, cost in report.costs.items()}
         {'vanilla': 1.0, 'stochastic_depth': 0.5, 'masked_freeze': 0.84, 'mean': 0.67}
     """
-    check_options(drop_rate, drop_rate_schedule, stochastic_depth_steps, masked_freeze_steps)
-    if not isinstance(train_trunk, bool):
-        raise ConfigurationError(f"`train_trunk={train_trunk!r}` is not a boolean. Pass True or False.")
+    cycle: dict[str, Any] = {
+        "drop_rate": drop_rate,
+        "drop_rate_schedule": drop_rate_schedule,
+        "stochastic_depth_steps": stochastic_depth_steps,
+        "masked_freeze_steps": masked_freeze_steps,
+        "vanilla_steps": vanilla_steps,
+    }
+    check_options(**cycle)
+    train_trunk = trunk_option(train_trunk)
     notes: list[str] = []
     if isinstance(model_or_name, nn.Module):
         model = model_or_name
@@ -72,30 +82,21 @@ def inspect_model(
     else:
         model, inputs, found, blocks = open_model(os.fspath(model_or_name), inputs, target_blocks, notes)
     blocks = trainable_blocks(model, blocks)
-    schedule = FeatureReuseSchedule(
-        len(blocks), drop_rate, drop_rate_schedule, stochastic_depth_steps, masked_freeze_steps
-    )
+    schedule = FeatureReuseSchedule(len(blocks), **cycle)
     step_costs = _step_costs(model, blocks, inputs, train_trunk, notes)
     _note_inexact(blocks, notes)
-    # Where the user froze the whole trunk, a cycle that drops every block would train nothing: it is vanilla.
-    trunk_trains = any(p.requires_grad for p in own_parameters(trunk_modules(model, blocks)))
-    shares = step_shares(schedule, trunk_trains)
+    # If the user froze the whole trunk, a cycle that drops every block would train nothing: it is vanilla.
+    trunk_trains = any(p.requires_grad for part in trunk_modules(model, blocks) for p in own_parameters(part))
     parameters = _count(model)
     return ModelReport(
         model=type(model).__name__ if isinstance(model_or_name, nn.Module) else os.fspath(model_or_name),
         architecture=type(model).__name__,
         parameters=parameters,
         blocks=_block_reports(blocks, schedule, step_costs, parameters),
-        costs={} if step_costs is None else expected_costs(step_costs, schedule.rates, shares, trunk_trains),
-        step_shares=shares,
+        costs={} if step_costs is None else expected_costs(step_costs, schedule, trunk_trains),
+        step_shares=step_shares(schedule, trunk_trains),
         not_skippable=not_skippable(model, inputs, found, blocks),
-        options={
-            "drop_rate": drop_rate,
-            "drop_rate_schedule": drop_rate_schedule,
-            "stochastic_depth_steps": stochastic_depth_steps,
-            "masked_freeze_steps": masked_freeze_steps,
-            "train_trunk": train_trunk,
-        },
+        options={**cycle, "train_trunk": train_trunk},
         notes=notes,
     )
 
@@ -134,7 +135,7 @@ def _note_inexact(blocks: Sequence[ResidualBlock], notes: list[str]) -> None:
 
 
 def _step_costs(
-    model: nn.Module, blocks: Sequence[ResidualBlock], inputs: Inputs | None, train_trunk: bool, notes: list[str]
+    model: nn.Module, blocks: Sequence[ResidualBlock], inputs: Inputs | None, train_trunk: TrainTrunk, notes: list[str]
 ) -> StepCosts | None:
     """The measured costs, or None with a note: the blocks are worth reporting without them."""
     try:

@@ -59,7 +59,7 @@ class ModelReport:
         step_shares (`dict[str, float]`): expected share of the steps that each kind of step takes, from 0 to 1.
         not_skippable (`list[NotSkippable]`): modules in one list with a block, or of the class of a block, that are
             not among the blocks.
-        options (`dict[str, Any]`): drop rate, schedule, steps in a cycle and `train_trunk`, as given.
+        options (`dict[str, Any]`): drop rate, schedule, steps in a cycle and `train_trunk`.
         notes (`list[str]`): what else to know before training.
 
     Example:
@@ -161,12 +161,14 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 def _summary(report: ModelReport) -> str:
     options = report.options
+    plain, trunk = options["vanilla_steps"], {"all": "the whole trunk", "head": "the head"}.get(options["train_trunk"])
     lines = [
         f"Schedule: drop rate {options['drop_rate']:g}, {options['drop_rate_schedule']}; cycles of "
+        f"{_steps(plain, 'vanilla') + ', ' if plain else ''}"
         f"{_steps(options['stochastic_depth_steps'], 'stochastic-depth')} and "
         f"{_steps(options['masked_freeze_steps'], 'masked-freeze')}"
-        f"{' in which the trunk trains too' if options['train_trunk'] else ''}; vanilla steps, where a cycle draws no "
-        f"block: {report.step_shares['vanilla']:.1%}."
+        f"{f' in which {trunk} trains too' if trunk else ''}. Vanilla, with masked-freeze steps that draw no block: "
+        f"{report.step_shares['vanilla']:.1%} of the steps."
     ]
     if report.costs:
         depth, freeze, mean = (report.costs[key] for key in ("stochastic_depth", "masked_freeze", "mean"))
