@@ -16,7 +16,7 @@ from tiny_models import build, examples
 from torch import distributed as dist
 from training_runs import config, state_of, traces, with_dropout
 
-from hf_featreuse import exact_trainer
+from hf_featreuse import resumable as resumable_module
 from hf_featreuse.whole_checkpoints import newest_whole
 
 STEPS = 8
@@ -81,7 +81,7 @@ def run(folder: Path, fault: str, point: str) -> None:
 def survived(trainer: Losing, path: Path) -> Iterator[None]:
     """Write what an error that ends training leaves behind."""
     before, said = traces(trainer.model), []
-    exact_trainer.logger.warning = said.append
+    resumable_module.logger.warning = said.append
     try:
         yield
     except BaseException as error:

@@ -15,7 +15,8 @@ from test_resume import assert_same_run, resumable
 from tiny_models import examples
 from training_runs import RecordingTrainer, traces, train
 
-from hf_featreuse import CheckpointError, StepError, StepKind, exact_trainer
+from hf_featreuse import CheckpointError, StepError, StepKind
+from hf_featreuse import resumable as resumable_module
 from hf_featreuse.whole_checkpoints import newest_whole
 
 LAST = 6
@@ -30,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RecordingTrainer:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
-    monkeypatch.setattr(exact_trainer.logger, "warning", found.append)
+    monkeypatch.setattr(resumable_module.logger, "warning", found.append)
     return found
 
 

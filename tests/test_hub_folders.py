@@ -21,9 +21,11 @@ from hf_featreuse import (
     WeightAverage,
     push_folder,
 )
-from hf_featreuse.hub import folders, hub_trainer
+from hf_featreuse import trainer as trainer_module
+from hf_featreuse.hub import folders, pusher
 from hf_featreuse.hub.averaged import save_averaged
 from hf_featreuse.hub.folders import check_folder_to_push, files_to_push
+from hf_featreuse.hub.run_card import write_base_config
 from hf_featreuse.hub.sending import Target
 
 
@@ -175,7 +177,7 @@ def test_a_checkpoint_in_shards_is_not_pushed_and_said(tmp_path, monkeypatch):
     trainer = FeatureReuseTrainer(build("vit"), config(tmp_path))
     trainer.push_in_progress = None
     said = []
-    monkeypatch.setattr(hub_trainer.logger, "warning_once", said.append)
+    monkeypatch.setattr(pusher.logger, "warning_once", said.append)
     checkpoint = tmp_path / "checkpoint-3"
     (checkpoint / "pytorch_model_fsdp_0").mkdir(parents=True)
     (checkpoint / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"weights")
@@ -199,7 +201,7 @@ def test_a_snapshot_keeps_the_optimizer_only_where_it_is_sent(tmp_path, strategy
     trainer = FeatureReuseTrainer(build("vit"), config(tmp_path, hub_strategy=strategy, max_steps=1))
     checkpoint = Path(save(tmp_path / "checkpoint-1"))
     (checkpoint / "optimizer.pt").write_bytes(b"moments")
-    jobs = trainer._checkpoint_jobs(checkpoint)
+    jobs = trainer.pusher._checkpoint_jobs(checkpoint, 1, trainer._finish_folder, None)
     assert len(jobs) == 1 + resumes
     for snapshot, *_ in jobs:
         assert (snapshot / "optimizer.pt").is_file() == resumes
@@ -221,7 +223,8 @@ def test_a_push_in_mid_run_holds_the_averaged_model_and_the_checkpoint_as_it_is(
         for parameter, raw in zip(trainer.model.parameters(), own, strict=True):
             parameter.copy_(raw)
     before = {path: path.read_bytes() for path in checkpoint.iterdir()}
-    model, *whole = [job[0] for job in trainer._checkpoint_jobs(checkpoint)]
+    made = trainer.pusher._checkpoint_jobs(checkpoint, 3, trainer._finish_folder, trainer._save_averaged)
+    model, *whole = [job[0] for job in made]
     averages = trainer.weight_average.state_dict()
     pushed = AutoModelForImageClassification.from_pretrained(model)
     assert all(torch.equal(parameter, averages[name]) for name, parameter in pushed.named_parameters())
@@ -260,8 +263,8 @@ def test_no_error_in_making_a_push_stops_training(tmp_path, monkeypatch):
     trainer = FeatureReuseTrainer(build("vit"), config(tmp_path), train_dataset=examples(8))
     trainer.push_in_progress, said = None, []
     save(tmp_path / "checkpoint-3")
-    monkeypatch.setattr(hub_trainer, "write_run_card", lambda *_, **__: {}["missing"])
-    monkeypatch.setattr(hub_trainer.logger, "error", said.append)
+    monkeypatch.setattr(trainer_module, "write_run_card", lambda *_, **__: {}["missing"])
+    monkeypatch.setattr(pusher.logger, "error", said.append)
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint-3"))
     assert len(said) == 1 and "featreuse push" in said[0] and "missing" in said[0]
 
@@ -273,7 +276,7 @@ def test_the_card_of_a_plain_module_is_not_that_of_a_transformers_model(tmp_path
         off = {"stochastic_depth_steps": 0, "masked_freeze_steps": 0, "max_steps": 1}
         trainer = FeatureReuseTrainer(model, config(folder, **off), train_dataset=examples(8))
         trainer.train()
-        trainer._save_base_config(folder)
+        write_base_config(trainer.model, folder)
         trainer.create_model_card()
         card = (folder / "README.md").read_text()
         assert "PlainNet()" in card and "transformers model" not in card and "pipeline(" not in card, name

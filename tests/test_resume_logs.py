@@ -11,7 +11,8 @@ from tiny_models import build, examples
 from training_runs import RecordingTrainer, config, train
 from transformers import Trainer
 
-from hf_featreuse import StepKind, exact_trainer, whole_checkpoints
+from hf_featreuse import StepKind, whole_checkpoints
+from hf_featreuse import resumable as resumable_module
 from hf_featreuse.resume_state import read_resume_state
 from hf_featreuse.whole_checkpoints import checkpoint_fault
 
@@ -96,7 +97,7 @@ def without_state(folder: Path) -> None:
 @pytest.fixture
 def warnings_said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
-    for logger in (exact_trainer.logger, whole_checkpoints.logger):
+    for logger in (resumable_module.logger, whole_checkpoints.logger):
         monkeypatch.setattr(logger, "warning", said.append)
     return said
 

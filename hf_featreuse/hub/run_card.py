@@ -1,15 +1,17 @@
-"""Write the card and the plot of a trainer's run beside its model."""
+"""Write the card and the plot of a run next to its model, from a summary of the run."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.constants import is_offline_mode
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -17,10 +19,8 @@ from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.hub.card import build_model_card, is_hub_id
 from hf_featreuse.hub.sending import CARD_FILE
+from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.sharding import unsharded_class
-
-if TYPE_CHECKING:
-    from hf_featreuse.trainer import FeatureReuseTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +30,7 @@ _LISTED_ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "seed",
 )  # fmt: skip
-# Listed where they are in use.
+# Listed if they are in use.
 _LISTED_IF_SET = ("label_smoothing_factor", "mixup_alpha", "cutmix_alpha", "ema_decay")
 _LICENCE_TIMEOUT_SECONDS = 5.0
 _IN_CARD = ("finetuned_from", "dataset", "license", "tags", "model_name")
@@ -47,66 +47,90 @@ def card_arguments(details: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in details.items() if name in _IN_CARD}
 
 
+@dataclass(frozen=True)
+class RunSummary:
+    """What the card and the plot of a run are made from.
+
+    Args:
+        name (`str`): of the model; the id of its repository if there is one: the card's snippet loads from it.
+        model (`torch.nn.Module`): as it trained, not wrapped; may be an adapter's.
+        settings (`dict`): options of feature reuse.
+        schedule (`FeatureReuseSchedule`, *optional*): `None` if nothing was trained here.
+        block_names (`list[str]`): of the residual blocks.
+        arguments (`dict`): the training arguments, as plain values.
+        processes (`int`): that trained together.
+        steps (`int`): optimizer steps taken.
+        max_steps (`int`): optimizer steps that were planned.
+        log_history (`list[dict]`): of the Trainer's state.
+        best_step (`int`, *optional*): of the model that was loaded when training ended.
+    """
+
+    name: str
+    model: nn.Module
+    settings: Mapping[str, Any]
+    schedule: FeatureReuseSchedule | None
+    block_names: Sequence[str]
+    arguments: Mapping[str, Any]
+    processes: int
+    steps: int
+    max_steps: int
+    log_history: Sequence[Mapping[str, Any]]
+    best_step: int | None = None
+
+    @property
+    def evaluation(self) -> Mapping[str, Any]:
+        """The last evaluation; if training loaded its best model and none followed, that of this model."""
+        places = [at for at, entry in enumerate(self.log_history) if any(key.startswith("eval_") for key in entry)]
+        if not places:
+            return {}
+        last = self.log_history[places[-1]]
+        has_ended = any("train_runtime" in entry for entry in self.log_history[places[-1] :])
+        if not has_ended or self.best_step is None:
+            return last
+        at_best = [self.log_history[at] for at in places if self.log_history[at].get("step") == self.best_step]
+        return (at_best or [last])[-1]
+
+
 def write_run_card(
-    trainer: FeatureReuseTrainer,
+    run: RunSummary,
     folder: str | Path,
     *,
     license: str | None = None,
     tags: str | Sequence[str] | None = None,
-    model_name: str | None = None,
     finetuned_from: str | None = None,
     dataset: str | Sequence[str] | None = None,
 ) -> None:
     """Write the card of a run into a folder; see `FeatureReuseTrainer.create_model_card`."""
-    args, folder = trainer.args, Path(folder)
-    # Plain values for enums.
-    values = args.to_dict()
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    adapter, base = None, finetuned_from
+    folder, model, values = Path(folder), run.model, run.arguments
+    adapter, base = None, finetuned_from or getattr(model, "name_or_path", None) or None
     if is_adapter(model):
-        settings = model.active_peft_config
+        of_adapter: Any = model
+        settings = of_adapter.active_peft_config
         adapter, base = str(getattr(settings.peft_type, "value", settings.peft_type)), settings.base_model_name_or_path
-        model = model.get_base_model()
-    is_pretrained = isinstance(model, PreTrainedModel)
-    # The full id, where there is a repository: the snippet on the card loads from it.
-    name = trainer.hub_model_id or model_name or trainer._target().repo_id
-    steps = {"steps": trainer.state.global_step}
-    if trainer.state.global_step < trainer.state.max_steps:
-        steps["steps_planned"] = trainer.state.max_steps
+        model = of_adapter.get_base_model()
+    steps = {"steps": run.steps}
+    if run.steps < run.max_steps:
+        steps["steps_planned"] = run.max_steps
     card = build_model_card(
-        model_name=name,
+        model_name=run.name,
         base_model=base,
         dataset_name=dataset if dataset is None or isinstance(dataset, str) else ", ".join(dataset),
-        settings=trainer.reuse_args.settings(),
-        metrics={key: value for key, value in _evaluation(trainer).items() if _is_metric(key, value)},
+        settings=run.settings,
+        metrics={key: value for key, value in run.evaluation.items() if _is_metric(key, value)},
         license=license or (licence_of(base) if base and is_hub_id(base) else None),
         plot_file=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
         architecture=unsharded_class(model).__name__,
-        block_names=[block.name for block in trainer.feature_reuse.blocks] if trainer.feature_reuse else [],
+        block_names=run.block_names,
         training={name: values[name] for name in _LISTED_ARGUMENTS}
         | {name: values[name] for name in _LISTED_IF_SET if values.get(name)}
-        | {"processes": args.world_size, "mixed_precision": args.mixed_precision, **steps},
+        | {"processes": run.processes, "mixed_precision": values["mixed_precision"], **steps},
         adapter=adapter,
-        from_pretrained=is_pretrained,
+        from_pretrained=isinstance(model, PreTrainedModel),
     )
-    of_model: Sequence[str] = (model.model_tags or ()) if is_pretrained else ()
+    of_model: Sequence[str] = (model.model_tags or ()) if isinstance(model, PreTrainedModel) else ()
     given = [tags] if isinstance(tags, str) else tags or ()
     card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *of_model, *given]))
     card.save(folder / CARD_FILE)
-
-
-def _evaluation(trainer: FeatureReuseTrainer) -> dict[str, Any]:
-    """The last evaluation of the run; where training loaded its best model and none followed, that of this model."""
-    state = trainer.state
-    places = [at for at, entry in enumerate(state.log_history) if any(key.startswith("eval_") for key in entry)]
-    if not places:
-        return {}
-    last = state.log_history[places[-1]]
-    has_ended = any("train_runtime" in entry for entry in state.log_history[places[-1] :])
-    if not has_ended or not trainer.args.load_best_model_at_end or state.best_model_checkpoint is None:
-        return last
-    at_best = [state.log_history[at] for at in places if state.log_history[at].get("step") == state.best_global_step]
-    return (at_best or [last])[-1]
 
 
 def _is_metric(key: str, value: object) -> bool:
@@ -114,18 +138,23 @@ def _is_metric(key: str, value: object) -> bool:
     return key.startswith("eval_") and isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def write_run_plot(trainer: FeatureReuseTrainer, folder: str | Path) -> None:
-    """Write the training plot of a run into a folder; nothing where there is nothing to draw or no matplotlib."""
+def write_run_plot(run: RunSummary, folder: str | Path) -> None:
+    """Write the training plot of a run into a folder; nothing if there is nothing to draw or no matplotlib."""
     from hf_featreuse.plotting import plot_training
 
-    reuse = trainer.feature_reuse
-    if reuse is None:  # Nothing was trained here; a plot of an earlier run stays.
+    if run.schedule is None:  # Nothing was trained here; a plot of an earlier run stays.
         return
-    names = [block.name for block in reuse.blocks]
     try:
-        plot_training(trainer.state.log_history, reuse.schedule, Path(folder) / PLOT_FILE, block_names=names)
+        plot_training(run.log_history, run.schedule, Path(folder) / PLOT_FILE, block_names=run.block_names)
     except ConfigurationError as error:
         logger.info(f"No training plot was drawn. {error}")
+
+
+def write_base_config(model: nn.Module, folder: str | Path) -> None:
+    """Write the configuration of an adapter's base into a folder: an adapter's own files name no labels."""
+    base: Any = model.get_base_model() if is_adapter(model) else None  # pyright: ignore[reportCallIssue]
+    if isinstance(base, PreTrainedModel):
+        base.config.save_pretrained(folder)
 
 
 @functools.lru_cache

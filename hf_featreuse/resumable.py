@@ -29,7 +29,7 @@ from hf_featreuse.whole_checkpoints import checkpoint_fault, resolve_checkpoint
 logger = logging.get_logger(__name__)
 
 
-class ExactTrainer(Trainer):
+class ResumableTrainer(Trainer):
     """`transformers.Trainer` with strict checkpoints and data sets that know their epoch; no feature reuse.
 
     Base of [`FeatureReuseTrainer`]. Weights are restored to the bit or not at all, a checkpoint that is cut short is
