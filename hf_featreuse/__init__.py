@@ -15,6 +15,7 @@ from hf_featreuse.errors import (
     DataError,
     FeatureReuseError,
     HubError,
+    IncompatibleVersionError,
     StepError,
 )
 from hf_featreuse.faults import check_finite
@@ -45,6 +46,7 @@ __all__ = [
     "FeatureReuseSchedule",
     "FeatureReuseTrainer",
     "HubError",
+    "IncompatibleVersionError",
     "ModelReport",
     "Removal",
     "ResidualBlock",

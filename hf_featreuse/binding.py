@@ -124,8 +124,13 @@ def _copied_as_plain(plain: type[nn.Module], method: Method, function: Callable,
             self.__dict__[attribute] = value
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        value = self.__dict__.pop(attribute)
+        try:
+            # Leaves out what the class does not pickle, such as the compiled call of a module.
+            state = self.__getstate__()
+        finally:
+            self.__dict__[attribute] = value
         # Not `copyreg.__newobj__`: pickle insists that its class is the instance's own.
-        state = {key: value for key, value in self.__dict__.items() if key != attribute}
         return object.__new__, (plain,), state
 
     methods = {method: function, "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}

@@ -9,7 +9,9 @@ a block a detached input that asks for its gradient:
 - The lowest block that trains runs the graph of the ones above it. This adds the gradient of the input of its first
   layer: of a norm in transformers, of a depthwise convolution in ConvNeXt.
 
-What is left is two graphs of training and one of evaluation for blocks of the same shape. They take any batch size.
+What is left is two graphs of training and one of evaluation for blocks of the same shape. They take any batch size. If
+an activation follows the addition, stochastic-depth steps scale the branch inside the block and take one more graph,
+for all survival probabilities; other blocks are scaled outside of their graph.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from hf_featreuse.blocks import ResidualBlock
 from hf_featreuse.probing import check_not_compiled
 
 _COMPILED = "_compiled_call_impl"
-# Graphs of blocks of one shape: three, three more for a batch of one, and some to spare.
+# Graphs of blocks of one shape: four, four more for a batch of one, and some to spare.
 _GRAPHS_PER_SHAPE = 16
 
 
@@ -64,18 +66,33 @@ def compile_blocks(blocks: Sequence[ResidualBlock], **options: Any) -> Iterator[
     for block in blocks:
         check_not_compiled(block.module, block.name)
     any_batch_size = options.get("dynamic") is None
+    options, settings = _for_this_torch({"recompile_limit": _GRAPHS_PER_SHAPE, **options})
     shared: dict[Any, Callable] = {}
     try:
         for block in blocks:
             shape = (type(block.module), tuple((name, p.shape) for name, p in block.module.named_parameters()))
             if shape not in shared:
-                shared[shape] = torch.compile(_entry(block.name), **{"recompile_limit": _GRAPHS_PER_SHAPE, **options})
+                shared[shape] = torch.compile(_entry(block.name), **options)
             # `module.compile` sets this attribute too; torch leaves it out of copies and pickles.
             block.module.__dict__[_COMPILED] = _call(block, shared[shape], any_batch_size)
-        yield
+        with settings:
+            yield
     finally:
         for block in blocks:
             block.module.__dict__.pop(_COMPILED, None)
+
+
+def _for_this_torch(options: dict[str, Any]) -> tuple[dict[str, Any], contextlib.AbstractContextManager]:
+    """Split the options of `torch.compile` from those that an older torch has for the whole process only."""
+    settings: dict[str, Any] = {}
+    # Compared as versions, not as text.
+    if torch.__version__ < "2.12":
+        settings["recompile_limit"] = options.pop("recompile_limit")
+    if torch.__version__ < "2.13":
+        # Else a graph of a frozen block would run a block that trains, without its gradients (pytorch/pytorch#139476).
+        settings["skip_tensor_guards_with_matching_dict_tags"] = False
+        settings["use_recursive_dict_tags_for_guards"] = False
+    return options, torch._dynamo.config.patch(settings)
 
 
 def _run(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -117,10 +117,10 @@ def _mean_costs(reuse: FeatureReuse, costs: StepCosts, max_steps: int) -> dict[s
 
 
 def _some_cycles(schedule: FeatureReuseSchedule, max_steps: int) -> list[int]:
-    """The steps of four whole cycles, spread over the window."""
+    """The steps of four whole cycles, in the middle of each quarter of the window: rates may change over time."""
     last = max_steps - 1 if schedule.last_step is None else min(schedule.last_step, max_steps - 1)
     cycles = max((last - schedule.first_step + 1) // schedule.steps_per_cycle, 1)
-    starts = sorted({cycles * quarter // 4 for quarter in range(4)})
+    starts = sorted({cycles * (2 * quarter + 1) // 8 for quarter in range(4)})
     length = schedule.steps_per_cycle
     return [schedule.first_step + start * length + step for start in starts for step in range(length)]
 

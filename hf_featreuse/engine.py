@@ -102,7 +102,7 @@ class FeatureReuse:
         self.blocks = list(blocks)
         self.schedule = schedule
         self.scale_kept = scale_kept
-        self.train_trunk = trunk_option(train_trunk)
+        self.train_trunk: TrainTrunk = trunk_option(train_trunk)
         self.frozen_batch_norm: FrozenBatchNorm = frozen_batch_norm
         self.allow_inexact_skip = allow_inexact_skip
         self.current_plan: StepPlan | None = None
@@ -211,6 +211,11 @@ class FeatureReuse:
         survival = plan.survival if self.scale_kept else None
         if self.scale_kept and survival is None:
             self._warn_unscaled()
+        if survival is not None and len(survival) != len(self.blocks):
+            raise ConfigurationError(
+                f"`survival` of the step's plan has {len(survival)} entries for {len(self.blocks)} blocks. Pass one "
+                "probability for each, those of dropped blocks included."
+            )
         if plan.sample_masks is not None:
             return skip_samples(self.blocks, plan.sample_masks, self._device, survival=survival)
         dropped = [self.blocks[index] for index in plan.dropped]
@@ -282,7 +287,8 @@ def check_checkpointing(model: nn.Module) -> None:
             raise ConfigurationError(
                 f"{name or type(model).__name__} uses reentrant activation checkpointing, which fails or loses "
                 "gradients where the input of a checkpointed part is frozen. Set "
-                '`activation_checkpointing_kwargs={"use_reentrant": False}`.'
+                '`activation_checkpointing_kwargs={"use_reentrant": False}`, called `gradient_checkpointing_kwargs` '
+                "before transformers 5.23."
             )
 
 

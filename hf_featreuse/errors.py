@@ -44,3 +44,10 @@ class BadImageError(FeatureReuseError, RuntimeError):
 
 class HubError(FeatureReuseError, RuntimeError):
     """A push to the Hub failed; the message says how to push again. What is on disk is whole."""
+
+
+class IncompatibleVersionError(FeatureReuseError, ImportError):
+    """The installed transformers, accelerate or torch lacks what training relies on; the message says what to install.
+
+    Raised when the trainer is imported, or when training starts.
+    """

@@ -138,6 +138,10 @@ def trunk_modules(model: nn.Module, all_blocks: Sequence[ResidualBlock]) -> tupl
     in_blocks = {id(module) for block in all_blocks for module in block.module.modules()}
     after = {id(module) for module in all_blocks[-1].followers} if all_blocks else set()
     trunk = [module for module in model.modules() if id(module) not in in_blocks]
+    # A weight that the head shares with what comes before the blocks, as a language model's with its embeddings,
+    # would train there too, and the gradient would have to go all the way down.
+    below = {id(parameter) for parameter in own_parameters(module for module in trunk if id(module) not in after)}
+    after -= {id(module) for module in trunk if any(id(parameter) in below for parameter in own_parameters([module]))}
     return [module for module in trunk if id(module) not in after], [m for m in trunk if id(m) in after]
 
 

@@ -23,10 +23,14 @@ from hf_featreuse.faults import (
     open_checkpoint,
     refuse_not_finite,
 )
+from hf_featreuse.private_names import check_attributes, check_names
 from hf_featreuse.resume_state import RESUME_STATE_NAME, read_resume_state, write_resume_state
 from hf_featreuse.whole_checkpoints import checkpoint_fault, resolve_checkpoint
 
 logger = logging.get_logger(__name__)
+
+# Before a class is defined whose overrides Trainer might not call.
+check_names()
 
 
 class ResumableTrainer(Trainer):
@@ -143,6 +147,7 @@ class ResumableTrainer(Trainer):
 
     def _take_up(self, trial: Any, epoch: int, ignore_keys_for_eval: Any, start_time: float) -> None:
         """Restore the sums, once; then do what was due at the end of an epoch after the checkpoint was written."""
+        check_attributes(self)
         state, self._resumed = self._resumed, None
         if state is None:
             return

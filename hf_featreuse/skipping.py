@@ -110,15 +110,15 @@ class Scaling:
         return divide_outputs(self._branches)
 
 
-@functools.lru_cache(maxsize=4096)
 def _scalar(value: float) -> torch.Tensor:
-    """A probability as a tensor without dimensions, which leaves the dtype and the device of what it divides.
+    """A probability as a tensor without dimensions, which keeps the dtype and the device of what it divides.
 
-    Unlike a number, autograd saves it: a backward that is run after the step was left, with activation checkpointing,
-    then fails instead of giving wrong gradients; and compiled blocks take a new one without a new graph.
+    Unlike a number, autograd saves it: if backward runs after the step was left, activation checkpointing then raises
+    an error instead of giving wrong gradients. And compiled blocks take a new one without a new graph.
     """
-    with torch.inference_mode(False), torch.device("cpu"):
-        return torch.tensor(value, dtype=torch.float64)
+    # Made in each step: one made earlier under FakeTensorMode, or outside it, would not fit.
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def shortcut(block: ResidualBlock) -> Rule:

@@ -26,6 +26,16 @@ for name, value in {
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 pytest.register_assert_rewrite("architecture_checks")
 
+import transformers  # noqa: E402
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+
+    def _activation_checkpointing_enable(model: transformers.PreTrainedModel, options: dict[str, object]) -> None:
+        """As of transformers 5.23, which renamed it."""
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    transformers.PreTrainedModel.activation_checkpointing_enable = _activation_checkpointing_enable
+
 # Of the tests that run over every architecture, the fast selection takes these; one that only finds blocks takes all.
 QUICK = {"vit", "convnext", "swin", "resnet-basic", "hiera", "mobilevit", "siglip"}
 ALL_QUICK = "test_blocks_are_exactly_those_labelled"

@@ -53,7 +53,7 @@ class AdapterWatch(StepWatch):
         assert [name for name in moved if not is_adapter(name) and name not in head] == []
         if plan.kind is StepKind.MASKED_FREEZE:
             assert [name for name in moved if name not in head and not name.startswith(tuple(dropped))] == []
-            assert bool(head) is reuse.train_trunk
+            assert bool(head) is (reuse.train_trunk != "none")
             training = dropped
         else:
             assert [name for name in moved if name.startswith(tuple(dropped or ["none"]))] == []
@@ -62,11 +62,11 @@ class AdapterWatch(StepWatch):
         assert all(any(name.startswith(prefix) for name in moved) for prefix in training)
 
 
-@pytest.mark.parametrize("train_trunk", [False, True])
+@pytest.mark.parametrize("train_trunk", ["none", "head", "all"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("architecture", LAYERS)
 def test_only_the_adapters_of_dropped_blocks_train(
-    architecture: str, method: str, train_trunk: bool, tmp_path: Path
+    architecture: str, method: str, train_trunk: str, tmp_path: Path
 ) -> None:
     model, watch = adapted(architecture, method), AdapterWatch()
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]

@@ -244,6 +244,59 @@ def test_a_block_that_takes_the_input_itself_is_found():
     assert batch.grad is None
 
 
+# What follows a block
+
+
+FOLLOWERS = {
+    "vit": ["vit.layernorm", "classifier"],
+    "convnext": ["convnext.layernorm", "classifier"],
+    "resnet": ["classifier.1"],
+    "swin": ["swin.layernorm", "classifier"],
+}
+
+
+@pytest.mark.parametrize("kind", FOLLOWERS)
+def test_modules_with_parameters_that_follow_the_last_block(kind):
+    model = build(kind)
+    expected = [model.get_submodule(name) for name in FOLLOWERS[kind]]
+    assert list(find_residual_blocks(model)[-1].followers) == expected
+
+
+def test_later_blocks_follow_a_block_and_earlier_parts_do_not():
+    model = build("resnet")
+    blocks = find_residual_blocks(model)
+    named = {module: name for name, module in model.named_modules()}
+    # The last layer but one of the second stage: what follows is the last layer and the classifier.
+    last = "resnet.encoder.stages.1.layers.2.layer"
+    assert [named[module] for module in blocks[-2].followers] == [
+        *(f"{last}.{index}.{part}" for index in (0, 1) for part in ("convolution", "normalization")),
+        "classifier.1",
+    ]
+
+
+class Tied(nn.Module):
+    """A head that is called before the blocks too, blocks that run twice, and a part whose call does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.between, self.out, self.unused = (nn.Linear(4, 4) for _ in range(4))
+        self.blocks = nn.ModuleList(InPlace(False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.head(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.between(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.head(x)) @ self.unused.weight
+
+
+def test_what_is_called_before_the_last_call_of_a_block_does_not_follow_it():
+    model = Tied()
+    assert [block.followers for block in find_residual_blocks(model, torch.randn(2, 4))] == [(model.out,)] * 2
+
+
 # Errors
 
 

@@ -1,5 +1,7 @@
 """Settings that changed since a checkpoint: refused only where a step that was taken would have been another."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ CHANGES = {
     "schedule": {"drop_rate_schedule": "linear"},
     "seed": {"seed": 6},
     "ratio": {"stochastic_depth_steps": 2},
+    "plain steps in a cycle": {"vanilla_steps": 1},
+    "over time": {"drop_rate_over_time": "falling", "last_step": 40},
+    "rate of zero": {"drop_rate": 0},
     "plain": {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
     "granularity": {"drop_granularity": "sample"},
     "window": {"first_step": 3},
@@ -57,12 +62,23 @@ def test_plans_are_compared_by_the_names_of_the_blocks() -> None:
 
 
 def test_sets_by_sample_are_compared_for_every_sample() -> None:
-    # A rate so little higher that only one sample in many draws otherwise.
-    saved, now = (source(drop_granularity="sample", drop_rate=rate, samples=64) for rate in (0.5, 0.502))
-    masks = [[each.schedule.plan(step, batch_size=64).sample_masks for step in range(20)] for each in (saved, now)]
-    expected = next(step for step in range(20) if not np.array_equal(masks[0][step], masks[1][step]))
+    # Rates of 8 and 9 sixteenths: one sample in 16 drops a block more. Two samples agree at first.
+    saved, now = (source(drop_granularity="sample", drop_rate=rate, samples=2, seed=2) for rate in (0.5, 0.5 + 1 / 16))
+    masks = [
+        np.stack([each.schedule.plan(step, batch_size=2).sample_masks for step in range(20)]) for each in (saved, now)
+    ]
+    expected = int(np.flatnonzero((masks[0] != masks[1]).any((1, 2)))[0])
+    assert expected > 0
+    # The first sample draws the same, the second does not.
+    assert (masks[0][expected] != masks[1][expected]).any(1).tolist() == [False, True]
     assert saved.first_difference(now, 20) == expected
     assert check_plans(saved, now, expected) is not None
+
+
+def test_rates_that_are_rounded_to_the_same_sixteenth_plan_the_same() -> None:
+    saved, now = (source(drop_granularity="sample", drop_rate=rate, samples=64) for rate in (0.5, 0.502))
+    assert saved.first_difference(now, 20) is None
+    assert "drop_rate=0.502 (before: drop_rate=0.5)" in check_plans(saved, now, 20)
 
 
 def test_another_number_of_samples_is_no_other_plan() -> None:
@@ -78,13 +94,15 @@ def test_a_cycle_that_drops_all_is_vanilla_where_the_trunk_is_frozen() -> None:
 
 
 def test_nothing_is_said_where_nothing_changed() -> None:
-    again = PlanSource.from_json(source(options={"train_trunk": True}).to_json())
-    assert check_plans(again, source(options={"train_trunk": True}), 10) is None
+    saved = source(options={"train_trunk": "head"}, drop_rate_over_time="falling", last_step=40, vanilla_steps=1)
+    again = PlanSource.from_json(json.loads(json.dumps(saved.to_json())))
+    assert check_plans(again, saved, 10) is None
+    assert again == dataclasses.replace(saved, schedule=again.schedule)
 
 
 def test_an_option_that_changes_no_plan_is_said() -> None:
-    said = check_plans(source(options={"train_trunk": False}), source(options={"train_trunk": True}), 10)
-    assert "train_trunk=True (before: train_trunk=False)" in said
+    said = check_plans(source(options={"train_trunk": "none"}), source(options={"train_trunk": "all"}), 10)
+    assert "train_trunk='all' (before: train_trunk='none')" in said
 
 
 # In the trainer: ViT of 4 blocks, checkpoints of steps 1 to 6
@@ -117,6 +135,8 @@ REFUSED = {
     "masked_freeze_steps=2": {"masked_freeze_steps": 2},
     "stochastic_depth_steps=0": {"masked_freeze_steps": 0, "stochastic_depth_steps": 0},
     "drop_granularity='sample'": {"drop_granularity": "sample"},
+    "vanilla_steps=1": {"vanilla_steps": 1},
+    "drop_rate_over_time='falling'": {"drop_rate_over_time": "falling"},
     "first_step=3": {"reuse_start": 0.5},
     "last_step=0": {"reuse_end": 0.1},
     "num_blocks=3, blocks=": {"target_blocks": ["1", "2", "3"]},

@@ -59,7 +59,7 @@ def run(folder: Path, architecture: str = "vit", model: nn.Module | None = None,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "bound"), [("vit", 3), ("convnext", 6), ("resnet", 6)])
+@pytest.mark.parametrize(("architecture", "bound"), [("vit", 3), ("convnext", 6), ("resnet", 8)])
 def test_a_hundred_steps_with_partial_batches_and_evaluation_take_few_graphs(
     architecture: str, bound: int, tmp_path: Path
 ) -> None:
@@ -115,6 +115,7 @@ def test_the_graph_limit_is_told_when_it_is_hit(caplog: pytest.LogCaptureFixture
     assert graphs() == 1
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 has only one limit, for the whole process")
 def test_the_limit_of_torch_is_left_alone(tmp_path: Path) -> None:
     before = torch._dynamo.config.recompile_limit
     seen: list[int] = []

@@ -1,26 +1,25 @@
 """Options: validated at construction, beside TrainingArguments, and on the command line."""
 
 import dataclasses
-import itertools
 import json
 import math
-from fractions import Fraction
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_featreuse import ConfigurationError, FeatureReuseArguments, FeatureReuseConfig, FeatureReuseSchedule
-from hf_featreuse.config import window_steps
+from hf_featreuse import ConfigurationError, FeatureReuseArguments, FeatureReuseConfig
 from hf_featreuse.recipe import RecipeArguments
 
 DEFAULTS = {
     "drop_rate": 0.5,
     "drop_rate_schedule": "linear",
+    "drop_rate_over_time": "constant",
     "drop_granularity": "batch",
+    "vanilla_steps": 0,
     "stochastic_depth_steps": 1,
     "masked_freeze_steps": 1,
-    "scale_kept": False,
-    "train_trunk": True,
+    "scale_kept": True,
+    "train_trunk": "all",
     "frozen_batch_norm": "batch",
     "allow_inexact_skip": False,
     "target_blocks": None,
@@ -31,11 +30,13 @@ DEFAULTS = {
 OTHERS = {
     "drop_rate": 0.3,
     "drop_rate_schedule": "uniform",
+    "drop_rate_over_time": "falling",
     "drop_granularity": "sample",
+    "vanilla_steps": 1,
     "stochastic_depth_steps": 2,
     "masked_freeze_steps": 3,
-    "scale_kept": True,
-    "train_trunk": False,
+    "scale_kept": False,
+    "train_trunk": "head",
     "frozen_batch_norm": "inference",
     "allow_inexact_skip": True,
     "target_blocks": ["layers.0", "layers.1"],
@@ -44,10 +45,16 @@ OTHERS = {
     "reuse_seed": 7,
 }
 BAD = [
-    *(("drop_rate", value) for value in (0, 1, 0.0, 1.0, -0.1, 1.5, math.nan, True, "0.5", None)),
+    *(("drop_rate", value) for value in (1, 1.0, -0.1, 1.5, math.nan, True, False, "0.5", None)),
     *(("drop_rate_schedule", value) for value in ("cosine", "", None)),
-    *((n, v) for n in ("stochastic_depth_steps", "masked_freeze_steps") for v in (-1, 0.5, 1.0, True, "1", None)),
-    *((n, v) for n in ("scale_kept", "train_trunk", "allow_inexact_skip") for v in (1, 0, "true", None)),
+    *(("drop_rate_over_time", value) for value in ("linear", "", None)),
+    *(
+        (name, value)
+        for name in ("vanilla_steps", "stochastic_depth_steps", "masked_freeze_steps")
+        for value in (-1, 0.5, 1.0, True, "1", None)
+    ),
+    *((name, value) for name in ("scale_kept", "allow_inexact_skip") for value in (1, 0, "true", None)),
+    *(("train_trunk", value) for value in (1, 0, "true", "ALL", "", None)),
     *(("drop_granularity", value) for value in ("block", "", None)),
     *(("frozen_batch_norm", value) for value in ("eval", "", None)),
     *(("target_blocks", value) for value in ("", [], [""], ["layers.0", 1], 3, ["layers.0", None])),
@@ -112,6 +119,15 @@ def test_good_value_is_taken_unchanged(tmp_path, name, value):
     assert getattr(config(tmp_path, **{name: value}), name) == value
 
 
+@pytest.mark.parametrize(("value", "word"), [(True, "all"), (False, "none")])
+def test_train_trunk_may_be_a_boolean_in_python(tmp_path, value, word):
+    for options in (FeatureReuseArguments(train_trunk=value), config(tmp_path, train_trunk=value)):
+        assert options.train_trunk == options.settings()["train_trunk"] == word
+    values = {"output_dir": str(tmp_path), "train_trunk": value}
+    (parsed,) = HfArgumentParser(FeatureReuseConfig).parse_dict(values)
+    assert parsed.train_trunk == word
+
+
 @pytest.mark.parametrize("target", [r".*\.layers\.[0-3]", ["layers.0"], ("layers.0", "layers.1")])
 def test_targets_may_be_a_string_a_list_or_a_tuple(target):
     assert FeatureReuseArguments(target_blocks=target).target_blocks == target
@@ -168,7 +184,8 @@ def test_command_line_takes_every_option(tmp_path):
     parsed = parse(
         tmp_path,
         *("--drop_rate", "0.3", "--drop_rate_schedule", "uniform", "--stochastic_depth_steps", "2"),
-        *("--masked_freeze_steps", "3", "--scale_kept", "--train_trunk", "false"),
+        *("--masked_freeze_steps", "3", "--scale_kept", "false", "--train_trunk", "head"),
+        *("--vanilla_steps", "1", "--drop_rate_over_time", "falling"),
         *("--drop_granularity", "sample", "--frozen_batch_norm", "inference", "--allow_inexact_skip"),
         *("--target_blocks", "layers.0", "layers.1"),
         *("--reuse_start", "0.25", "--reuse_end", "0.75", "--reuse_seed", "7"),
@@ -189,6 +206,12 @@ def test_one_target_is_a_regular_expression_and_several_are_names(tmp_path, valu
     assert parse(tmp_path, "--target-blocks", *values, "--seed", "3").target_blocks == expected
 
 
+def test_scaling_is_turned_off_as_any_flag_of_training_arguments(tmp_path):
+    assert [parse(tmp_path, *off).scale_kept for off in (["--no_scale_kept"], ["--scale_kept", "false"])] == [
+        False
+    ] * 2
+
+
 def test_dashes_are_accepted(tmp_path):
     parsed = parse(tmp_path, "--drop-rate", "0.3", "--masked-freeze-steps", "2", "--reuse-seed", "0")
     assert (parsed.drop_rate, parsed.masked_freeze_steps, parsed.reuse_seed) == (0.3, 2, 0)
@@ -200,6 +223,8 @@ def test_dashes_are_accepted(tmp_path):
         (["--drop_rate", "1.5"], "`drop_rate=1.5`"),
         (["--drop_rate_schedule", "cosine"], "`drop_rate_schedule='cosine'`"),
         (["--masked_freeze_steps", "-1"], "`masked_freeze_steps=-1`"),
+        (["--train_trunk", "false"], "`train_trunk='false'` is unknown. Pass one of ('all', 'head', 'none')"),
+        (["--drop_rate_over_time", "linear"], "`drop_rate_over_time='linear'`"),
         (["--reuse_start", "0.5", "--reuse_end", "0.5"], "`reuse_start=0.5`"),
     ],
 )
@@ -232,69 +257,3 @@ def test_options_are_written_with_the_training_arguments(tmp_path):
     assert {name: written[name] for name in OTHERS} == OTHERS
     assert {name: json.loads(made.to_json_string())[name] for name in OTHERS} == OTHERS
     assert made.to_sanitized_dict()["drop_rate"] == 0.3
-
-
-# Schedule
-
-
-def test_schedule_is_built_from_every_option():
-    schedule = FeatureReuseArguments(**OTHERS).schedule(num_blocks=6, max_steps=100, seed=1)
-    expected = FeatureReuseSchedule(
-        6,
-        drop_rate=0.3,
-        drop_rate_schedule="uniform",
-        stochastic_depth_steps=2,
-        masked_freeze_steps=3,
-        seed=7,
-        first_step=25,
-        last_step=75,
-        drop_granularity="sample",
-    )
-    assert vars(schedule) == vars(expected)
-
-
-def test_schedule_of_the_defaults_has_no_end():
-    assert vars(FeatureReuseArguments().schedule(6, 100, 1)) == vars(FeatureReuseSchedule(6, seed=1))
-
-
-@pytest.mark.parametrize(("reuse_seed", "expected"), [(None, 42), (0, 0), (7, 7), (2**64 - 1, 2**64 - 1)])
-def test_seed_of_the_schedule(reuse_seed, expected):
-    assert FeatureReuseArguments(reuse_seed=reuse_seed).schedule(4, 10, seed=42).seed == expected
-
-
-@pytest.mark.parametrize(("depth", "freeze", "expected"), [(1, 1, True), (1, 0, True), (0, 1, True), (0, 0, False)])
-def test_alternates_unless_both_kinds_have_no_steps(depth, freeze, expected):
-    options = FeatureReuseArguments(stochastic_depth_steps=depth, masked_freeze_steps=freeze)
-    assert options.alternates is expected
-    if not expected:
-        assert options.schedule(0, 10, 0).rates == ()
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "max_steps", "expected"),
-    [
-        (0.0, 1.0, 100, (0, None)),
-        (0, 1, 7, (0, None)),
-        (0.25, 0.75, 100, (25, 75)),
-        (0.25, 0.75, 10, (3, 7)),
-        (0.0, 0.5, 3, (0, 1)),
-        (0.5, 1.0, 3, (2, None)),
-        # Products that come out a rounding error above or below a whole number.
-        (0.07, 1.0, 100, (7, None)),
-        (0.0, 0.29, 100, (0, 29)),
-        (0.1, 0.3, 10, (1, 3)),
-        (0.55, 0.57, 100, (55, 57)),
-        (1 / 3, 2 / 3, 3, (1, 2)),
-        (1 / 3, 2 / 3, 300_000, (100_000, 200_000)),
-    ],
-)
-def test_window_steps_are_those_within_the_fractions(start, end, max_steps, expected):
-    assert window_steps(start, end, max_steps) == expected
-
-
-@pytest.mark.parametrize("max_steps", [1, 7, 10, 64, 99, 100, 1000])
-def test_window_steps_equal_exact_arithmetic(max_steps):
-    for start, end in itertools.combinations(range(0, 100, 3), 2):
-        first, last = window_steps(start / 100, end / 100, max_steps)
-        assert first == math.ceil(Fraction(start, 100) * max_steps)
-        assert last == math.floor(Fraction(end, 100) * max_steps)

@@ -36,7 +36,7 @@ def test_both_summaries_say_what_the_run_was(tmp_path, capsys):
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert f"Feature reuse with ViTForImageClassification ({count / 1000:.3g} k parameters)" in printed
     assert "  blocks  4, vit.layers.0 to vit.layers.3" in printed
-    assert "  rates   0.50, one set a step" in printed
+    assert "  rates   0.50, one set per step" in printed
     assert "  steps   60, in cycles of 1 stochastic depth and 1 masked freeze" in printed
     assert "  engine  1 process on cpu, full precision" in printed
     shares = [entry["compute_share"] for entry in trainer.state.log_history if "compute_share" in entry]
@@ -51,13 +51,23 @@ def test_both_summaries_say_what_the_run_was(tmp_path, capsys):
 def test_with_a_set_for_every_sample_the_expected_cost_is_what_was_spent(tmp_path, capsys):
     trainer = run(tmp_path, drop_granularity="sample", max_steps=40)
     printed = capsys.readouterr().out
-    assert "one set a sample" in printed
+    assert "one set per sample" in printed
     expected = float(re.search(r"cost    (\S+) of a plain", printed)[1])
     assert expected == pytest.approx(mean_compute_share(trainer.state.log_history), abs=0.05)
 
 
-def test_plain_training_says_so(tmp_path, capsys):
-    run(tmp_path, stochastic_depth_steps=0, masked_freeze_steps=0, max_steps=1)
+def test_plain_steps_and_rates_over_time_are_named(tmp_path, capsys):
+    run(tmp_path, vanilla_steps=2, drop_rate_over_time="falling", max_steps=1)
+    printed = capsys.readouterr().out
+    assert "  rates   0.50, falling to 0, one set per step" in printed
+    assert "  steps   1, in cycles of 2 vanilla, 1 stochastic depth and 1 masked freeze" in printed
+    run(tmp_path, drop_rate_over_time="rising", drop_rate_schedule="linear", max_steps=1)
+    assert "  rates   0.12 to 0.50, rising from 0, one set per step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("plain", [{"stochastic_depth_steps": 0, "masked_freeze_steps": 0}, {"drop_rate": 0}])
+def test_plain_training_says_so(tmp_path, capsys, plain):
+    run(tmp_path, **plain, max_steps=1)
     printed = capsys.readouterr().out
     assert "blocks  none: plain training" in printed
     assert "cost" not in printed

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def counted(model: nn.Module, context: contextlib.AbstractContextManager) -> int
     return counter.get_total_flops()
 
 
-_CASES = [(name, trunk, frozen) for name in ARCHITECTURES for trunk in (False, True) for frozen in (False, True)]
+_CASES = list(itertools.product(ARCHITECTURES, ("none", "head", "all"), (False, True)))
 
 
 @pytest.mark.parametrize(("architecture", "train_trunk", "stem_and_first_block_frozen"), _CASES)
@@ -61,6 +62,7 @@ def test_share_is_that_of_the_flop_counter(architecture, train_trunk, stem_and_f
     plans = {schedule.plan(step): step for step in range(20)}
     assert {plan.kind for plan in plans} >= {DEPTH, FREEZE}
     assert len(plans) > 8
+    assert costs.train_trunk == train_trunk
     # ResNet's projection blocks belong to the trunk; where one is the lowest part that trains, which of its layers
     # need an input gradient is not told apart.
     rel = 0.05 if architecture == "resnet" and stem_and_first_block_frozen else 1e-3
@@ -78,7 +80,8 @@ def test_every_set_of_blocks_is_within_two_percent(architecture):
     schedule = FeatureReuseSchedule(len(blocks), drop_rate=0.5, drop_rate_schedule="uniform", seed=1)
     reuse = FeatureReuse(model, blocks, schedule)
     steps = {schedule.plan(step): step for step in reversed(range(400))}
-    assert len(steps) == 2 * (2 ** len(blocks) - 1) + 1
+    # The empty set too, in masked freeze as a vanilla step.
+    assert len(steps) == 2 * 2 ** len(blocks)
     for plan, step in steps.items():
         assert costs.share(plan) == pytest.approx(counted(model, reuse.step(step)) / costs.vanilla, rel=0.02), plan
 
@@ -87,7 +90,9 @@ def test_every_set_of_blocks_is_within_two_percent(architecture):
 def test_shares_are_ordered_as_the_method_says(architecture):
     model = build(architecture)
     blocks = find_residual_blocks(model)
-    costs, with_trunk = (measure_step_costs(model, blocks, train_trunk=trunk) for trunk in (False, True))
+    costs, with_head, with_trunk = (
+        measure_step_costs(model, blocks, train_trunk=trunk) for trunk in ("none", "head", "all")
+    )
     last, all_of_them = len(blocks) - 1, tuple(range(len(blocks)))
     assert costs.share(StepPlan(VANILLA)) == 1.0
     assert 0 < costs.share(StepPlan(DEPTH, all_of_them)) < costs.share(StepPlan(DEPTH, (0,))) < 1
@@ -95,9 +100,20 @@ def test_shares_are_ordered_as_the_method_says(architecture):
     assert costs.share(StepPlan(FREEZE, (last,))) < costs.share(StepPlan(FREEZE, (0,))) < 1
     assert costs.share(StepPlan(FREEZE, (last,))) > 1 / 3 - 0.05
     for dropped in ((0,), (last,), all_of_them):
-        assert costs.share(StepPlan(FREEZE, dropped)) < with_trunk.share(StepPlan(FREEZE, dropped))
+        plan = StepPlan(FREEZE, dropped)
+        assert costs.share(plan) < with_head.share(plan) < with_trunk.share(plan)
     assert with_trunk.share(StepPlan(FREEZE, all_of_them)) == pytest.approx(1.0, abs=1e-9)
-    assert with_trunk.share(StepPlan(DEPTH, (0,))) == costs.share(StepPlan(DEPTH, (0,)))
+    for other in (with_head, with_trunk):
+        assert other.share(StepPlan(DEPTH, (0,))) == costs.share(StepPlan(DEPTH, (0,)))
+
+
+def test_words_and_booleans_cost_the_same():
+    model = build("vit")
+    blocks, plan = find_residual_blocks(model), StepPlan(FREEZE, (2,))
+    for word, boolean in (("all", True), ("none", False)):
+        given, same = (measure_step_costs(model, blocks, train_trunk=value) for value in (word, boolean))
+        assert given.share(plan) == same.share(plan)
+        assert same.train_trunk == word
 
 
 @every_architecture

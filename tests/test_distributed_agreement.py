@@ -106,7 +106,7 @@ def test_ranks_that_agree_train(name: str, results: dict[str, list[Any]]) -> Non
         ("seed", "seed: 5 on rank 0, 6 on rank 1"),
         ("rate", r"drop rates: \(0\.5, .*\) on rank 0, \(0\.25, .*\) on rank 1"),
         ("blocks", r"blocks: \[.*layers\.3'\] on rank 0, \[.*layers\.1'\] on rank 1"),
-        ("trunk", "options: .*'train_trunk': False.* on rank 0, .*'train_trunk': True"),
+        ("trunk", "options: .*'train_trunk': 'none'.* on rank 0, .*'train_trunk': 'all'"),
         ("class", "class of the schedule: .*FeatureReuseSchedule' on rank 0, .*OtherSchedule' on rank 1"),
     ],
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from engine_checks import ALWAYS, engine, every_architecture, moved
-from tiny_models import ARCHITECTURES, NUM_LABELS, WITHOUT_BATCH_NORM, batch, build, snapshot
+from tiny_models import NUM_LABELS, batch, build, snapshot
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -67,11 +67,8 @@ def test_kinds_alternate_and_the_plan_is_that_of_the_schedule():
     assert [plan.kind for plan in plans[:2]] == [DEPTH, FREEZE]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "scale_kept"),
-    # Scaling is refused for ResNet: ReLU follows the addition.
-    [*((name, False) for name in ARCHITECTURES), *((name, True) for name in WITHOUT_BATCH_NORM)],
-)
+@every_architecture
+@pytest.mark.parametrize("scale_kept", [False, True])
 @pytest.mark.parametrize("train_trunk", [False, True])
 @pytest.mark.parametrize("step_inside", [False, True])
 def test_resting_parts_do_not_move_in_training(architecture, scale_kept, train_trunk, step_inside):
@@ -126,7 +123,7 @@ def test_depth_step_is_skipping_and_freeze_step_is_freezing(architecture):
             assert parameter.grad is None or torch.equal(parameter.grad, other.grad), name
 
 
-@pytest.mark.parametrize("architecture", WITHOUT_BATCH_NORM)
+@every_architecture
 def test_kept_blocks_are_scaled_by_one_minus_their_own_rate(architecture):
     model, reference = build(architecture), build(architecture)
     reuse = engine(model, scale_kept=True, masked_freeze_steps=0, drop_rate_schedule="linear", seed=3)
@@ -142,7 +139,7 @@ def test_kept_blocks_are_scaled_by_one_minus_their_own_rate(architecture):
         assert torch.equal(backward(reference), loss)
 
 
-@pytest.mark.parametrize("architecture", WITHOUT_BATCH_NORM)
+@every_architecture
 def test_freeze_steps_do_not_scale(architecture):
     model, plain = build(architecture), build(architecture)
     if architecture == "swin":  # Its fused attention picks a kernel by what requires gradients.
@@ -155,12 +152,14 @@ def test_freeze_steps_do_not_scale(architecture):
 
 
 @every_architecture
-@pytest.mark.parametrize("why", ["no kinds", "window", "empty set"])
+@pytest.mark.parametrize("why", ["no kinds", "window", "empty set", "vanilla steps", "rate of zero"])
 def test_vanilla_step_is_a_plain_step(architecture, why):
     options = {
         "no kinds": ONLY[VANILLA],
         "window": {"first_step": 100},
-        "empty set": {"drop_rate": 1e-9},
+        "empty set": {"drop_rate": 1e-9, "stochastic_depth_steps": 0},
+        "vanilla steps": {"vanilla_steps": 3},
+        "rate of zero": {"drop_rate": 0},
     }[why]
     model, plain = build(architecture), build(architecture)
     reuse = engine(model, **options)

@@ -86,12 +86,32 @@ def test_block_with_nothing_to_train_is_an_error():
         FeatureReuse(model, blocks, FeatureReuseSchedule(4))
 
 
-def test_scaling_blocks_that_end_in_an_activation_is_an_error():
+def test_blocks_that_cannot_be_scaled_are_an_error_unless_scaling_is_off():
     model = build("resnet")
     blocks, before = find_residual_blocks(model), snapshot(model)
-    with pytest.raises(ConfigurationError, match="`scale_kept=True` cannot scale block"):
-        FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)), scale_kept=True)
+    # As if no module inside it returned just what is added before the activation.
+    blocks[2] = dataclasses.replace(blocks[2], branch=None)
+    with pytest.raises(ConfigurationError, match=rf"`scale_kept=True` cannot scale block {blocks[2].name}") as caught:
+        FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)))
+    assert "`scale_kept=False`" in str(caught.value)
     assert snapshot(model) == before
+    FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)), scale_kept=False)
+    FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks), drop_rate=0))
+
+
+@pytest.mark.parametrize("value", ["body", "", 1, None])
+def test_an_unknown_train_trunk_is_an_error(value):
+    model = build("vit")
+    blocks = find_residual_blocks(model)
+    with pytest.raises(ConfigurationError, match=rf"`train_trunk={value!r}` is unknown.*'all', 'head', 'none'"):
+        FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)), train_trunk=value)
+
+
+def test_scaling_and_the_whole_trunk_are_the_defaults():
+    model = build("resnet")
+    blocks = find_residual_blocks(model)
+    reuse = FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)))
+    assert (reuse.scale_kept, reuse.train_trunk) == (True, "all")
 
 
 @every_architecture

@@ -13,7 +13,8 @@ from distributed_runs import free_port
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
-from hf_featreuse import CheckpointError, ConfigurationError, StepError
+from hf_featreuse import CheckpointError, ConfigurationError, FeatureReuseSchedule, StepError
+from hf_featreuse.changed_plans import PlanSource
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "run_image_classification_no_trainer.py"
@@ -68,10 +69,14 @@ def test_it_is_at_most_250_lines():
     [
         EVERYTHING,
         ["--config_overrides", TINY, "--gradient_accumulation_steps", "2", "--drop_granularity", "sample"],
-        ["--config_overrides", TINY, "--stochastic_depth_steps", "0", "--masked_freeze_steps", "0"],
-        ["--model_type", "convnext", "--train_trunk", "false", "--weight_decay", "0.1", "--max_grad_norm", "0.1"],
+        ["--config_overrides", TINY, "--drop_rate", "0"],
+        [
+            *("--config_overrides", TINY, "--vanilla_steps", "1", "--train_trunk", "head", "--scale_kept", "false"),
+            *("--drop_rate_over_time", "falling", "--reuse_start", "0.1", "--drop_rate", "0.9"),
+        ],
+        ["--model_type", "convnext", "--train_trunk", "none", "--weight_decay", "0.1", "--max_grad_norm", "0.1"],
     ],
-    ids=["everything", "accumulation and sets by sample", "plain", "convnext"],
+    ids=["everything", "accumulation and sets per sample", "plain", "cycle", "convnext"],
 )
 def test_masks_losses_and_weights_are_those_of_the_trainer_to_the_bit(with_trainer, without, tmp_path, flags):
     with_trainer.run(["--output_dir", str(tmp_path / "a"), *FLAGS, *flags])
@@ -136,12 +141,12 @@ def test_a_checkpoint_to_resume_from_is_found_or_refused_by_name(without, tmp_pa
     whole, resume = weights(out), ["--output_dir", str(tmp_path / "again"), *SHORT, "--resume_from_checkpoint"]
     without.run([*resume, f"{out}/checkpoint-2/"])
     assert same(weights(tmp_path / "again"), whole)
-    with pytest.raises(CheckpointError, match="no folder `checkpoint-<step>`"):
+    with pytest.raises(CheckpointError, match="not a folder `checkpoint-<step>`"):
         without.run([*resume, str(tmp_path / "missing")])
     with pytest.raises(CheckpointError, match="does not fit this run"):
         without.run([*resume, f"{out}/checkpoint-2", "--ema_decay", "0.5"])
     (out / "checkpoint-3" / "optimizer.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"optimizer\.bin is missing.*Pass .*checkpoint-2, the last whole"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.bin is missing.*Pass .*checkpoint-2, the last complete"):
         without.run([*resume, f"{out}/checkpoint-3"])
     without.run(["--output_dir", str(out), *SHORT])  # From checkpoint 2.
     assert (out / "checkpoint-3" / "optimizer.bin").is_file()
@@ -151,13 +156,62 @@ def test_a_checkpoint_to_resume_from_is_found_or_refused_by_name(without, tmp_pa
         without.run(["--output_dir", str(out), *SHORT])
 
 
+def plans(drop_rate=0.5, granularity="batch", **options):
+    schedule = FeatureReuseSchedule(2, drop_rate, "uniform", seed=1, drop_granularity=granularity)
+    options = {"scale_kept": True, "train_trunk": "all", "frozen_batch_norm": "batch", **options}
+    return PlanSource(schedule, ("layers.0", "layers.1"), samples=16, options=options)
+
+
+def test_settings_are_compared_with_those_of_the_checkpoint(tmp_path, caplog):
+    from image_classification_checkpoints import PLANS_FILE, check_settings
+
+    folder = tmp_path / "checkpoint-9"
+    folder.mkdir()
+
+    def saved(source, **changed):
+        (folder / PLANS_FILE).write_text(json.dumps({**source.to_json(), **changed}))
+
+    check_settings(folder, plans())
+    assert "records no settings" in caplog.text
+    caplog.clear()
+    saved(plans())
+    check_settings(folder, plans())
+    assert caplog.text == ""
+    check_settings(folder, plans(scale_kept=False, train_trunk="head"))
+    assert "train_trunk='head'" in caplog.text
+    with pytest.raises(ConfigurationError, match=r"plan step \d as"):
+        check_settings(folder, plans(drop_rate=0.2))
+    saved(plans(scale_kept=False))
+    with pytest.raises(ConfigurationError, match=r"`scale_kept=False`, and this run has `scale_kept=True`"):
+        check_settings(folder, plans())
+    saved(plans(granularity="sample"), sample_draw=1)
+    with pytest.raises(ConfigurationError, match="version 1 of the draw"):
+        check_settings(folder, plans(granularity="sample"))
+
+
+@pytest.mark.slow
+def test_an_unscaled_run_does_not_resume_with_scaling(without, tmp_path):
+    out = tmp_path / "out"
+    without.run(["--output_dir", str(out), *SHORT, "--scale_kept", "false"])
+    unscaled, resume = weights(out), ["--output_dir", str(tmp_path / "no"), *SHORT, "--resume_from_checkpoint"]
+    for step in (2, 3):  # Inside an epoch and at its end a checkpoint is loaded at different times.
+        with pytest.raises(ConfigurationError, match="scale_kept"):
+            without.run([*resume, f"{out}/checkpoint-{step}"])
+    assert not (tmp_path / "no" / "model.safetensors").exists()
+    shutil.rmtree(out / "checkpoint-3")
+    without.run(["--output_dir", str(out), *SHORT, "--scale_kept", "false"])
+    assert same(weights(out), unscaled)
+    without.run(["--output_dir", str(tmp_path / "scaled"), *SHORT])
+    assert not same(weights(tmp_path / "scaled"), unscaled)
+
+
 @pytest.mark.slow
 def test_a_run_that_starts_anew_keeps_its_own_checkpoints_alone(without, with_trainer, tmp_path):
     out = tmp_path / "out"
     for folder in ("checkpoint-40", "unfinished-41"):
         (out / folder).mkdir(parents=True)
     anew = ["--output_dir", str(out), *SHORT, "--overwrite_output_dir"]
-    with pytest.raises(ConfigurationError, match="goes on with the run"):
+    with pytest.raises(ConfigurationError, match="resumes the run in"):
         without.run([*anew, "--resume_from_checkpoint", f"{out}/checkpoint-40"])
     for example in (without, with_trainer):
         (out / "checkpoint-41").mkdir()

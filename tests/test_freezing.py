@@ -381,9 +381,12 @@ def test_train_trunk_needs_all_blocks():
 def test_trunk_is_every_module_outside_the_blocks():
     model = build("vit")
     blocks = find_residual_blocks(model)
-    trunk = {id(module) for module in trunk_modules(model, blocks)}
-    assert {id(model), id(model.vit.layers), id(model.classifier), id(model.vit.embeddings)} <= trunk
-    assert not any(id(module) in trunk for block in blocks for module in block.module.modules())
+    body, head = ({id(module) for module in part} for part in trunk_modules(model, blocks))
+    assert {id(model), id(model.vit.layers), id(model.vit.embeddings)} <= body
+    assert head == {id(model.vit.layernorm), id(model.classifier)}
+    inside = {id(module) for block in blocks for module in block.module.modules()}
+    assert not inside & (body | head)
+    assert body | head | inside == {id(module) for module in model.modules()}
 
 
 def efficientnet() -> EfficientNetForImageClassification:

@@ -36,6 +36,8 @@ from hf_featreuse import (
     find_residual_blocks,
 )
 from hf_featreuse.changed_plans import PlanSource
+from hf_featreuse.freezing import trunk_modules
+from hf_featreuse.schedule import VANILLA_PLAN
 from hf_featreuse.targets import match_targets
 
 pytestmark = pytest.mark.slow
@@ -57,6 +59,7 @@ counts = st.integers(0, 3)
 def schedules(draw: Any, blocks: int | None = None) -> FeatureReuseSchedule:
     first = draw(st.integers(0, 5))
     ratio = draw(st.sampled_from([(depth, freeze) for depth in range(4) for freeze in range(4) if depth + freeze]))
+    last = draw(st.none() | st.integers(first, first + 20))
     return FeatureReuseSchedule(
         draw(st.integers(1, 40)) if blocks is None else blocks,
         drop_rate=draw(rates),
@@ -65,8 +68,10 @@ def schedules(draw: Any, blocks: int | None = None) -> FeatureReuseSchedule:
         masked_freeze_steps=ratio[1],
         seed=draw(st.integers(0, 2**64 - 1)),
         first_step=first,
-        last_step=draw(st.none() | st.integers(first, first + 20)),
+        last_step=last,
         drop_granularity=draw(st.sampled_from(["batch", "sample"])),
+        vanilla_steps=draw(st.integers(0, 2)),
+        drop_rate_over_time=draw(st.sampled_from(["constant"] if last is None else ["constant", "falling", "rising"])),
     )
 
 
@@ -82,15 +87,22 @@ def test_plans_keep_their_promises(schedule: FeatureReuseSchedule, step: int, sa
         assert (plan.kind, plan.dropped, plan.sample_masks) == (StepKind.VANILLA, (), None)
         return
     cycle, of_cycle = divmod(step - schedule.first_step, schedule.steps_per_cycle)
-    depth = of_cycle < schedule.stochastic_depth_steps
+    if of_cycle < schedule.vanilla_steps:
+        assert plan == VANILLA_PLAN
+        return
+    depth = of_cycle < schedule.vanilla_steps + schedule.stochastic_depth_steps
     begin = schedule.first_step + cycle * schedule.steps_per_cycle
-    first = schedule.plan(begin, **by_sample)
+    first = schedule.plan(begin + schedule.vanilla_steps, **by_sample)
+    rates = schedule.rates_at(begin)
+    assert schedule.rates_at(step) == rates
+    assert plan.survival == (tuple(1 - rate for rate in rates) if depth else None)
     if plan.kind is not StepKind.VANILLA:
         assert plan.kind is (StepKind.STOCHASTIC_DEPTH if depth else StepKind.MASKED_FREEZE)
     if plan.sample_masks is None:
         assert plan.dropped == first.dropped == tuple(sorted(set(plan.dropped)))
         assert all(0 <= index < schedule.num_blocks for index in plan.dropped)
-        assert bool(plan.dropped) is (plan.kind is not StepKind.VANILLA)
+        # With an empty set, only masked freeze is vanilla.
+        assert (plan.kind is StepKind.VANILLA) is (not depth and not plan.dropped)
         return
     assert plan.sample_masks.shape == (samples, schedule.num_blocks)
     assert np.array_equal(plan.sample_masks, first.sample_masks)
@@ -124,13 +136,15 @@ anything = (
     | st.lists(st.integers(), max_size=2)
 )
 usable: dict[str, st.SearchStrategy] = {
-    "drop_rate": rates,
+    "drop_rate": rates | st.just(0),
     "drop_rate_schedule": st.sampled_from(["linear", "uniform"]),
+    "drop_rate_over_time": st.sampled_from(["constant", "falling", "rising"]),
+    "vanilla_steps": counts,
     "drop_granularity": st.sampled_from(["batch", "sample"]),
     "stochastic_depth_steps": counts,
     "masked_freeze_steps": counts,
     "scale_kept": st.booleans(),
-    "train_trunk": st.booleans(),
+    "train_trunk": st.booleans() | st.sampled_from(["all", "head", "none"]),
     "frozen_batch_norm": st.sampled_from(["batch", "inference"]),
     "target_blocks": st.none() | st.sampled_from(["layer", ["0", "1"]]),
     "reuse_start": st.floats(0, 0.5),
@@ -217,8 +231,12 @@ def held_back(reuse: FeatureReuse, plan: Any) -> list[str]:
         masks = plan.sample_masks if plan.kind is StepKind.STOCHASTIC_DEPTH else ~plan.sample_masks
         resting = set(np.flatnonzero(masks.all(0)).tolist())
     found = [names[index] for index in resting]
-    if plan.kind is StepKind.MASKED_FREEZE and not reuse.train_trunk:
-        found += [name for name in state_of(reuse.model) if not name.startswith(tuple(names))]
+    if plan.kind is StepKind.MASKED_FREEZE and reuse.train_trunk != "all":
+        outside = {name for name in state_of(reuse.model) if not name.startswith(tuple(names))}
+        if reuse.train_trunk == "head":
+            after = set(trunk_modules(reuse.model, reuse.blocks)[1])
+            outside -= {f"{n}.{p}" for n, m in reuse.model.named_modules() if m in after for p in m.state_dict()}
+        found += sorted(outside)
     return found
 
 
@@ -243,7 +261,7 @@ def test_steps_leave_alone_what_they_must(data: Any, model: PreTrainedModel, sam
     schedule = data.draw(schedules(len(blocks)))
     chosen = {
         "scale_kept": data.draw(st.booleans()),
-        "train_trunk": data.draw(st.booleans()),
+        "train_trunk": data.draw(st.sampled_from(["all", "head", "none"])),
         "frozen_batch_norm": data.draw(st.sampled_from(["batch", "inference"])),
     }
     before = snapshot(model)

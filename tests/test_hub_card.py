@@ -1,6 +1,7 @@
 """The model card says what was stated, parses back and invents nothing."""
 
 import os
+import re
 import socket
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from tiny_models import build as build_model
 from tiny_models import examples
 from training_runs import config
 
-from hf_featreuse import FeatureReuseTrainer
+from hf_featreuse import FeatureReuseArguments, FeatureReuseTrainer
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.hub import build_model_card
 
@@ -131,26 +132,65 @@ def test_name_of_a_path_is_its_last_part(tmp_path):
     assert str(tmp_path) not in str(card)
 
 
+PLAIN = [TAGS[0], TAGS[3]]
+STEPS = ("*stochastic-depth*", "*masked-freeze*")
+
+
 @pytest.mark.parametrize(
     ("settings", "tags", "present", "absent"),
     [
-        ({}, TAGS, ["two kinds of step", "*stochastic-depth*", "*masked-freeze*"], ["outside"]),
+        ({}, TAGS, ["two kinds of step", *STEPS], ["outside", "scaled", "divided", "plain"]),
         ({"train_trunk": True}, TAGS, ["of that set and the layers outside the residual blocks are trained"], []),
-        ({"masked_freeze_steps": 0}, [TAGS[0], *TAGS[2:]], ["In each *stochastic-depth*"], ["*masked-freeze*"]),
-        ({"stochastic_depth_steps": 0}, [TAGS[0], TAGS[3]], ["In each *masked-freeze*"], ["*stochastic-depth*"]),
+        ({"train_trunk": False}, TAGS, ["only the blocks of that set are trained"], ["outside"]),
+        ({"train_trunk": "all"}, TAGS, ["of that set and the layers outside the residual blocks are trained"], []),
+        ({"train_trunk": "head"}, TAGS, ["of that set and the layers after the last block are trained"], ["outside"]),
+        ({"train_trunk": "none"}, TAGS, ["only the blocks of that set are trained"], ["outside"]),
+        ({"masked_freeze_steps": 0}, [TAGS[0], *TAGS[2:]], ["In each *stochastic-depth*"], [STEPS[1], "ResidualDrop"]),
+        ({"stochastic_depth_steps": 0}, PLAIN, ["In each *masked-freeze*", "if the set is empty"], [STEPS[0]]),
+        ({"stochastic_depth_steps": 0, "masked_freeze_steps": 0}, PLAIN, ["trained in the usual way"], [*STEPS]),
+        ({"drop_rate": 0.0, "vanilla_steps": 2, "reuse_end": 0.5}, PLAIN, ["in the usual way"], [*STEPS, "begins"]),
+        ({"vanilla_steps": 1}, TAGS, ["Each cycle begins with 1 plain step."], []),
         (
-            {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
-            [TAGS[0], TAGS[3]],
-            ["trained in the usual way"],
-            ["*stochastic-depth*", "*masked-freeze*"],
+            {"vanilla_steps": 3, "stochastic_depth_steps": 0},
+            PLAIN,
+            ["Each cycle begins with 3 plain steps. In each *masked-freeze*"],
+            ["two kinds"],
         ),
+        ({"scale_kept": True}, TAGS, ["adds to its input is divided by the probability that it is kept"], ["scaled"]),
+        ({"scale_kept": False}, TAGS, ["adds to its input is not scaled"], ["divided"]),
+        ({"scale_kept": True, "stochastic_depth_steps": 0}, PLAIN, [], ["divided", "scaled"]),
+        ({"drop_rate_over_time": "constant", "reuse_start": 0.0, "reuse_end": 1.0}, TAGS, [], ["linearly", " % of"]),
+        ({"drop_rate_over_time": "rising"}, TAGS, ["rises linearly from 0 over training."], ["plain"]),
+        (
+            {"drop_rate_over_time": "falling", "reuse_end": 0.175},
+            TAGS,
+            [
+                "This holds from 0 % to 17.5 % of training; all other steps are plain.",
+                "falls linearly to 0 over this part",
+            ],
+            ["rises"],
+        ),
+        ({"reuse_start": 0.2}, TAGS, ["from 20 % to 100 % of training; all other steps are plain"], ["linearly"]),
+        ({"drop_granularity": "sample"}, TAGS, ["Each sample of a batch has its own set."], []),
+        ({"drop_granularity": "batch"}, TAGS, [], ["Each sample"]),
     ],
+    ids=str,
 )
 def test_method_tells_which_steps_took_place(settings, tags, present, absent):
     card = build(settings=settings)
     assert card.data.to_dict()["tags"] == tags
-    assert [words for words in present if words not in card.text] == []
-    assert [words for words in absent if words in card.text] == []
+    # Without the table of settings, whose meanings name everything.
+    text = card.text.partition("## Method")[2].partition("| setting |")[0].partition("<details>")[0]
+    assert [words for words in present if words not in text] == []
+    assert [words for words in absent if words in text] == []
+    assert "Evaluation and prediction use the whole network." in text or "usual way" in text
+
+
+def test_every_option_has_a_meaning():
+    card = build(settings=FeatureReuseArguments().settings())
+    assert re.findall(r"^\| `\w+` \| [^|]+ \|  \|$", card.text, flags=re.MULTILINE) == []
+    assert len(re.findall(r"^\| `\w+` \| [^|]+ \| \w[^|]+ \|$", card.text, flags=re.MULTILINE)) == 15
+    assert "| `train_trunk` | all |" in card.text and "| `scale_kept` | True |" in card.text
 
 
 def test_values_that_would_break_the_card_are_tamed():

@@ -39,7 +39,7 @@ def test_fake_tensors_take_the_bytes_of_real_ones(architecture: str) -> None:
     fake, real = (bench(architecture, device) for device in ("fake", "cpu"))
     for kind in StepKind:
         dropped = () if kind is StepKind.VANILLA else DROPPED
-        for options in ({}, {"train_trunk": False}, {"in_backward": True}):
+        for options in ({}, {"train_trunk": "none"}, {"train_trunk": "head"}, {"in_backward": True}):
             expected = real.measure(real.fixed(kind, dropped), **options)
             assert fake.measure(fake.fixed(kind, dropped), **options) == expected
     for step in range(2):
@@ -89,7 +89,7 @@ def test_an_optimizer_in_backward_holds_no_gradient_at_its_end_and_moves_the_sam
             for parameter in made.model.parameters():
                 parameter.normal_(std=0.1)
         made.batch["pixel_values"].copy_(torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
-        found = made.measure(made.fixed(StepKind.MASKED_FREEZE, DROPPED), train_trunk=False, in_backward=in_backward)
+        found = made.measure(made.fixed(StepKind.MASKED_FREEZE, DROPPED), train_trunk="none", in_backward=in_backward)
         assert (found["gradients"] == 0) is in_backward
         results[in_backward] = [parameter.detach().clone() for parameter in made.model.parameters()]
     assert all(map(torch.equal, results[False], results[True]))

@@ -1,6 +1,7 @@
 """Every sample with its own set of blocks: skipped, frozen and counted as if each were alone in the batch."""
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.func import functional_call, grad
 
 from hf_featreuse import (
     BlockError,
+    ConfigurationError,
     FeatureReuse,
     FeatureReuseSchedule,
     ResidualBlock,
@@ -128,6 +130,40 @@ def test_models_with_batch_norm_are_refused(case):
         FeatureReuse(model, blocks, schedule)
 
 
+@pytest.mark.parametrize(
+    ("survival", "message"),
+    [
+        ([], "`survival` has 0 entries for 4 blocks"),
+        ([0.5] * 3, "`survival` has 3 entries for 4 blocks"),
+        ([0.5] * 5, "`survival` has 5 entries for 4 blocks"),
+        ([0.5, 0.5, 0.5, 0.0], r"`survival` holds 0\.0"),
+        ([0.5, -0.1, 0.5, 0.5], r"`survival` holds -0\.1"),
+        ([1.5, 0.5, 0.5, 0.5], r"`survival` holds 1\.5"),
+        ([0.5, 0.5, float("nan"), 0.5], "`survival` holds nan"),
+    ],
+)
+def test_survival_must_fit_the_blocks(survival, message):
+    model = build("vit")
+    blocks, before = find_residual_blocks(model), tiny_models.snapshot(model)
+    with pytest.raises(ConfigurationError, match=message):
+        with skip_samples(blocks, random_masks(2, 4), CPU, survival=survival):
+            raise AssertionError("entered")
+    assert tiny_models.snapshot(model) == before
+
+
+def test_blocks_with_an_activation_and_no_branch_cannot_be_scaled():
+    model = build("resnet")
+    before = tiny_models.snapshot(model)
+    blocks = [dataclasses.replace(block, branch=None) for block in find_residual_blocks(model)]
+    with pytest.raises(ConfigurationError, match=rf"{blocks[1].name} .*: Relu follows its addition, and no module"):
+        with skip_samples(blocks, random_masks(2, 4), CPU, survival=[1.0, 0.5, 0.5, 0.5]):
+            raise AssertionError("entered")
+    assert tiny_models.snapshot(model) == before
+    # Without survival probabilities nothing is scaled.
+    with torch.no_grad(), skip_samples(blocks, random_masks(2, 4), CPU):
+        model(**tiny_models.batch(2))
+
+
 # Against gradients of single samples
 
 
@@ -206,9 +242,9 @@ def test_groups_keep_the_memory_format_of_the_stream(freezing: bool):
         assert all(found["inputs"]) and all(found["gradients"]) and len(found["gradients"]) >= len(blocks)
 
 
-@pytest.mark.parametrize("train_trunk", [False, True])
+@pytest.mark.parametrize("train_trunk", ["none", "head", "all"])
 @pytest.mark.parametrize("name", WITHOUT_BATCH_NORM)
-def test_arithmetic_falls_in_proportion(name: str, train_trunk: bool):
+def test_arithmetic_falls_in_proportion(name: str, train_trunk: str):
     model = build(name).eval()
     model.set_attn_implementation("eager")
     blocks = find_residual_blocks(model)
@@ -231,81 +267,3 @@ def test_share_is_the_mean_over_samples_of_what_each_costs_alone():
     masks = random_masks(5, len(blocks))
     alone = [costs.share(StepPlan(DEPTH, tuple(np.flatnonzero(mask)))) for mask in masks]
     assert costs.share(StepPlan(DEPTH, sample_masks=masks)) == pytest.approx(np.mean(alone), rel=1e-6)
-
-
-# What samples share, and what they do not
-
-
-class Branch(nn.Module):
-    """A residual block that takes, besides the stream, what belongs to samples and what they share."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, x, shift=None, *, extra=(), shared=None):
-        # `shared` is of the sizes of the batch, yet belongs to no sample.
-        y = self.linear(x) * shared.sum() + extra[0]["scale"][:, None] * extra[1][0].mean()
-        return x + (y if shift is None else y + shift), shift
-
-
-class Network(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Branch(4) for _ in range(3))
-
-    def forward(self, x, shared):
-        extra = ({"scale": x.sum(1)}, [shared])
-        for block in self.blocks:
-            x, _ = block(x, x * 0.1, extra=extra, shared=shared)
-        return x
-
-
-def test_arguments_of_samples_are_taken_apart_and_shared_ones_are_not():
-    torch.manual_seed(0)
-    model, generator = Network(), torch.Generator().manual_seed(1)
-    shared = torch.randn(4, 2, generator=generator)
-    blocks = find_residual_blocks(model, {"x": torch.randn(2, 4), "shared": shared})
-    assert {block.unbatched for block in blocks} == {frozenset({"extra.1.0", "shared"})}
-    # As many samples as `shared` has rows.
-    x, masks = torch.randn(4, 4, generator=generator), random_masks(4, 3)
-    with masked(blocks, masks, [1.0] * 3):
-        expected = model(x, shared)
-        expected.square().sum().backward()
-    wanted = gradients(model)
-    with skip_samples(blocks, masks, CPU):
-        output = model(x, shared)
-        output.square().sum().backward()
-    torch.testing.assert_close(output, expected)
-    assert_same_gradients(gradients(model), wanted)
-
-
-def test_attentions_of_samples_that_dropped_a_block_are_zero():
-    model = build("swin").eval()
-    model.set_attn_implementation("eager")
-    blocks = find_residual_blocks(model)
-    masks = np.zeros((4, len(blocks)), dtype=bool)
-    masks[1, -1] = True
-    with torch.no_grad(), skip_samples(blocks, masks, CPU):
-        output = blocks[-1].module(torch.randn(4, 16, 16), (4, 4), output_attentions=True)
-    assert output[1].shape[0] == 4
-    assert not output[1][1].any()
-    assert all(output[1][sample].any() for sample in (0, 2, 3))
-
-
-def test_streams_that_are_not_batch_first_are_refused():
-    class SequenceFirst(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(4, 1, 8, norm_first=True) for _ in range(2))
-
-        def forward(self, pixel_values):
-            stream = pixel_values.transpose(0, 1)
-            for block in self.blocks:
-                stream = block(stream)
-            return stream
-
-    model = SequenceFirst()
-    blocks = find_residual_blocks(model, torch.randn(2, 3, 4))
-    with pytest.raises(BlockError, match=r"cannot take apart the samples in block blocks\.0.*is not the batch"):
-        FeatureReuse(model, blocks, sample_schedule(2))

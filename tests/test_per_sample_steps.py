@@ -48,13 +48,17 @@ def test_the_model_is_as_before_after_a_step_and_after_an_error(name: str, step:
 def test_only_what_a_step_trains_has_gradients(step: int):
     model = build("vit")
     blocks = find_residual_blocks(model)
-    reuse = FeatureReuse(model, blocks, sample_schedule(len(blocks)), train_trunk=False)
+    # Rates at which some of the blocks, but not all, are dropped by both samples, or by none.
+    schedule = sample_schedule(len(blocks), drop_rate=0.3 if step else 0.7)
+    reuse = FeatureReuse(model, blocks, schedule, train_trunk=False)
     with reuse.step(step, batch_size=2) as plan:
         model(**tiny_models.batch(2)).loss.backward()
+    trained = set()
     for index, block in enumerate(blocks):
         trains = plan.sample_masks[:, index].any() if step else not plan.sample_masks[:, index].all()
         assert all((parameter.grad is not None) == trains for parameter in block.module.parameters())
-    assert {plan.sample_masks[:, index].any() for index in range(4)} == {True, False} or not step
+        trained.add(bool(trains))
+    assert trained == {True, False}
     assert (model.classifier.weight.grad is None) == bool(step)
     assert (model.vit.embeddings.cls_token.grad is None) == bool(step)
 
@@ -84,7 +88,8 @@ def test_kept_samples_are_scaled_by_the_rate_of_the_block(scale_kept: bool):
     reuse = FeatureReuse(model, blocks, schedule, scale_kept=scale_kept)
     with torch.no_grad(), reuse.step(0, batch_size=8) as plan:
         logits = model(**tiny_models.batch(8)).logits
-    survival = [0.85, 0.7, 0.55, 0.4] if scale_kept else [1.0] * 4
+    # Rates of 0.15, 0.3, 0.45 and 0.6, rounded to sixteenths.
+    survival = [14 / 16, 11 / 16, 9 / 16, 6 / 16] if scale_kept else [1.0] * 4
     with torch.no_grad(), masked(blocks, plan.sample_masks, survival):
         torch.testing.assert_close(logits, model(**tiny_models.batch(8)).logits, rtol=1e-5, atol=1e-5)
 
@@ -168,7 +173,7 @@ def test_compiled_blocks_are_refused(tmp_path: Path):
             ):
                 pass
     arguments = config(tmp_path, drop_granularity="sample", torch_compile=True, torch_compile_backend="aot_eager")
-    with pytest.raises(ConfigurationError, match=r"`torch_compile=True` does not go with"):
+    with pytest.raises(ConfigurationError, match=r"`torch_compile=True` does not work with"):
         RecordingTrainer(build("vit"), arguments, train_dataset=examples(8)).train()
 
 

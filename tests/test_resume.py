@@ -77,8 +77,10 @@ def test_resuming_at_every_step_of_a_cycle_equals_the_uninterrupted_run(
         {"dataloader_num_workers": 1},
         {"reuse_start": 0.3, "reuse_end": 0.9},
         {"drop_granularity": "sample"},
+        {"vanilla_steps": 1, "drop_rate_over_time": "falling", "train_trunk": "head"},
+        {"drop_granularity": "sample", "drop_rate_over_time": "rising", "stochastic_depth_steps": 2},
     ],
-    ids=["sgd", "bf16", "workers", "window", "sample"],
+    ids=["sgd", "bf16", "workers", "window", "sample", "cycle", "sample-rising"],
 )
 def test_resuming_equals_the_uninterrupted_run_with(changed: dict[str, Any], tmp_path: Path) -> None:
     whole = train(resumable("vit", tmp_path, **changed))

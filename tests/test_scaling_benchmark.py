@@ -43,7 +43,7 @@ def test_bytes_of_ddp_are_those_counted_at_the_process_group(name: str, freeze_t
         drop_rate=0.5, drop_rate_schedule="uniform", seed=0, steps=4, freeze_trunk=freeze_trunk
     )
     counted = traffic.count(traffic.MODELS[name], options, reused=True)
-    parts = scaling.measure_parts(traffic.MODELS[name], train_trunk=not freeze_trunk)
+    parts = scaling.measure_parts(traffic.MODELS[name], train_trunk="none" if freeze_trunk else "all")
     schedule = FeatureReuseSchedule(len(parts.blocks), 0.5, "uniform", seed=0)
     assert {kind for kind, _ in counted} == {StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE}
     for step, (kind, size) in enumerate(counted):
@@ -52,9 +52,9 @@ def test_bytes_of_ddp_are_those_counted_at_the_process_group(name: str, freeze_t
         assert size == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("train_trunk", [True, False])
+@pytest.mark.parametrize("train_trunk", ["all", "none"])
 @pytest.mark.parametrize("architecture", ["vit", "convnext"])
-def test_arithmetic_and_activations_are_those_of_a_real_step(architecture: str, train_trunk: bool) -> None:
+def test_arithmetic_and_activations_are_those_of_a_real_step(architecture: str, train_trunk: str) -> None:
     parts = scaling.measure_parts(lambda: build(architecture), train_trunk=train_trunk)
     model = build(architecture).train()
     blocks = find_residual_blocks(model)
@@ -86,10 +86,16 @@ def test_collectives_of_fsdp2_by_hand() -> None:
     assert vanilla == step_model.Collectives(5, 4, 5, 2 * (4 * block + trunk), 2 * 4 * block, 4 * (4 * block + trunk))
     assert depth == step_model.Collectives(3, 2, 3, 2 * (2 * block + trunk), 2 * 2 * block, 4 * (2 * block + trunk))
     assert freeze == step_model.Collectives(5, 4, 3, 2 * (4 * block + trunk), 2 * 4 * block, 4 * (2 * block + trunk))
-    resting = scaling.measure_parts(lambda: build("vit"), train_trunk=False)
+    frozen_trunk = scaling.measure_parts(lambda: build("vit"), train_trunk="none")
     # Blocks 1 to 3 are in backward, 1 and 3 train.
-    rest = step_model.fsdp_collectives(resting, FREEZE)
-    assert rest == step_model.Collectives(5, 3, 2, 2 * (4 * block + trunk), 2 * 3 * block, 4 * 2 * block)
+    assert step_model.fsdp_collectives(frozen_trunk, FREEZE) == step_model.Collectives(
+        5, 3, 2, 2 * (4 * block + trunk), 2 * 3 * block, 4 * 2 * block
+    )
+
+
+def test_a_trunk_that_trains_in_part_is_refused() -> None:
+    with pytest.raises(ValueError, match='Pass "all" or "none"'):
+        scaling.measure_parts(lambda: build("vit"), train_trunk="head")
 
 
 def test_what_does_not_hide_is_added() -> None:

@@ -1,5 +1,7 @@
 """Skipped blocks are as if removed, kept ones may be scaled, and misuse is refused."""
 
+import dataclasses
+
 import pytest
 import torch
 from skipping_checks import chosen, every_architecture, gradients, run, same, without
@@ -229,15 +231,23 @@ def test_inexact_blocks_are_refused():
         check_exact(blocks)
 
 
-def test_blocks_with_an_activation_after_the_addition_cannot_be_scaled():
+def without_branch(block: ResidualBlock) -> ResidualBlock:
+    """The block as if no module inside it returned just what is added."""
+    return dataclasses.replace(block, branch=None)
+
+
+def test_blocks_with_an_activation_and_no_branch_cannot_be_scaled():
     model = build("resnet")
-    blocks, before = find_residual_blocks(model), snapshot(model)
-    with pytest.raises(ConfigurationError, match=rf"{blocks[1].name}: Relu follows its addition"):
+    blocks, before = [without_branch(block) for block in find_residual_blocks(model)], snapshot(model)
+    with pytest.raises(ConfigurationError, match=rf"{blocks[1].name} .*: Relu follows its addition, and no module"):
         with skip_blocks(blocks[:1], kept=blocks[1:2], survival=[0.5]):
-            pass
+            raise AssertionError("entered")
     assert snapshot(model) == before
-    with pytest.raises(ConfigurationError, match="scale_kept"):
+    with pytest.raises(ConfigurationError, match=r"`scale_kept=True` cannot scale .*Set `scale_kept=False`"):
         check_scalable(blocks)
+    # Nothing is divided: no branch is needed.
+    with skip_blocks(blocks[:1], kept=blocks[1:2], survival=[1.0]):
+        run(model)
 
 
 def test_block_in_both_lists_is_refused():
@@ -250,9 +260,9 @@ def test_block_in_both_lists_is_refused():
 @pytest.mark.parametrize(
     ("survival", "message"),
     [
-        (None, "0 entries for 2 kept blocks"),
-        ([0.5], "1 entries for 2 kept blocks"),
-        ([0.5] * 3, "3 entries for 2 kept blocks"),
+        (None, "`survival` has 0 entries for 2 blocks"),
+        ([0.5], "`survival` has 1 entries for 2 blocks"),
+        ([0.5] * 3, "`survival` has 3 entries for 2 blocks"),
         ([0.5, 0.0], "`survival` holds 0.0"),
         ([-0.1, 0.5], "`survival` holds -0.1"),
         ([0.5, 1.5], "`survival` holds 1.5"),

@@ -1,5 +1,6 @@
 """Models of timm behind transformers' TimmWrapper: found, skipped, frozen, counted, trained, saved and resumed."""
 
+import numpy as np
 import pytest
 import torch
 from architecture_checks import (
@@ -11,6 +12,7 @@ from architecture_checks import (
     each,
     trainer_of,
 )
+from scaling_reference import drop_path_around
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from hf_featreuse import BlockError, find_residual_blocks, inspect_model, skip_blocks, train_only
@@ -40,6 +42,31 @@ def test_blocks_are_exactly_those_labelled(case):
     for block in blocks:
         position = next((position for part, position in case.streams.items() if part in block.name), 0)
         assert (block.position, block.passed_on) == (position, case.handed_on)
+
+
+@each(TIMM_WITH_BLOCKS)
+def test_branches_are_those_labelled(case):
+    for block in find_residual_blocks(case.build(), case.batch()):
+        assert block.branch is (case.branch and block.module.get_submodule(case.branch)), block.name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args", "branch"),
+    [
+        ("resnet18", None, "bn2"),
+        ("resnet50", {"drop_path_rate": 0.1}, "drop_path"),
+        ("resnet18", {"block_args": {"attn_layer": "se"}}, "se"),
+        ("seresnet50", {"drop_path_rate": 0.1}, "drop_path"),
+        ("regnety_002", None, "drop_path"),
+    ],
+)
+def test_the_branch_is_the_last_module_before_the_addition(architecture, model_args, branch):
+    with torch.device("meta"):
+        config = TimmWrapperConfig(architecture=architecture, model_args=model_args, num_labels=3)
+        model = TimmWrapperForImageClassification(config)
+    blocks = find_residual_blocks(model)
+    assert blocks
+    assert all(block.branch is block.module.get_submodule(branch) for block in blocks)
 
 
 @each(tuple(case for case in TIMM if not case.blocks))
@@ -112,6 +139,21 @@ def test_shape_of_the_batch(architecture, model_args, shape):
 @each(TIMM_WITH_BLOCKS)
 def test_skipping_equals_taking_the_blocks_out(case):
     check_skipping_equals_taking_the_blocks_out(case)
+
+
+@each(TIMM_WITH_BLOCKS)
+def test_scaling_equals_drop_path_around_the_blocks(case):
+    model = case.build().double().eval()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in case.batch(4).items()}
+    blocks = find_residual_blocks(model, inputs)
+    survival = [0.9 - 0.6 * index / len(blocks) for index in range(len(blocks))]
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with drop_path_around(blocks, np.zeros((1, len(blocks)), dtype=bool), survival, case.branch):
+            expected = model(**inputs).logits
+        with skip_blocks([], kept=blocks, survival=survival):
+            torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(plain, expected, rtol=1e-3)
 
 
 @each(TIMM_SKIPPABLE)

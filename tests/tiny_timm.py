@@ -170,6 +170,7 @@ TIMM = (
         {"layers": [2, 3, 1, 1], "channels": [4, 8, 8, 8], "stem_width": 4},
         *("layer1.1", "layer2.1", "layer2.2"),
         activation="Relu",
+        branch="bn3",
         image_size=64,
     ),
     _timm(
@@ -185,6 +186,7 @@ TIMM = (
         {"w0": 8, "wa": 8.0, "wm": 2.0, "group_size": 8, "depth": 6, "stem_width": 8},
         *("s3.b2", "s3.b3"),
         activation="Relu",
+        branch="drop_path",
         image_size=64,
     ),
     _timm("efficientnet", "tiny_efficientnet", {}, "blocks.0.0", "blocks.1.1", "blocks.2.1", "blocks.2.2"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tiny_models import batch, snapshot
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -26,6 +27,8 @@ def options(folder: Path, **changed: Any) -> dict[str, Any]:
         "report_to": "none",
         "logging_steps": 1,
     }
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):  # Which renamed its options.
+        changed = {name.replace("activation_check", "gradient_check"): value for name, value in changed.items()}
     return {**defaults, **changed}
 
 

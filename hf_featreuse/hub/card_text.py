@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_featreuse.freezing import trunk_option
 
 MEANINGS = {
-    "drop_rate": "probability of dropping a block in a cycle; the last block's where the schedule is linear",
+    "drop_rate": "probability of dropping a block in a cycle, of the last block if the schedule is linear; 0: plain",
     "drop_rate_schedule": "linear: rising with depth up to `drop_rate`; uniform: the same for all blocks",
-    "drop_rate_over_time": "constant, falling to 0 or rising from 0 between `reuse_start` and `reuse_end`",
+    "drop_rate_over_time": "from `reuse_start` to `reuse_end`: constant, falling to 0, or rising from 0",
     "drop_granularity": "batch: all samples of a step share one drawn set of blocks; sample: each has its own",
-    "vanilla_steps": "plain steps at the start of a cycle",
+    "vanilla_steps": "plain steps at the start of each cycle",
     "stochastic_depth_steps": "steps of a cycle in which the drawn blocks are left out",
-    "masked_freeze_steps": "steps of a cycle in which only the drawn blocks train",
-    "scale_kept": "whether a kept block's increment is divided by its survival probability",
-    "train_trunk": "what of the layers outside the blocks trains in masked-freeze steps",
+    "masked_freeze_steps": "steps of a cycle in which, of the blocks, only the drawn ones train",
+    "scale_kept": "whether stochastic-depth steps divide what a kept block adds by the probability that it is kept",
+    "train_trunk": "what outside the blocks trains in masked-freeze steps: all, the head after them, or none",
     "frozen_batch_norm": "statistics that frozen BatchNorm layers use in masked-freeze steps",
-    "allow_inexact_skip": "whether blocks are dropped too whose shortcut is no identity",
+    "allow_inexact_skip": "whether blocks are dropped too whose shortcut is not an identity",
     "target_blocks": "which residual blocks take part; none given: all",
     "reuse_start": "fraction of training before which steps are plain",
     "reuse_end": "fraction of training after which steps are plain",
     "reuse_seed": "seed of the random sets of blocks; none given: the training seed",
 }
 
-# The line `repository = ...` is written anew when the folder is pushed to another repository.
+# The line `repository = ...` is replaced when the folder is pushed to another repository.
 _SNIPPET = """from PIL import Image
 from transformers import pipeline
 
@@ -34,7 +34,7 @@ classifier = pipeline("image-classification", model=repository)
 image = Image.new("RGB", (64, 64))  # or your own: Image.open("photo.jpg").convert("RGB")
 print(classifier(image))"""
 
-# An adapter's repository holds the labels in its config.json, and the weights of the adapter and the new head alone.
+# An adapter's repository holds the labels in its config.json, and only the weights of the adapter and the new head.
 _ADAPTER_SNIPPET = """import torch
 from peft import PeftModel
 from PIL import Image
@@ -69,9 +69,12 @@ _NO_PACKAGE = "The package it was trained with is not needed to run it."
 # Snippet and what to know of it, by whether the weights are an adapter's, and whether transformers loads the model.
 SNIPPETS = {
     (False, True): (_SNIPPET, f"{_WHERE} It is a plain transformers model. {_NO_PACKAGE}"),
-    (True, True): (_ADAPTER_SNIPPET, f"{_WHERE} The base model's weights and PEFT are needed besides. {_NO_PACKAGE}"),
+    (True, True): (
+        _ADAPTER_SNIPPET,
+        f"{_WHERE} The base model's weights and PEFT are needed, too. {_NO_PACKAGE}",
+    ),
     (False, False): (_MODULE_SNIPPET, f"`repository` is an id on the Hub. {_NO_PACKAGE}"),
-    (True, False): (_MODULE_ADAPTER_SNIPPET, f"{_WHERE} PEFT is needed besides. {_NO_PACKAGE}"),
+    (True, False): (_MODULE_ADAPTER_SNIPPET, f"{_WHERE} PEFT is needed, too. {_NO_PACKAGE}"),
 }
 
 TEMPLATE = """---
@@ -159,8 +162,9 @@ No hyperparameters were recorded.
 
 
 def steps_taken(settings: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Tell which kinds of step took place; by default both."""
-    return bool(settings.get("stochastic_depth_steps", 1)), bool(settings.get("masked_freeze_steps", 1))
+    """Tell whether there were stochastic-depth and masked-freeze steps; by default there were both."""
+    drops = settings.get("drop_rate", 0.5) > 0
+    return tuple(drops and settings.get(f"{kind}_steps", 1) > 0 for kind in ("stochastic_depth", "masked_freeze"))
 
 
 def method_tags(settings: Mapping[str, Any] | None) -> list[str]:
@@ -171,27 +175,64 @@ def method_tags(settings: Mapping[str, Any] | None) -> list[str]:
 
 
 def method_text(settings: Mapping[str, Any] | None, num_blocks: int) -> str:
-    """Explain the kinds of step that took place."""
+    """Explain the steps that took place.
+
+    Args:
+        settings (`Mapping[str, Any]`, *optional*): options of the method; nothing is claimed about one that is absent.
+            `None` means that none was recorded.
+        num_blocks (`int`): number of residual blocks that took part, 0 if it is not known.
+    """
     if settings is None:
-        return "How this model was trained was not recorded beside it."
+        return "How this model was trained was not recorded."
     depth, freeze = steps_taken(settings)
     if not depth and not freeze:
-        return "Both kinds of step of hf_featreuse were switched off: this model was trained in the usual way."
-    blocks = f"a random set of the {num_blocks} residual blocks" if num_blocks else "a random set of residual blocks"
-    trunks = {"all": " and the layers outside the residual blocks", "head": " and the layers after the last one"}
-    outside = trunks.get(trunk_option(settings.get("train_trunk", "none")), "")
+        return "The method of hf_featreuse was switched off: this model was trained in the usual way."
+    sentences = [*_steps(settings, num_blocks, depth, freeze), *_draws(settings), *_time(settings)]
+    sentences.append("Evaluation and prediction use the whole network.")
     if depth and freeze:
-        kinds = (
-            f"Training repeats a cycle of two kinds of step. In a *stochastic-depth* step {blocks} is dropped: left "
-            "out and not computed. In a *masked-freeze* step, which follows, the whole network runs, but only the "
-            f"blocks of that set{outside} are trained; if the set is empty, everything is. "
+        sentences.append(
             "The two kinds of step follow the abstract of [ResidualDroppath](https://arxiv.org/abs/2411.09475); the "
             "settings are of this run, not the paper's."
         )
-    elif depth:
-        kinds = f"In each *stochastic-depth* step {blocks} is dropped: left out and not computed."
-    else:
-        kinds = f"In each *masked-freeze* step the whole network runs, but only {blocks}{outside} are trained."
+    return " ".join(sentences)
+
+
+def _steps(settings: Mapping[str, Any], num_blocks: int, depth: bool, freeze: bool) -> Iterator[str]:
+    """What the steps of a cycle do."""
+    blocks = f"a random set of the {num_blocks} residual blocks" if num_blocks else "a random set of residual blocks"
+    plain = settings.get("vanilla_steps", 0)
+    trunks = {"all": " and the layers outside the residual blocks", "head": " and the layers after the last block"}
+    outside = trunks.get(trunk_option(settings.get("train_trunk", "none")), "")
+    if depth and freeze:
+        yield "Training repeats a cycle of two kinds of step."
+    if plain:
+        yield f"Each cycle begins with {plain} plain step{'s' if plain > 1 else ''}."
+    if depth:
+        which = "a" if freeze else "each"
+        yield f"In {which} *stochastic-depth* step {blocks} is dropped: left out and not computed."
+        if settings.get("scale_kept") is not None:
+            scaled = "divided by the probability that it is kept" if settings["scale_kept"] else "not scaled"
+            yield f"What a block that is kept adds to its input is {scaled}."
+    if freeze:
+        which, drawn = ("a", "the blocks of that set") if depth else ("each", blocks)
+        follows = ", which follows," if depth else ""
+        yield (
+            f"In {which} *masked-freeze* step{follows} the whole network runs, but only {drawn}{outside} are trained; "
+            "if the set is empty, everything is."
+        )
+
+
+def _draws(settings: Mapping[str, Any]) -> Iterator[str]:
     if settings.get("drop_granularity") == "sample":
-        kinds += " Each sample of a batch has a set of its own, and is computed and trains what its set says."
-    return f"{kinds} Evaluation and prediction use the whole network."
+        yield "Each sample of a batch has its own set."
+
+
+def _time(settings: Mapping[str, Any]) -> Iterator[str]:
+    """When these steps took place, and how often blocks were dropped then."""
+    start, end = settings.get("reuse_start", 0), settings.get("reuse_end", 1)
+    all_of_it = (start, end) == (0, 1)
+    if not all_of_it:
+        yield f"This holds from {100 * start:g} % to {100 * end:g} % of training; all other steps are plain."
+    over_time = {"falling": "falls linearly to 0", "rising": "rises linearly from 0"}
+    if (change := over_time.get(settings.get("drop_rate_over_time", "constant"))) is not None:
+        yield f"The probability of dropping a block {change} over {'' if all_of_it else 'this part of '}training."

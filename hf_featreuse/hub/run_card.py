@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.constants import is_offline_mode
 from torch import nn
@@ -18,6 +17,7 @@ from transformers.utils import logging
 from hf_featreuse.checkpoints import is_adapter
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.hub.card import build_model_card, is_hub_id
+from hf_featreuse.hub.http_errors import HTTPError
 from hf_featreuse.hub.sending import CARD_FILE
 from hf_featreuse.schedule import FeatureReuseSchedule
 from hf_featreuse.sharding import unsharded_class
@@ -164,6 +164,6 @@ def licence_of(model_id: str) -> str | None:
         return None
     try:
         tags = HfApi().model_info(model_id, timeout=_LICENCE_TIMEOUT_SECONDS).tags or []
-    except (httpx2.HTTPError, OSError, ValueError):
+    except (HTTPError, OSError, ValueError):
         return None
     return next((tag.removeprefix("license:") for tag in tags if tag.startswith("license:")), None)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -21,6 +20,7 @@ from huggingface_hub.errors import (
 from transformers.utils import logging
 
 from hf_featreuse.errors import HubError
+from hf_featreuse.hub.http_errors import TransportError
 
 logger = logging.get_logger(__name__)
 
@@ -120,7 +120,7 @@ def _passes(error: Exception) -> bool:
     """Whether a later attempt may succeed."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _PASSING
-    return isinstance(error, httpx2.TransportError)
+    return isinstance(error, TransportError)
 
 
 def _reason(error: Exception) -> str:
@@ -139,7 +139,7 @@ def _reason(error: Exception) -> str:
         return "the token may not write there. Use a token with write access, or a namespace of your own."
     if isinstance(error, RevisionNotFoundError):
         return "there is no such revision. Pass a branch."
-    if isinstance(error, httpx2.TransportError) or status in _PASSING:
+    if isinstance(error, TransportError) or status in _PASSING:
         return f"the Hub does not answer ({_first_line(error)}). Wait until it does."
     return f"{_first_line(error)}. Mend that."
 

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+
+# Under its short name transformers 5.17 asks for torchvision, which it does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_featreuse.blocks import find_residual_blocks
 from hf_featreuse.data import EvalTransform, ImageCollator, load_image_data
