@@ -91,10 +91,30 @@ def resolved_method(arm: str, settings: str = "") -> dict[str, Any]:
     """Every option of the method of an arm, defaults included; of a plain one, only those that make it plain."""
     if arm in PLAIN:
         return dict(ARMS[arm])
-    defaults = FeatureReuseArguments().settings() | {
-        option.name: option.default for option in fields(VariantConfig) if option.name in VARIANTS
-    }
-    return defaults | parse_overrides(settings) | ARMS[arm]
+    options = parse_overrides(settings) | ARMS[arm]
+    if options.get("train_trunk", "") is None:  # The word none, read as a value.
+        options["train_trunk"] = "none"
+    variants = {name: options.pop(name, default) for name, default in _variant_defaults().items()}
+    # One spelling for each setting: `train_trunk=true` and `train_trunk=all` are the same run.
+    return FeatureReuseArguments(**options).settings() | variants
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file with today's options; none if there is no file.
+
+    A run older than one of `VARIANTS` had its default, and `train_trunk` may be True or False.
+    """
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for line in lines:
+        if line["arm"] not in PLAIN:
+            line["method"] = _variant_defaults() | line["method"]
+            trunk = line["method"]["train_trunk"]
+            line["method"]["train_trunk"] = {True: "all", False: "none"}.get(trunk, trunk)
+    return lines
+
+
+def _variant_defaults() -> dict[str, Any]:
+    return {option.name: option.default for option in fields(VariantConfig) if option.name in VARIANTS}
 
 
 def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: str) -> VariantTrainer:
@@ -276,7 +296,7 @@ def main() -> None:
         "--options",
         nargs="+",
         default=[""],
-        help="Options of the arms that drop, as in drop_rate=0.2,train_trunk=true; several are tried in turn.",
+        help="Options of the arms that drop, as in drop_rate=0.2,train_trunk=head; several are tried in turn.",
     )
     parser.add_argument(
         "--recipes",
@@ -295,8 +315,7 @@ def main() -> None:
     if options.data is None and any(TASKS[task].data for task in options.tasks):
         parser.error("these tasks need `--data`, the name or folder of CIFAR-10, such as uoft-cs/cifar10")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = options.out.read_text().splitlines() if options.out.exists() else []
-    known = {Run(**{option.name: json.loads(line)[option.name] for option in fields(Run)}).key for line in lines}
+    known = {Run(**{option.name: line[option.name] for option in fields(Run)}).key for line in read(options.out)}
     runs = [run for run in planned(options) if run.key not in known]
     print(f"{len(runs)} runs to do, {len(planned(options)) - len(runs)} done before")
     context = multiprocessing.get_context("spawn")

@@ -1,201 +1,181 @@
-"""Tables and plots of the accuracy study, from the lines that benchmarks/accuracy.py wrote, into docs/results.md.
+"""Tables and a plot of the accuracy study, from the lines that benchmarks/accuracy.py wrote, into docs/results.md.
 
     python benchmarks/accuracy_report.py
 
-Everything between the two markers of the page is replaced; the text around them is written by hand. Differences are
-paired by seed: the same images, order, augmentation and first weights, wherever two arms share them.
+Everything between the two markers of the page is replaced; the text around them is written by hand. A study that is
+not complete gives the tables that it has. benchmarks/accuracy_tables.py says which runs are shown.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
-from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-from accuracy import ARMS, BUDGETS, DEFAULT_OUT
+from accuracy import DEFAULT_OUT, read
+from accuracy_tables import (
+    BASE,
+    MODEL_NAMES,
+    Cell,
+    Groups,
+    Line,
+    differences,
+    interval,
+    label,
+    read_unscaled,
+    reported,
+    robustness_table,
+    row_order,
+    rule_table,
+    search,
+    summary,
+    table,
+    unscaled_table,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from reporting import write_between
-from scipy.stats import t as student
-from tasks import MODELS, TASKS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
+PICTURE = ROOT / "docs" / "images" / "accuracy.png"
+UNSCALED = DEFAULT_OUT.with_name("accuracy_unscaled.jsonl")
 BEGIN, END = "<!-- begin: benchmarks/accuracy_report.py -->", "<!-- end -->"
-NAMES = {
-    "vanilla": "vanilla",
-    "drop_path": "drop path of transformers",
-    "stochastic_depth": "stochastic depth",
-    "masked_freeze": "masked freeze",
-    "feature_reuse": "feature reuse",
-    "feature_reuse_sample": "feature reuse, per sample",
-}
-BUDGET_NAMES = {"steps": "equal steps", "arithmetic": "equal arithmetic", "arithmetic-65": "65 % of the arithmetic"}
-MODEL_NAMES = {"vit": "ViT", "convnext": "ConvNeXt", "resnet": "ResNet"}
-COLOURS = {
-    "vanilla": "#666666",
-    "drop_path": "#CC79A7",
-    "stochastic_depth": "#0072B2",
-    "masked_freeze": "#D55E00",
-    "feature_reuse": "#009E73",
-    "feature_reuse_sample": "#56B4E9",
-}
-CONFIDENCE = 0.95
-
-# The runs of an arm at a budget, by seed.
-Group = dict[int, dict]
+COLOURS = {"stochastic": "#0072B2", "masked": "#D55E00", "layer": "#D55E00", "feature": "#009E73", "drop": "#CC79A7"}
+MARKERS = {"steps": ("v", ", equal steps"), "arithmetic": ("o", ""), "arithmetic-65": ("s", ", 65 %")}
 
 
-def read(
-    path: Path, split: str, steps: int | None, options: str
-) -> dict[tuple[str, str], dict[tuple[str, str], Group]]:
-    """Runs by (task, model type), then by (arm, budget)."""
-    found: dict = defaultdict(lambda: defaultdict(dict))
-    for line in path.read_text().splitlines():
-        run = json.loads(line)
-        if run["split"] == split and run["steps"] == steps and run["options"] in ("", options):
-            found[run["task"], run["model_type"]][run["arm"], run["budget"]][run["seed"]] = run
-    return found
+SUMMARY = """## All tasks and models
+
+Points of accuracy: at equal arithmetic, and in the last comparison at 65 % of it. A number in brackets is that of the
+seeds that both sides of a comparison have, if the row has more."""
+RULE = """## When does it gain?
+
+The ratio of plain training's final training loss (the mean over the last twentieth of its steps) to its test loss says
+how far it overfits: the lower, the more. The gains are points of accuracy at equal arithmetic."""
+SEARCH = """## What was searched
+
+On a fifth of the training images, which the runs of the search do not train on. The first table of a task has the
+accuracy in % at each learning rate, with the number of seeds in brackets; the chosen rate is bold. The second has all
+other settings, in points over plain training with its chosen recipe."""
+BEFORE = """## Before scaling
+
+These runs were measured without scaling (`scale_kept=False`), before the default of version 0.1 changed: the kept
+blocks of a stochastic-depth step were not divided by their survival probability, so the network that was evaluated
+differs from every network that was trained. The table has points of accuracy over plain training at equal arithmetic;
+`benchmarks/results/accuracy_unscaled.jsonl` has all lines. The same training with the present code:
+
+```bash
+OMP_NUM_THREADS=1 python benchmarks/accuracy.py --jobs 2 --data uoft-cs/cifar10 \\
+  --tasks digits cifar10 cifar10-few finetune --arms vanilla stochastic_depth_unscaled feature_reuse_unscaled
+```"""
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its confidence interval by Student's t."""
-    if len(values) < 2:
-        return statistics.fmean(values), math.nan
-    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(half)
+def page(lines: list[Line], unscaled: dict[Cell, Groups], split: str = "test", steps: int | None = None) -> str:
+    """What stands between the markers."""
+    found = reported(lines, split, steps)
+    parts = []
+    if plotted(found):
+        parts += ["![Accuracy points over plain training, with 95 % intervals](images/accuracy.png)", ""]
+    if found:
+        parts += [SUMMARY, "", *summary(found), "", RULE, "", *rule_table(found), ""]
+    for task in dict.fromkeys(task for task, _ in found):
+        models = {model: groups for (name, model), groups in found.items() if name == task}
+        parts += [f"## {task}", ""]
+        for model_type, groups in models.items():
+            parts += [f"### {task}, {MODEL_NAMES[model_type]}", "", *table(groups), ""]
+        parts += [f"### {task}, without some blocks", "", *robustness_table(models), ""]
+    if found:
+        parts += [provenance(found), ""]
+    if tried := search(lines, steps):
+        parts += [SEARCH, "", *tried]
+    if unscaled:
+        parts += [BEFORE, "", *unscaled_table(unscaled), ""]
+    return "\n".join(parts).rstrip() + "\n"
 
 
-def difference(group: Group, base: Group) -> tuple[float, float]:
-    """Of the accuracy to that of other training with the same seed, in points, with its interval."""
-    return interval([100 * (run["accuracy"] - base[seed]["accuracy"]) for seed, run in group.items() if seed in base])
+def provenance(found: dict[Cell, Groups]) -> str:
+    """How many runs there are, what they took and what code wrote them."""
+    runs = [run for groups in found.values() for group in groups.values() for run in group.values()]
+    commits, versions = (sorted({run[name] for run in runs}) for name in ("commit", "versions"))
+    hours = sum(run["seconds"] for run in runs) / 3600
+    return (
+        f"{len(runs)} runs, {hours:.1f} hours of one core each; {'; '.join(versions)}; commits {', '.join(commits)}."
+    )
 
 
-def shown(group: Group, base: Group | None) -> str:
-    """A difference with its interval; bold where the interval leaves out zero."""
-    if not base or group is base:
-        return "-"
-    mean, half = difference(group, base)
-    text = f"{mean:+.1f} ± {half:.1f}"
-    return f"**{text}**" if abs(mean) > half else text
+def plotted(found: dict[Cell, Groups]) -> dict[Cell, Groups]:
+    """The tasks and models of which there is something to compare with plain training."""
+    return {
+        cell: groups
+        for cell, groups in found.items()
+        if any(differences(group, groups.get(BASE)) for key, group in groups.items() if key != BASE)
+    }
 
 
-def table(groups: dict[tuple[str, str], Group]) -> list[str]:
-    vanilla = groups.get(("vanilla", "steps"))
-    lines = [
-        "| arm | budget | steps | arithmetic of the run | accuracy % (sd) | to vanilla | to stochastic depth "
-        "| test loss | lowest accuracy % without one block | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for arm in ARMS:
-        for budget in BUDGETS:
-            group = groups.get((arm, budget))
-            if not group:
-                continue
-            runs = list(group.values())
-            accuracies = [100 * run["accuracy"] for run in runs]
-            spread = f"{statistics.stdev(accuracies):.1f}" if len(runs) > 1 else "-"
-            steps = statistics.fmean(run["trained_steps"] for run in runs)
-            plain = TASKS[runs[0]["task"]].steps if runs[0]["steps"] is None else runs[0]["steps"]
-            arithmetic = statistics.fmean(run["compute_share"] * run["trained_steps"] for run in runs) / plain
-            cells = (
-                NAMES[arm],
-                "-" if arm == "vanilla" else BUDGET_NAMES[budget],
-                f"{steps:.0f}",
-                f"{arithmetic:.2f}",
-                f"{statistics.fmean(accuracies):.1f} ({spread})",
-                shown(group, vanilla),
-                shown(group, groups.get(("stochastic_depth", budget))) if arm != "vanilla" else "-",
-                f"{statistics.fmean(run['test_loss'] for run in runs):.3f}",
-                f"{statistics.fmean(100 * min(run['accuracy_without_block']) for run in runs):.1f}",
-                str(len(runs)),
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def search_table(path: Path) -> list[str]:
-    """Every setting tried on the validation part: difference to vanilla at equal arithmetic."""
-    runs = [json.loads(line) for line in path.read_text().splitlines()]
-    runs = [run for run in runs if run["split"] == "validation"]
-    vanilla = {(r["task"], r["model_type"], r["steps"], r["seed"]): r for r in runs if r["arm"] == "vanilla"}
-    cells: dict = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        base = vanilla.get((run["task"], run["model_type"], run["steps"], run["seed"]))
-        if base and run["budget"] == "arithmetic":
-            row = (run["arm"], run["options"])
-            cells[row][run["task"], run["model_type"]].append(100 * (run["accuracy"] - base["accuracy"]))
-    columns = sorted({cell for row in cells.values() for cell in row}, key=order)
-    lines = [
-        f"| arm | options | {' | '.join(f'{task}, {MODEL_NAMES[model]}' for task, model in columns)} | mean |",
-        "|---|---|" + "---|" * (len(columns) + 1),
-    ]
-    for (arm, options), row in sorted(cells.items()):
-        known = [interval(row[cell]) if cell in row else None for cell in columns]
-        texts = ["-" if value is None else f"{value[0]:+.1f} ± {value[1]:.1f}" for value in known]
-        mean = "-" if None in known else f"{statistics.fmean(value[0] for value in known):+.1f}"
-        lines.append(f"| {NAMES[arm]} | {options.replace(',', ', ') or 'defaults'} | {' | '.join(texts)} | {mean} |")
-    return lines if cells else []
-
-
-def plot(found: dict, path: Path) -> None:
-    """Difference to vanilla of every arm, with its interval, a panel for every task and model."""
-    cells = [cell for cell in sorted(found, key=order) if ("vanilla", "steps") in found[cell]]
-    columns = min(len(cells), 3)
-    rows = math.ceil(len(cells) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
+def plot(found: dict[Cell, Groups], path: Path) -> None:
+    """Points over plain training of every arm with its interval: a row of panels for each task, one for each model."""
+    cells = plotted(found)
+    tasks, models = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    keys = {
+        task: sorted({key for cell in cells if cell[0] == task for key in cells[cell] if key != BASE}, key=row_order)
+        for task in tasks
+    }
+    heights = [0.8 + 0.2 * len(keys[task]) for task in tasks]
+    figure = Figure(figsize=(3 + 2.6 * len(models), sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes[len(cells) :]:
-        axis.set_visible(False)
-    for axis, cell in zip(axes, cells, strict=False):
-        bars = [key for arm in reversed(ARMS) for key in ((arm, "arithmetic"), (arm, "steps")) if key in found[cell]]
-        bars = [key for key in bars if key[0] != "vanilla"]
-        for height, (arm, budget) in enumerate(bars):
-            mean, half = difference(found[cell][arm, budget], found[cell]["vanilla", "steps"])
-            filled = COLOURS[arm] if budget == "arithmetic" else "white"
-            axis.errorbar(mean, height, xerr=half, fmt="o", color=COLOURS[arm], mfc=filled, capsize=3)
-        axis.axvline(0, color="#666666", linewidth=1)
-        axis.set_yticks(
-            range(len(bars)), [f"{NAMES[arm]}{', equal steps' * (b == 'steps')}" for arm, b in bars], fontsize=8
-        )
-        axis.set_title(f"{cell[0]}, {MODEL_NAMES[cell[1]]}", fontsize=10)
-        axis.set_xlabel("accuracy points over vanilla", fontsize=8)
-        axis.tick_params(axis="x", labelsize=8)
-        axis.grid(axis="x", alpha=0.3)
+    panels = figure.subplots(len(tasks), len(models), squeeze=False, sharey="row", height_ratios=heights)
+    for row, task in zip(panels, tasks, strict=True):
+        names = [label(arm, options) + MARKERS[budget][1] for arm, options, budget in keys[task]]
+        row[0].set_yticks(range(len(names)), names, fontsize=7)
+        row[0].set_ylim(len(names) - 0.5, -0.5)
+        for axis, model_type in zip(row, models, strict=True):
+            if (task, model_type) in cells:
+                plot_cell(axis, cells[task, model_type], keys[task])
+                axis.set_title(f"{task}, {MODEL_NAMES[model_type]}", fontsize=9)
+            else:
+                axis.set_visible(axis is row[0])
+    for axis in panels[-1]:
+        axis.set_xlabel("points over plain training", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def order(cell: tuple[str, str]) -> tuple[int, int]:
-    return list(TASKS).index(cell[0]), MODELS.index(cell[1])
+def plot_cell(axis: Any, groups: Groups, keys: list[tuple[str, ...]]) -> None:
+    """One panel. The interval of two seeds may be far wider than all others: it does not set the limits."""
+    limits = [0.0]
+    for height, key in enumerate(keys):
+        if not (values := differences(groups.get(key), groups.get(BASE))):
+            continue
+        mean, half = interval(values)
+        error, colour = None if math.isinf(half) else half, COLOURS[key[0].split("_")[0]]
+        axis.errorbar(mean, height, xerr=error, fmt=MARKERS[key[-1]][0], color=colour, capsize=3, markersize=5)
+        reach = half if len(values) > 2 else 0.0
+        limits += [mean - reach, mean + reach]
+    margin = 0.5 + 0.05 * (max(limits) - min(limits))
+    axis.set_xlim(min(limits) - margin, max(limits) + margin)
+    axis.axvline(0, color="#666666", linewidth=1)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(alpha=0.3)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--split", default="test", choices=("test", "validation"))
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--options", default="", help="Show the runs with these options of the arms that drop.")
+    parser.add_argument("--split", default="test", choices=("test", "validation"), help="Whose runs are the results.")
+    parser.add_argument(
+        "--steps", type=int, help="Show the runs of this length, as in accuracy.py; default: the task's."
+    )
     parser.add_argument("--print", action="store_true", help="Print the tables and leave the page as it is.")
-    options = parser.parse_args()
-    found = read(options.results, options.split, options.steps, options.options)
-    parts = []
-    for cell in sorted(found, key=order):
-        seconds = statistics.fmean(run["seconds"] for group in found[cell].values() for run in group.values())
-        parts += [f"### {cell[0]}, {MODEL_NAMES[cell[1]]}", "", *table(found[cell]), ""]
-        parts += [f"Mean time of a run: {seconds:.0f} s.", ""]
-    text = "\n".join(parts)
+    options = parser.parse_args(arguments)
+    lines = read(options.results)
+    text = page(lines, read_unscaled(UNSCALED), options.split, options.steps)
     if options.print:
         print(text)
         return
-    if search := search_table(options.results):
-        text += "\n".join(["", "### Settings tried on the validation part", "", *search, ""])
-    plot(found, ROOT / "docs" / "images" / "accuracy.png")
-    picture = "![Accuracy points over vanilla training, with 95 % intervals](images/accuracy.png)"
-    write_between(PAGE, BEGIN, END, f"{picture}\n\n{text}")
+    if plotted(found := reported(lines, options.split, options.steps)):
+        plot(found, PICTURE)
+    write_between(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/architectures.py
 
 Every class is built in transformers' default configuration on the meta device, where a forward does no arithmetic, so
-that the sizes are the real ones. Where a forward fails there, it runs on the CPU with random weights.
+that the sizes are the real ones. If a forward fails there, it runs on the CPU with random weights.
 """
 
 from __future__ import annotations
@@ -74,28 +74,29 @@ TEXT = f"""# Architectures
 
 Every image classifier of transformers, in its default configuration. Blocks are found by structure, not from a list of
 classes: a module whose output is its input plus a branch. Anything else, such as a layer with a projection or a
-downsampling shortcut, belongs to the trunk: it always runs, and trains in both kinds of step.
+downsampling shortcut, belongs to the trunk: it always runs, and trains in both kinds of step by default.
 
-- *blocks*: residual blocks that can be skipped; each also trains alone.
+- *blocks*: residual blocks that can be skipped, frozen and [scaled](method.md#scaling).
 - *parameters in them*, *arithmetic in them*: share of the model's parameters, and of the arithmetic of a plain step.
 - *stochastic depth*, *masked freeze*: expected arithmetic of a step as a share of a plain step's, at a uniform drop
-  rate of 0.5 and the default `train_trunk=True`. Counted, not timed; {NONE} where it cannot be.
+  rate of 0.5 and the default `train_trunk="all"`. Counted, not timed; {NONE} where it cannot be.
 - *checkpointing*: whether transformers offers gradient checkpointing for the class.
 
-The image is of the size that the configuration names, else of {IMAGE_SIZE} pixels. Blocks with an activation after
-their addition are listed too; with ReLU, as here, skipping is exact, with GELU it is refused.
+The image has the size that the configuration names, else {IMAGE_SIZE} pixels. Blocks with an activation after their
+addition are listed too; with ReLU, as here, skipping is exact, with GELU it is refused. They are scaled inside, before
+the activation: ResNet, RegNet, and BiT with `layer_type="bottleneck"`. All others are scaled as a whole.
 
 """
 BEYOND = """
 ## timm
 
-Checkpoints of timm load as `TimmWrapperForImageClassification` where timm and torchvision are installed:
-`pip install "hf_featreuse[timm]"`. Beside a CPU-only or another build of torch than the package index has, install
+Checkpoints of timm load as `TimmWrapperForImageClassification` if timm and torchvision are installed:
+`pip install "hf_featreuse[timm]"`. With a CPU-only or another build of torch than that of the package index, install
 torchvision from torch's own index first: one that does not fit keeps transformers itself from being imported
-(`operator torchvision::nms does not exist`). Blocks are found by the same rule; `tests/test_timm.py` looks at these
+(`operator torchvision::nms does not exist`). Blocks are found by the same rule; `tests/test_timm.py` checks these
 families of timm 1.0.31.
 
-The example reads sizes and normalisation from an image processor, and timm's wraps transforms of its own instead: pass
+The example reads sizes and normalisation from an image processor, and timm's wraps its own transforms instead: pass
 `--image_processor_name` with one that names its sizes, such as `ViTImageProcessor` saved with the mean and size of the
 checkpoint's `pretrained_cfg`.
 
@@ -112,23 +113,26 @@ checkpoint's `pretrained_cfg`.
 | VGG, LCNet, DenseNet | none: no addition to a stream anywhere |
 
 On the CPU, torch 2.13 ends with a segmentation fault in the backward of a GroupNorm layer whose weights train and
-whose input is in channels-last layout and requires no gradient. In a masked-freeze step, the first layer of the lowest
-block that trains is such a layer where the model or its stem puts images into that layout.
+whose input is in channels-last layout and requires no gradient. With `train_trunk="head"` or `"none"`, the first layer
+of the lowest block that trains in a masked-freeze step is such a layer if the model or its stem puts images into that
+layout.
 
 ## Naming blocks that are not found
 
 ```python
+from hf_featreuse import FeatureReuseConfig
+
 config = FeatureReuseConfig("outputs/dla", target_blocks=["level2.tree2", "level3.tree2.tree2"])
 ```
 
 An entry of `target_blocks` that matches none of the blocks found may name any other module. It becomes a block if
 every call takes one tensor of the shape and dtype of its first output, and is refused with the reason if not.
 
-- Where the graph shows it to be its input plus something, it is a block like any other, as in DLA.
-- Where it does not, as with a scaled shortcut, that it computes input plus branch is your word alone. Dropped, it
-  returns its input as it is, and training asks for `allow_inexact_skip=True` as well.
+- If the graph shows it to be its input plus something, it is a block like any other, as in DLA.
+- If it does not, as with a scaled shortcut, only you claim that it computes input plus branch. If dropped, it returns
+  its input as it is, and training asks for `allow_inexact_skip=True` as well.
 
-An entry that matches blocks found takes those alone; for blocks of both kinds pass a list. Of two modules of which one
+An entry that matches blocks found takes only those; for blocks of both kinds pass a list. Of two modules of which one
 contains the other only one can be named, and none that contains blocks found.
 
 ## Outside image classification

@@ -53,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--drop_rate", type=float, default=0.5)
     parser.add_argument("--drop_rate_schedule", default="linear", choices=("uniform", "linear"))
+    parser.add_argument("--unscaled", action="store_true", help="As scale_kept=False.")
     parser.add_argument("--budgets", type=int, nargs="+", default=[10, 8, 6, 4, 2], help="Residual blocks to leave.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="Stay on the CPU where there is a GPU.")
@@ -103,6 +104,7 @@ def train(arm: str, data: dict[str, Any], options: argparse.Namespace) -> tuple[
             use_cpu=options.cpu,
             seed=options.seed,
             dataloader_pin_memory=False,
+            scale_kept=not options.unscaled,
             **method,
         )
         trainer = FeatureReuseTrainer(model, args, train_dataset=data["train"], data_collator=data["collator"])

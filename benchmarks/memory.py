@@ -62,9 +62,10 @@ class Fixed(FeatureReuseSchedule):
 
 
 def fixed_schedule(num_blocks: int, kind: StepKind, dropped: Sequence[int] = ()) -> FeatureReuseSchedule:
-    """A schedule of steps that are all alike."""
+    """A schedule of steps that are all alike; stochastic depth has a survival probability of one half."""
     schedule = Fixed(num_blocks, 0.5, "uniform")
-    object.__setattr__(schedule, "fixed", StepPlan(kind, tuple(dropped)))
+    survival = (0.5,) * num_blocks if kind is StepKind.STOCHASTIC_DEPTH else None
+    schedule.fixed = StepPlan(kind, tuple(dropped), survival=survival)
     return schedule
 
 
@@ -115,14 +116,14 @@ class Bench:
         return fixed_schedule(len(self.blocks), kind, dropped)
 
     def measure(
-        self, schedule: FeatureReuseSchedule, step: int = 0, *, train_trunk: bool = True, in_backward: bool = False
+        self, schedule: FeatureReuseSchedule, step: int = 0, *, train_trunk: str = "all", in_backward: bool = False
     ) -> dict[str, int]:
         """Bytes in one whole step: saved for backward, gradients at its end, moments, and the peak of all there is.
 
         Args:
             schedule (`FeatureReuseSchedule`): plans the step.
             step (`int`, defaults to 0): optimizer step.
-            train_trunk (`bool`, defaults to `True`): as in `FeatureReuse`.
+            train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): as in `FeatureReuse`.
             in_backward (`bool`, defaults to `False`): step each weight as soon as its gradient is there, and free it.
         """
         reuse = FeatureReuse(self.model, self.blocks, schedule, train_trunk=train_trunk)
@@ -181,7 +182,7 @@ def measure_model(make: Callable[[], nn.Module], device: str, batch_size: int) -
     for name, dropped in {"the lowest block": (0,), "the low half": low, "the high half": high}.items():
         schedule = bench.fixed(StepKind.MASKED_FREEZE, dropped)
         fixed[f"masked freeze, {name} trains"] = bench.measure(schedule)
-        fixed[f"masked freeze, {name} alone, trunk rests"] = bench.measure(schedule, train_trunk=False)
+        fixed[f"masked freeze, {name} trains, trunk frozen"] = bench.measure(schedule, train_trunk="none")
     draws: dict[str, list[dict[str, int]]] = {}
     for rate in RATES:
         for grain in GRAINS:
@@ -286,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "device": device,
             "versions": versions(),
             "batch_size": options.batch_size,
+            "scale_kept": True,
             "models": {},
         }
         for name, make in MODELS.items():

@@ -50,7 +50,7 @@ HARDWARE = {(8, 128): Hardware(), (512, 8): Hardware(link=50e9)}
 # Measuring a model
 
 
-def measure_parts(make: Callable[[], nn.Module], *, train_trunk: bool = True) -> Parts:
+def measure_parts(make: Callable[[], nn.Module], *, train_trunk: str | bool = "all") -> Parts:
     """Parameters, arithmetic and saved bytes of a model, without its weights and without running it."""
     with torch.device("meta"):
         model = make()
@@ -58,7 +58,7 @@ def measure_parts(make: Callable[[], nn.Module], *, train_trunk: bool = True) ->
     costs = measure_step_costs(model, blocks, train_trunk=train_trunk)
     sizes = tuple(sum(p.numel() for p in block.module.parameters()) for block in blocks)
     trunk = sum(p.numel() for p in model.parameters()) - sum(sizes)
-    return Parts(sizes, trunk, costs, *_saved(model, blocks), train_trunk)
+    return Parts(sizes, trunk, costs, *_saved(model, blocks))
 
 
 def saved_bytes(model: nn.Module, images: torch.Tensor) -> int:
@@ -86,7 +86,7 @@ def _saved(model: nn.Module, blocks: Sequence[ResidualBlock]) -> tuple[tuple[int
             if shapes not in known:
                 with skip_blocks([block]):
                     rest = count()
-                with train_only(fake, [b for b in blocks if b is not block], train_trunk=True, all_blocks=blocks):
+                with train_only(fake, [b for b in blocks if b is not block], train_trunk="all", all_blocks=blocks):
                     frozen = count()
                 known[shapes] = whole - rest, frozen - rest
             found.append(known[shapes])

@@ -92,7 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--granularity", nargs="+", default=["batch"], choices=GRANULARITIES, help="As drop_granularity; one or both."
     )
     parser.add_argument("--peers", action="store_true", help="Time drop path of transformers and timm as well.")
-    parser.add_argument("--freeze_trunk", action="store_true", help="As train_trunk=False.")
+    parser.add_argument("--train_trunk", default="all", choices=("all", "head", "none"))
+    parser.add_argument("--unscaled", action="store_true", help="As scale_kept=False.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--steps", type=int, default=9, help="Optimizer steps a round of each trainer; the first warms up."
@@ -202,7 +203,8 @@ def reuse_options(options: argparse.Namespace, granularity: str) -> dict:
         "drop_rate": options.drop_rate,
         "drop_rate_schedule": options.drop_rate_schedule,
         "drop_granularity": granularity,
-        "train_trunk": not options.freeze_trunk,
+        "train_trunk": options.train_trunk,
+        "scale_kept": not options.unscaled,
     }
 
 

@@ -38,7 +38,9 @@ class Parts:
         passing (`tuple[int, ...]`): the same where it is frozen and the gradient goes on below it.
         saved_trunk (`int`): bytes of an image that the trunk saves where it trains.
         passing_trunk (`int`): the same where it is frozen between blocks that train.
-        train_trunk (`bool`, defaults to `True`): whether the trunk trains in masked-freeze steps.
+
+    Raises:
+        ValueError: the trunk trains in part, `train_trunk="head"`, which this model does not know.
     """
 
     blocks: tuple[int, ...]
@@ -48,7 +50,10 @@ class Parts:
     passing: tuple[int, ...]
     saved_trunk: int
     passing_trunk: int
-    train_trunk: bool = True
+
+    def __post_init__(self) -> None:
+        if self.costs.train_trunk not in ("all", "none"):
+            raise ValueError(f'`train_trunk={self.costs.train_trunk!r}` is not modelled. Pass "all" or "none".')
 
     @property
     def parameters(self) -> int:
@@ -64,7 +69,7 @@ class Parts:
         return set(plan.dropped) if plan.kind is StepKind.MASKED_FREEZE else self.computed(plan)
 
     def trunk_trains(self, plan: StepPlan) -> bool:
-        return self.train_trunk or plan.kind is not StepKind.MASKED_FREEZE
+        return self.costs.train_trunk == "all" or plan.kind is not StepKind.MASKED_FREEZE
 
     def in_backward(self, plan: StepPlan) -> set[int]:
         """Blocks that backward passes through: with a stem that trains all that run, else those from the lowest on."""

@@ -91,7 +91,7 @@ def reusing(make: Callable[[], nn.Module], options: argparse.Namespace) -> Featu
     model = make()
     blocks = find_residual_blocks(model, {"pixel_values": IMAGES})
     schedule = FeatureReuseSchedule(len(blocks), options.drop_rate, options.drop_rate_schedule, seed=options.seed)
-    return FeatureReuse(model, blocks, schedule, train_trunk=not options.freeze_trunk)
+    return FeatureReuse(model, blocks, schedule, train_trunk="none" if options.freeze_trunk else "all")
 
 
 def counted(reuse: FeatureReuse, wrapped: nn.Module, steps: range) -> Iterator[tuple[StepPlan, GroupCounter]]:
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps to average over")
     parser.add_argument("--drop_rate", type=float, default=0.5)
     parser.add_argument("--drop_rate_schedule", default="uniform", choices=("uniform", "linear"))
-    parser.add_argument("--freeze_trunk", action="store_true", help="as train_trunk=False")
+    parser.add_argument("--freeze_trunk", action="store_true", help='as train_trunk="none"')
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
