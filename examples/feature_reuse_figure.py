@@ -3,8 +3,8 @@
     python examples/feature_reuse_figure.py
 
 takes the setting of Figure 1 of ResidualDroppath (arXiv 2411.09475): a residual network of linear layers, depth 32,
-hidden dimension 32. Known of that figure is that it shows the feature distribution over depth. The data, the ReLU
-before each linear layer, initialisation, optimizer, rate and schedule are choices of this example.
+hidden dimension 32. All that is known of that figure is that it shows the feature distribution over depth. The data,
+the ReLU before each linear layer, initialisation, optimizer, rate and schedule are choices of this example.
 """
 
 from __future__ import annotations
@@ -221,7 +221,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--drop_rate", type=float, default=0.5)
     parser.add_argument("--drop_rate_schedule", choices=("linear", "uniform"), default="uniform")
-    parser.add_argument("--train_trunk", action="store_true", help="Train stem and head in masked-freeze steps too.")
+    parser.add_argument(
+        "--train_trunk",
+        choices=("all", "head", "none"),
+        default="all",
+        help="In masked-freeze steps, train stem and head too (all), only the head, or none of them.",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/figure"))
     return parser.parse_args(arguments)

@@ -2,8 +2,8 @@
 
     accelerate launch examples/finetune_lora.py --dataset_name uoft-cs/cifar10 --output_dir outputs/lora
 
-Without `--dataset_name` it takes scikit-learn's handwritten digits. Takes every TrainingArguments and the options of
-feature reuse besides its own.
+Without `--dataset_name` it takes scikit-learn's handwritten digits. In addition to its own flags it takes every
+TrainingArguments and the options of feature reuse.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class LoraArguments:
     modules_to_save: list[str] = field(
         default_factory=lambda: ["classifier"],
         metadata={
-            "help": "Parts outside the blocks that train whole; in masked-freeze steps not with --train_trunk false."
+            "help": "Parts outside the blocks that train as a whole; in masked-freeze steps only if --train_trunk "
+            "covers them."
         },
     )
     merged_dir: str | None = field(
@@ -60,7 +61,7 @@ class LoraArguments:
 
 
 def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
-    """Put a low-rank adapter beside every linear layer of the residual blocks, as feature reuse finds them."""
+    """Add a low-rank adapter to every linear layer of the residual blocks, as feature reuse finds them."""
     targets = [
         f"{block.name}.{name}"
         for block in find_residual_blocks(model)
@@ -103,7 +104,7 @@ def run(argv: list[str]) -> None:
     model = add_adapters(model, arguments)
     model.print_trainable_parameters()
     size = image_size(processor)
-    # A digit mirrored is no digit.
+    # A mirrored digit is not a digit.
     flip = 0.0 if arguments.dataset_name is None else 0.5
     transform = TrainTransform(size, scale=default_crop_scale(size), flip=flip, seed=args.seed)
     trainer = FeatureReuseTrainer(

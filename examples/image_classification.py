@@ -1,4 +1,4 @@
-"""What both image classification examples share besides their flags: data, model, transforms and optimizer."""
+"""What both image classification examples share: data, model, transforms and optimizer."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class DataArguments:
         metadata={"help": "Name of a data set on the Hub, or a local folder of parquet, arrow or images."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_dir: str | None = field(default=None, metadata={"help": "A folder with one folder of images a class."})
+    train_dir: str | None = field(default=None, metadata={"help": "A folder with one folder of images per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same, to validate on."})
     train_val_split: float | None = field(
         default=0.15, metadata={"help": "Fraction of train to validate on, where the data has no validation split."}
@@ -89,7 +89,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": f"Checkpoint to fine-tune. Default: {DEFAULT_CHECKPOINT} where data but no model is named."},
+        metadata={"help": f"Checkpoint to fine-tune. Default: {DEFAULT_CHECKPOINT} if data but no model is named."},
     )
     model_type: str | None = field(
         default=None,
@@ -113,7 +113,8 @@ class ModelArguments:
     )
     license: str | None = field(default=None, metadata={"help": "Licence to state on the model card: apache-2.0, ..."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in an output folder that holds a run; deletes its checkpoints."}
+        default=False,
+        metadata={"help": "Start a new run in an output folder that holds one; deletes its checkpoints."},
     )
 
 
@@ -143,7 +144,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
             options = [option for action in parser._actions for option in action.option_strings]
             close = difflib.get_close_matches(rest[0], options, n=3)
             hint = f"Did you mean {' or '.join(close)}?" if close else "`--help` lists the flags."
-            raise ConfigurationError(f"`{' '.join(rest)}` is no flag of this example. {hint}")
+            raise ConfigurationError(f"`{' '.join(rest)}` is not a flag of this example. {hint}")
     if has_checkpoint and model_args.model_name_or_path is None:
         model_args.model_name_or_path = DEFAULT_CHECKPOINT
     if model_args.model_name_or_path and model_args.model_type:
@@ -172,7 +173,7 @@ def check_output_dir(model_args: ModelArguments, args: FeatureReuseConfig) -> st
     if args.do_train and model_args.overwrite_output_dir:
         if asked and (asked in LAST or Path(asked).resolve().parent == folder.resolve()):
             raise ConfigurationError(
-                f"`--resume_from_checkpoint {asked}` goes on with the run in {folder}, whose checkpoints "
+                f"`--resume_from_checkpoint {asked}` resumes the run in {folder}, whose checkpoints "
                 "`--overwrite_output_dir` deletes. Pass one of them."
             )
         return asked
@@ -187,14 +188,14 @@ def check_output_dir(model_args: ModelArguments, args: FeatureReuseConfig) -> st
         if state["global_step"] >= state["max_steps"] and not goes_on:
             raise ConfigurationError(
                 f"`--output_dir {folder}` holds a finished run of {state['global_step']} steps. Pass another folder, "
-                "`--overwrite_output_dir` to train anew, more epochs to train on, or `--do_eval` to evaluate it with "
+                "`--overwrite_output_dir` to train again, more epochs to continue, or `--do_eval` to evaluate it with "
                 f"`--model_name_or_path {folder}`."
             )
     if asked:
         return True if asked in LAST else asked
     if get_last_checkpoint(str(folder)) is not None:
         logger.info(
-            f"Found checkpoints in {folder} and resumes from the last one; --overwrite_output_dir starts anew."
+            f"Found checkpoints in {folder} and resumes from the last one; --overwrite_output_dir starts a new run."
         )
         return True
     if any(folder.iterdir()):

@@ -3,7 +3,7 @@
     accelerate launch examples/run_image_classification_no_trainer.py
 
 takes the flags of run_image_classification.py. Of TrainingArguments it follows those that this file names; the others
-have no effect. With the same flags and seed it trains to the same weights, to the bit on a CPU: the same order of data
+have no effect. With the same flags and seed it trains to bitwise the same weights on a CPU: the same order of data
 (accelerate's seedable sampler), optimizer groups, scheduler, clipping, and loss divided by the images of a step.
 """
 
@@ -23,7 +23,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DistributedDataParallelKwargs
 from image_classification import Progress, Setup, make_loader, make_optimizer, set_up, start_logging
 from image_classification_arguments import check_output_dir, parse_arguments
-from image_classification_checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from image_classification_checkpoints import find_checkpoint, load_checkpoint, plan_source, save_checkpoint
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
@@ -76,6 +76,7 @@ class Loop:
         names = ("scale_kept", "train_trunk", "frozen_batch_norm", "allow_inexact_skip")
         schedule = args.schedule(len(blocks), steps, args.seed)
         self.reuse = FeatureReuse(model, blocks, schedule, **{name: getattr(args, name) for name in names})
+        self.plans = plan_source(self.reuse, args, accelerator.num_processes)
         self.costs = measure_step_costs(model, blocks, train_trunk=args.train_trunk) if blocks else None
         self.mixer, self.max_steps = BatchMixer(args.mixup_alpha, args.cutmix_alpha, args.seed), steps
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, args))
@@ -104,7 +105,7 @@ class Loop:
         epoch, skipped = divmod(first, self.steps_per_epoch)
         # The loader draws from the random state when it begins: inside an epoch the checkpoint comes after it.
         if checkpoint is not None and (not skipped or first >= self.max_steps):
-            checkpoint = load_checkpoint(accelerator, checkpoint)
+            checkpoint = load_checkpoint(accelerator, checkpoint, self.plans)
         shows = accelerator.is_main_process and not self.args.disable_tqdm
         if shows:
             engine = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
@@ -113,7 +114,7 @@ class Loop:
         while max(first, progress.step) < self.max_steps:
             for batches in self.steps_of_epoch(epoch, skipped):
                 if checkpoint is not None:
-                    checkpoint = load_checkpoint(accelerator, checkpoint)
+                    checkpoint = load_checkpoint(accelerator, checkpoint, self.plans)
                 bar.set_postfix_str(describe_kind(self.step(batches)), refresh=False)
                 bar.update()
                 ended = progress.step == self.max_steps
@@ -129,10 +130,10 @@ class Loop:
             print(closing_summary(progress.history, steps=progress.step, **time_and_place))
 
     def step(self, batches: list[dict[str, torch.Tensor]]) -> Any:
-        """Take one optimizer step; say of which kind."""
+        """Take one optimizer step; return its kind."""
         args, accelerator, step = self.args, self.accelerator, self.progress.step
         self.model.train()
-        # Every image of the step counts the same, also where the last micro-batch is smaller.
+        # Every image of the step counts the same, also if the last micro-batch is smaller.
         images = accelerator.gather(sum((batch["labels"] != -100).sum() for batch in batches)).sum()
         for index, batch in enumerate(batches):
             position, labels = index * accelerator.num_processes + accelerator.process_index, batch["labels"]
@@ -176,7 +177,7 @@ class Loop:
             with contextlib.nullcontext() if self.average is None else self.average.applied():
                 self.log(self.evaluate())
         if due(args.save_strategy, args.save_steps):
-            save_checkpoint(accelerator, self.model, progress.step, args)
+            save_checkpoint(accelerator, self.model, progress.step, args, self.plans)
 
     def log(self, logs: dict[str, float]) -> None:
         self.progress.history.append({**logs, "step": self.progress.step})

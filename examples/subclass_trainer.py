@@ -1,4 +1,4 @@
-"""A trainer of your own on top of FeatureReuseTrainer: a focal loss, and blocks of the later half only.
+"""Your own trainer on top of FeatureReuseTrainer: a focal loss, and only blocks of the later half.
 
 python examples/subclass_trainer.py
 """

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
 from distributed_runs import GroupCounter, rank, run_on_ranks, world
 from tiny_models import batch, build
@@ -286,6 +287,9 @@ def test_a_loop_of_accelerate_gives_what_one_process_gives(results: dict[str, li
     first, second = results["with_accelerate"]
     assert isinstance(first, dict), first
     assert same_bits(first, second)
+    # Runs of Trainer in this process leave their data loader and their precision behind.
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     alone = with_accelerate(tmp_path)
     for order, weights in alone.items():
         assert max((weights[name] - first[order][name]).abs().max().item() for name in weights) < 1e-6

@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import hf_featreuse
+from hf_featreuse.private_names import TESTED
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -92,10 +93,19 @@ def test_pinned_versions_fit_what_the_package_asks_for():
         assert pinned[name] in requirement.specifier, f"constraints.txt pins {name} {pinned[name]}, not {requirement}"
 
 
+def test_the_trainer_accepts_the_releases_that_were_tested():
+    pinned, lowest = pins("constraints.txt"), pins("constraints-lowest.txt")
+    for name, (oldest, newest) in TESTED.items():
+        assert Version(oldest) == lowest[name]
+        assert pinned[name].release[:2] <= Version(newest).release
+    # A newer one warns: the pin is the newest that was tested.
+    assert pinned["transformers"].release[:2] == Version(TESTED["transformers"][1]).release
+
+
 def test_every_dependency_of_the_package_has_its_reason():
     lines = read("pyproject.toml").partition("\ndependencies = [")[2].partition("]\n")[0].strip().splitlines()
     assert len(lines) == len(PROJECT["dependencies"])
-    assert [line for line in lines if "#" not in line] == ['  "torch>=2.13",']
+    assert [line for line in lines if "#" not in line] == ['  "torch>=2.11",']
 
 
 def test_pythons_are_the_same_everywhere():
@@ -105,6 +115,11 @@ def test_pythons_are_the_same_everywhere():
     matrix = jobs()["tests"]["strategy"]["matrix"]
     assert set(matrix["python"]) == PYTHONS
     assert {entry["dependencies"] for entry in matrix["include"]} == {"lowest", "newest"}
+
+
+def test_the_lowest_dependencies_run_the_fast_selection():
+    (lowest,) = [entry for entry in jobs()["tests"]["strategy"]["matrix"]["include"] if "lowest" in entry["options"]]
+    assert ["pytest", "-m", "not slow"] in commands({**jobs()["tests"], "strategy": {"matrix": {"include": [lowest]}}})
 
 
 # Workflows
@@ -138,9 +153,15 @@ def test_workflow_reads_only_and_gives_up_in_time(path):
 def commands(job: dict[str, Any]) -> list[list[str]]:
     """The words of each command, a matrix job's once for each of its options."""
     matrix = job.get("strategy", {}).get("matrix", {})
-    options = [*matrix.get("options", []), *(entry["options"] for entry in matrix.get("include", []))] or [""]
+    entries = [*({"options": option} for option in matrix.get("options", [])), *matrix.get("include", [])] or [{}]
     lines = [line for step in job["steps"] if "run" in step for line in step["run"].strip().splitlines()]
-    filled = [line.replace("${{ matrix.options }}", option) for option in options for line in lines]
+    filled = [
+        line.replace("${{ matrix.options }}", entry.get("options", "")).replace(
+            "${{ matrix.selection }}", entry.get("selection", "")
+        )
+        for entry in entries
+        for line in lines
+    ]
     assert not [line for line in filled if "${{" in line]
     # Without the variables that are set before a command.
     return [[word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)] for line in dict.fromkeys(filled)]

@@ -1,13 +1,11 @@
 """Scaled training on two processes, with DDP and with FSDP2, is that of one process."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from distributed_runs import run_on_ranks, watched
 from sharded_runs import run_sharded
 from tiny_architectures import ARCHITECTURES
@@ -64,13 +62,6 @@ SCENARIOS = {
     **{name: partial(replicated, name=name) for name in DDP},
     **{name: partial(in_shards, name=name) for name in FSDP},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_precision_is_left_behind() -> Iterator[None]:
-    """accelerate keeps that of a run for the process, and other tests make accelerators of their own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

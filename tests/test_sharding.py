@@ -12,7 +12,6 @@ from training_runs import config
 
 from hf_featreuse import FeatureReuse, FeatureReuseSchedule, FeatureReuseTrainer, find_residual_blocks
 from hf_featreuse.console import opening_summary
-from hf_featreuse.hub.run_card import write_run_card
 from hf_featreuse.sharding import unsharded_class
 
 
@@ -36,7 +35,7 @@ def test_a_sharded_model_is_called_by_its_own_class(trainer: FeatureReuseTrainer
     assert type(model).__name__ == "FSDPViTForImageClassification"
     assert unsharded_class(model) is plain
     assert opening_summary(reuse, None, max_steps=4).startswith("Feature reuse with ViTForImageClassification (")
-    write_run_card(trainer, tmp_path)
+    trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "ViTForImageClassification" in card
     assert "FSDPViT" not in card

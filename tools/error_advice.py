@@ -45,11 +45,13 @@ ADVICE = {
     "scale=… must be (smallest, largest) with 0 < smallest <= largest <= 1.": NEEDS,
     "ratio=… must be (smallest, largest) with 0 < smallest <= largest.": NEEDS,
     "seed=… must be an integer from 0 to 2**64 - 1.": NEEDS,
-    "`train_trunk=True` needs `all_blocks`, the list of all blocks, to know what the trunk is.": "Pass "
+    "`train_trunk=…` needs `all_blocks`, the list of all blocks, to know what the trunk is.": "Pass "
     "`all_blocks=find_residual_blocks(model)`.",
-    "… failed: … Nothing in … is lost: `…` pushes it.": "Mend the reason that is given, such as the token, and run "
+    "… failed: … Nothing in … is lost: `…` pushes it.": "Fix the reason that is given, such as the token, and run "
     "the command in the message; see [on the Hub](hub.md#when-a-push-fails).",
     "magnitude=… must be from 0 to ….": NEEDS,
+    "hf_featreuse does not work with …: training would run without what it changes there. ….": "Install the release "
+    "that the message names.",
     "k=… must be at least 1.": NEEDS,
     "ks=… must name at least one k, each at least 1.": "Pass such as `(1, 5)`.",
     "None of the … samples has a label (-100 means none): there is nothing to measure.": "Pass labelled images.",

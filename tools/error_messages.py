@@ -10,9 +10,10 @@ from pathlib import Path
 from error_advice import ADVICE, MADE
 
 PACKAGE = Path(__file__).parents[1] / "hf_featreuse"
-# What says what to do begins with one of these words: a sentence, or what follows a colon or semicolon.
-WORDS = """add build call change check choose delete drop filter free give install keep leave load lower make mend
-merge name override pass remove resume return run save set start take train unfreeze use wrap write""".split()
+# What to do begins with one of these words: a sentence, or what follows a colon or semicolon.
+WORDS = """add build call change check choose correct delete drop filter fix free give install keep leave load lower
+make merge mend name override pass raise remove replace report resume return run save set start take train unfreeze use
+wrap write""".split()
 CAPITALISED = "|".join(word.capitalize() for word in WORDS)
 IMPERATIVE = re.compile(rf"(?<=[.!?:,…)]) (?=(?:{CAPITALISED})\b)|(?<=[:;]) (?=(?:{'|'.join(WORDS)})\b)")
 

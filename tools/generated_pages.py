@@ -24,13 +24,13 @@ DOCS = ROOT / "docs"
 BEGIN, END = "<!-- begin: tools/generated_pages.py -->\n", "<!-- end -->\n"
 # Headings of the messages, by module or by the package that it lies in.
 PLACES = {
-    "Options and schedule": ("config", "schedule", "refusals"),
+    "Options and schedule": ("config", "schedule", "draws", "refusals"),
     "Finding, skipping and freezing blocks": (
         *("blocks", "targets", "tracing", "probing", "binding", "skipping", "freezing", "per_sample", "compiling"),
         *("engine", "cost", "batch_norm"),
     ),
-    "Mixing, averaging and trackers": ("mixing", "averaging", "recipe", "recipe_trainer", "tracking", "console"),
-    "Training": ("trainer", "engine_trainer", "exact_trainer", "faults", "sharding"),
+    "Mixing, averaging and trackers": ("mixing", "averaging", "recipe", "training_recipe", "tracking", "console"),
+    "Training": ("trainer", "resumable", "backends", "private_names", "faults", "sharding"),
     "Several processes": ("distribution",),
     "Checkpoints and resume": ("checkpoints", "whole_checkpoints", "changed_plans", "resume_state"),
     "Images and labels": ("data", "metrics"),
@@ -70,8 +70,8 @@ def message_tables() -> str:
     """All messages, each with the class of its error and what to do."""
     found: dict[str, list[list[str]]] = {heading: [] for heading in (*PLACES, OTHER)}
     for message in messages():
-        wrong, mend = message.parts
-        row = [cell(wrong), f"`{message.error}`", mend if "](" in mend else cell(mend)]
+        wrong, fix = message.parts
+        row = [cell(wrong), f"`{message.error}`", fix if "](" in fix else cell(fix)]
         if row not in found[place(message)]:
             found[place(message)].append(row)
     header = ["message", "class", "what to do"]
@@ -107,7 +107,7 @@ def parser_options(parser: argparse.ArgumentParser, *, skip: frozenset[str] = fr
         name = f"`{names[0] if names else action.metavar or action.dest}`"
         choices = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
         given = None if action.default == argparse.SUPPRESS else action.default
-        # argparse writes a percent sign twice.
+        # argparse needs a percent sign twice.
         help_text = str(action.help).replace("%%", "%")
         text = f"{help_text}{'' if str(action.help).endswith('.') else '.'}{choices}"
         rows.append([name, shown(given), cell(text)])
@@ -136,24 +136,25 @@ def verb_options() -> str:
 OPTIONS = """\
 # Options
 
-Every option of this package, from the help that its programs print. Those of `transformers.TrainingArguments` come on
-top, unchanged: learning rate, batch size, checkpoints and the rest are theirs.
+Every option of this package, from the help that its programs print. Those of `transformers.TrainingArguments` are
+unchanged and not listed: learning rate, batch size, checkpoints and others.
 
 ## Of the method
 
-Fields of [`FeatureReuseConfig`](api/training.md), and flags of `run_image_classification.py`, of its twin without a
-Trainer and of `finetune_lora.py`. [The method](method.md) says what a step does with each.
+Fields of [`FeatureReuseConfig`](api/training.md), and flags of `run_image_classification.py`, of the example without a
+Trainer and of `finetune_lora.py`. [The method](method.md) explains what a step does with each, and
+[which of them make a published method](method.md#published-methods-as-options).
 
 {method}
-**Where to begin.** From scratch and for long: the defaults. Fine-tuning: `--drop_rate 0.1`. Always
-compare with `--stochastic_depth_steps 0 --masked_freeze_steps 0`, plain training, and with `--masked_freeze_steps 0`,
-stochastic depth alone, on your data: [nowhere was feature reuse ahead of both by more than the interval](results.md).
+**Where to begin.** From scratch and for long: the defaults. Fine-tuning: `--drop_rate 0.1`. Compare with
+`--drop_rate 0`, plain training, and with `--masked_freeze_steps 0`, only stochastic depth, on your data; see
+[results](results.md).
 
 `--torch_compile`, of TrainingArguments, compiles block by block instead of the whole model.
 
 ## Of the training example
 
-`examples/run_image_classification.py` takes these besides, or one `.json` file with any of them.
+`examples/run_image_classification.py` takes these in addition, or one `.json` file with any of them.
 
 {example}
 ## Of the command
@@ -167,7 +168,7 @@ def options_page() -> str:
 
 
 def with_messages(page: str) -> str:
-    """The page on troubleshooting with its table of messages made anew."""
+    """The page on troubleshooting with a new table of messages."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{message_tables()}\n{END}{after}"

@@ -1,27 +1,32 @@
 """When to use each option of the method: what their help does not say."""
 
 WHEN = {
-    "drop_rate": "0.1 for fine-tuning on few images, where more costs accuracy; short runs lose at 0.5 too, and lower "
-    "rates were not tried there. 0.5 where plain training overfits, or where cheaper steps are the aim.",
+    "drop_rate": "0.5 if plain training overfits, that is, if its training loss ends far below its test loss, or if "
+    "cheaper steps are the aim. Lower, such as 0.1, in fine-tuning. If plain training still underfits, dropping "
+    "blocks costs accuracy: train longer, let the rate fall early, or pass 0.",
     "drop_rate_schedule": "`linear`, the default, spares the early blocks, which all later ones build on. `uniform` "
-    "drops more for the same rate: a rate of 0.5 then halves the blocks of a stochastic-depth step.",
-    "drop_granularity": "`batch` has no overhead and goes with every model. `sample` has a lower peak of memory and "
-    "lost less accuracy in fine-tuning, and on a ConvNeXt; it needs a batch large enough to be divided, and no "
+    "drops more at the same `drop_rate`: 0.5 then halves the blocks of a stochastic-depth step.",
+    "drop_rate_over_time": "`falling` with `reuse_end`, such as 0.2, if plain training underfits: early stochastic "
+    "depth. `rising` lets the network learn with all of its blocks first, as in progressive layer dropping.",
+    "drop_granularity": "`batch` has no overhead and works with every model. `sample` has a lower peak of memory and "
+    "steps of nearly equal cost. It needs a batch large enough to be divided, best a multiple of 16 samples, and no "
     "BatchNorm.",
-    "stochastic_depth_steps": "1. With `masked_freeze_steps` 0 it is plain stochastic depth, which a comparison "
-    "should include; both 0 is plain training.",
-    "masked_freeze_steps": "1. More steps teach the drawn blocks more, at higher cost: a masked-freeze step runs the "
-    "whole network forward.",
-    "scale_kept": "Where training should see features of the size that evaluation sees, as in some drop path recipes. "
-    "Not with an activation after the addition.",
-    "train_trunk": "On. Off makes masked-freeze steps cheaper, as backward ends in the lowest drawn block; stem, "
-    "norms and head then train in half of the steps.",
-    "frozen_batch_norm": "`inference` where batches are so small that their statistics mean little. Without BatchNorm "
-    "layers it does nothing.",
-    "allow_inexact_skip": "Only where an error asks for it, and you know what the block computes.",
+    "vanilla_steps": "0. With 1, `stochastic_depth_steps` 0 and `uniform` rates, masked freeze alternates with plain "
+    "steps, as in LayerDropBack.",
+    "stochastic_depth_steps": "1. With `masked_freeze_steps` 0 it is only stochastic depth, which a comparison "
+    "should include. 2 or 3 make training cheaper, and closer to stochastic depth.",
+    "masked_freeze_steps": "1. More steps train the drawn blocks more, at higher cost: a masked-freeze step computes "
+    "the whole forward.",
+    "scale_kept": "Leave it on: otherwise the whole network, which is evaluated, differs from every network that was "
+    "trained. `false` is for resuming a run that was started without it, and for comparisons.",
+    "train_trunk": "`all` trains stem, norms and head in every step. With `head` and `none` masked-freeze steps are "
+    "cheaper, as backward ends in the lowest drawn block; the rest of the trunk then trains in fewer steps.",
+    "frozen_batch_norm": "`inference` if batches are so small that their statistics mean little. It has no effect "
+    "without BatchNorm layers.",
+    "allow_inexact_skip": "Only if an error asks for it, and you know what the block computes.",
     "target_blocks": "To leave blocks out, such as the first ones, or to name blocks that are not found. "
     "`featreuse inspect` lists the names.",
-    "reuse_start": "To train plainly first: feature reuse then begins with features that mean something.",
+    "reuse_start": "To train plainly first: with 0.2, late stochastic depth.",
     "reuse_end": "To finish with plain steps, in which the network trains as it is evaluated.",
     "reuse_seed": "To draw other sets of blocks with the same data order and weights, or the same sets with others.",
     "mixup_alpha": "Long runs from scratch that overfit; 0.8 together with CutMix in the recipe of DeiT.",
