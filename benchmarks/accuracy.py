@@ -35,7 +35,7 @@ from transformers import AutoModelForImageClassification, PrinterCallback
 from variants import VARIANTS, VariantConfig, VariantTrainer, mean_share
 
 from hf_featreuse import FeatureReuseArguments, find_residual_blocks, measure_step_costs, skip_blocks
-from hf_featreuse.metrics import build_compute_metrics, rank_top_k
+from hf_featreuse.data.metrics import build_compute_metrics, rank_top_k
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
 
 DEFAULT_OUT = Path(__file__).parent / "results" / "accuracy.jsonl"

@@ -30,7 +30,7 @@ from hf_featreuse.data import (
     image_size,
     load_image_data,
 )
-from hf_featreuse.metrics import build_compute_metrics, rank_top_k
+from hf_featreuse.data.metrics import build_compute_metrics, rank_top_k
 
 
 @dataclass

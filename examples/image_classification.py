@@ -39,7 +39,7 @@ from hf_featreuse.data import (
     load_image_data,
 )
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
-from hf_featreuse.step_log import StepLog
+from hf_featreuse.trainer.step_log import StepLog
 
 
 def load_data(model_args: ModelArguments, data_args: DataArguments, args: FeatureReuseConfig) -> ImageData:

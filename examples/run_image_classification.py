@@ -17,7 +17,7 @@ from image_classification_arguments import check_output_dir, logger, parse_argum
 
 from hf_featreuse import FeatureReuseError, FeatureReuseTrainer
 from hf_featreuse.data import ImageCollator, ImageSplit
-from hf_featreuse.metrics import build_compute_metrics, rank_top_k
+from hf_featreuse.data.metrics import build_compute_metrics, rank_top_k
 
 
 def make_trainer(setup: Setup) -> FeatureReuseTrainer:

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_featreuse import FeatureReuseConfig, FeatureReuseTrainer
 from hf_featreuse.data import EvalTransform, ImageCollator, load_image_data
-from hf_featreuse.metrics import build_compute_metrics, rank_top_k
+from hf_featreuse.data.metrics import build_compute_metrics, rank_top_k
 from hf_featreuse.small_models import small_config, small_image_processor
 
 

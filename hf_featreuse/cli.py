@@ -21,11 +21,11 @@ import transformers
 
 from hf_featreuse.analysis import command as analysis_command
 from hf_featreuse.errors import FeatureReuseError
-from hf_featreuse.freezing import TrainTrunk
-from hf_featreuse.hub.command import add_push_arguments, push
+from hf_featreuse.method.freezing import TrainTrunk
+from hf_featreuse.commands.push import add_push_arguments, push
 from hf_featreuse.inspection import inspect_model
-from hf_featreuse.pruning.command import add_prune_arguments, prune
-from hf_featreuse.schedule import DropRateSchedule
+from hf_featreuse.commands.prune import add_prune_arguments, prune
+from hf_featreuse.method.schedule import DropRateSchedule
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from hf_featreuse import (
     skip_blocks,
     train_only,
 )
-from hf_featreuse.cost import flop_counter
-from hf_featreuse.probing import undisturbed
+from hf_featreuse.method.cost import flop_counter
+from hf_featreuse.method.dummy_forward import undisturbed
 
 DEPTH, FREEZE = StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
 

@@ -10,7 +10,7 @@ from tiny_models import build, examples
 from training_runs import config, state_of, with_dropout
 
 from hf_featreuse import FeatureReuseTrainer
-from hf_featreuse.whole_checkpoints import newest_whole
+from hf_featreuse.checkpoints.completeness import newest_whole
 
 STEPS = 12
 CASES: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import torch
 from hf_featreuse.analysis import Accuracy, wilson_interval
 from hf_featreuse.analysis.dropping import AccuracyCounter, DropSets, draw_sets, random_counts
 from hf_featreuse.analysis.statistics import _t_quantile, mean_interval
-from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.method.blocks import ResidualBlock
 
 # Table I of Newcombe 1998, "Two-sided confidence intervals for the single proportion", method 3.
 PUBLISHED = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_featreuse import FeatureReuse, FeatureReuseSchedule, StepKind, find_residual_blocks
-from hf_featreuse.batch_norm import count_batches_once
+from hf_featreuse.method.batch_norm import count_batches_once
 
 MOMENTA = [0.1, 1.0, None]
 

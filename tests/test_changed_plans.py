@@ -11,7 +11,7 @@ from test_resume import resumable
 from training_runs import RecordingTrainer, same_bits, state_of, train
 
 from hf_featreuse import ConfigurationError, FeatureReuseSchedule, StepKind, trainer
-from hf_featreuse.changed_plans import PlanSource, check_plans
+from hf_featreuse.checkpoints.changed_settings import PlanSource, check_plans
 
 NAMES = tuple(f"layers.{index}" for index in range(4))
 

@@ -8,7 +8,7 @@ import pytest
 from test_config import OTHERS
 
 from hf_featreuse import FeatureReuseArguments, FeatureReuseSchedule
-from hf_featreuse.config import window_steps
+from hf_featreuse.trainer.arguments import window_steps
 
 
 def test_schedule_is_built_from_every_option():

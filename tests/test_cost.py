@@ -20,7 +20,7 @@ from hf_featreuse import (
     measure_step_costs,
     trainable_blocks,
 )
-from hf_featreuse.cost import flop_counter
+from hf_featreuse.method.cost import flop_counter
 
 VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -16,7 +16,7 @@ from tiny_models import build, examples
 from torch import nn
 
 from hf_featreuse import FeatureReuseSchedule, FeatureReuseTrainer
-from hf_featreuse.distribution import find_lone_launch
+from hf_featreuse.distributed import find_lone_launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -17,7 +17,7 @@ from training_runs import same_bits, state_of
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from hf_featreuse import StepKind
-from hf_featreuse.whole_checkpoints import checkpoint_fault
+from hf_featreuse.checkpoints.completeness import checkpoint_fault
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

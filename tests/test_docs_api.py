@@ -61,7 +61,7 @@ def test_types_defaults_and_references_are_adapted():
         >>> 1
         1
     """
-    adapted = adapt(inspect.cleandoc(docstring), "hf_featreuse.engine.FeatureReuse.plan")
+    adapted = adapt(inspect.cleandoc(docstring), "hf_featreuse.method.feature_reuse.FeatureReuse.plan")
     assert (
         "rate (float): how often, as in [`FeatureReuseSchedule.plan`][hf_featreuse.FeatureReuseSchedule.plan]."
         in adapted
@@ -74,11 +74,11 @@ def test_types_defaults_and_references_are_adapted():
 @pytest.mark.parametrize(
     ("path", "reference", "expected"),
     [
-        ("hf_featreuse.engine.FeatureReuse.active_parameters", "step", "hf_featreuse.FeatureReuse.step"),
-        ("hf_featreuse.metrics.TopKAccuracy", "rank_top_k", "hf_featreuse.metrics.rank_top_k"),
+        ("hf_featreuse.method.feature_reuse.FeatureReuse.active_parameters", "step", "hf_featreuse.FeatureReuse.step"),
+        ("hf_featreuse.data.metrics.TopKAccuracy", "rank_top_k", "hf_featreuse.data.metrics.rank_top_k"),
         ("hf_featreuse.data.transforms.EvalTransform.one", "ImageTransform", "hf_featreuse.data.ImageTransform"),
         ("hf_featreuse.analysis.report.write_report", "analyze_model", "hf_featreuse.analysis.analyze_model"),
-        ("hf_featreuse.cost.StepCosts", "measure_step_costs", "hf_featreuse.measure_step_costs"),
+        ("hf_featreuse.method.cost.StepCosts", "measure_step_costs", "hf_featreuse.measure_step_costs"),
     ],
 )
 def test_a_reference_leads_to_where_the_name_is_documented(path, reference, expected):

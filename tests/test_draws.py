@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hf_featreuse import FeatureReuseSchedule
-from hf_featreuse.draws import SAMPLE_DRAW_VERSION, draw_batch, draw_samples, sixteenths
+from hf_featreuse.method.draws import SAMPLE_DRAW_VERSION, draw_batch, draw_samples, sixteenths
 
 
 def drawn(schedule: FeatureReuseSchedule, cycles: int) -> list[tuple[int, ...]]:

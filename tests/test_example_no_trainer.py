@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
 from hf_featreuse import CheckpointError, ConfigurationError, FeatureReuseSchedule, StepError
-from hf_featreuse.changed_plans import PlanSource
+from hf_featreuse.checkpoints.changed_settings import PlanSource
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "run_image_classification_no_trainer.py"

@@ -17,7 +17,7 @@ from training_runs import RecordingTrainer, traces, train
 
 from hf_featreuse import CheckpointError, StepError, StepKind
 from hf_featreuse import resumable as resumable_module
-from hf_featreuse.whole_checkpoints import newest_whole
+from hf_featreuse.checkpoints.completeness import newest_whole
 
 LAST = 6
 

@@ -10,7 +10,7 @@ from transformers import EfficientNetConfig, EfficientNetForImageClassification
 from transformers.optimization import Adafactor
 
 from hf_featreuse import BlockError, ResidualBlock, find_residual_blocks, train_only
-from hf_featreuse.freezing import norm_layers, trunk_modules
+from hf_featreuse.method.freezing import norm_layers, trunk_modules
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 

@@ -35,10 +35,10 @@ from hf_featreuse import (
     StepKind,
     find_residual_blocks,
 )
-from hf_featreuse.changed_plans import PlanSource
-from hf_featreuse.freezing import trunk_modules
-from hf_featreuse.schedule import VANILLA_PLAN
-from hf_featreuse.targets import match_targets
+from hf_featreuse.checkpoints.changed_settings import PlanSource
+from hf_featreuse.method.freezing import trunk_modules
+from hf_featreuse.method.schedule import VANILLA_PLAN
+from hf_featreuse.method.targets import match_targets
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from tiny_models import batch, build, examples
 from training_runs import StepWatch, config
 
 from hf_featreuse import FeatureReuse, FeatureReuseSchedule, FeatureReuseTrainer, StepKind, find_residual_blocks
-from hf_featreuse.step_log import StepLog
+from hf_featreuse.trainer.step_log import StepLog
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -16,7 +16,7 @@ from killed_run import CASES, STEPS, train_to_the_end
 from test_resume import TIMES
 from training_runs import same_bits
 
-from hf_featreuse.whole_checkpoints import newest_whole
+from hf_featreuse.checkpoints.completeness import newest_whole
 
 KILLS_EACH = 8
 # The first kills wait for these; the others come at random.

@@ -141,7 +141,7 @@ def test_the_trainer_alone_imports_the_distribution():
     importing = [
         name
         for name, path in FILES.items()
-        if "distribution" in rooms(path) and not name.startswith("hf_featreuse.distribution")
+        if "distribution" in rooms(path) and not name.startswith("hf_featreuse.distributed")
     ]
     # The package itself exports its public function.
     assert importing == ["hf_featreuse", "hf_featreuse.engine_trainer"]

@@ -17,7 +17,7 @@ from lost_rank_run import EARLIEST, train_rank
 from test_kill import without_times
 from training_runs import same_bits
 
-from hf_featreuse.whole_checkpoints import newest_whole
+from hf_featreuse.checkpoints.completeness import newest_whole
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy, one_hot
 
 from hf_featreuse import BatchMixer, ConfigurationError, mix_losses
-from hf_featreuse.mixing import classification_loss
+from hf_featreuse.recipe.mixing import classification_loss
 
 
 def images(count: int = 4, size: int = 16) -> torch.Tensor:

@@ -10,9 +10,9 @@ from test_resume import resumable
 from training_runs import RecordingTrainer, same_bits, state_of, train
 
 from hf_featreuse import ConfigurationError, FeatureReuseSchedule, StepKind, trainer
-from hf_featreuse.changed_plans import PlanSource, check_scaling
-from hf_featreuse.draws import SAMPLE_DRAW_VERSION
-from hf_featreuse.resume_state import RESUME_STATE_NAME
+from hf_featreuse.checkpoints.changed_settings import PlanSource, check_scaling
+from hf_featreuse.method.draws import SAMPLE_DRAW_VERSION
+from hf_featreuse.checkpoints.resume_state import RESUME_STATE_NAME
 
 STEP = 2
 

@@ -29,7 +29,7 @@ from hf_featreuse import (
     skip_blocks,
     train_only,
 )
-from hf_featreuse.cost import flop_counter
+from hf_featreuse.method.cost import flop_counter
 
 _TEXT = {
     "hidden_size": 16,

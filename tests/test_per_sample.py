@@ -25,8 +25,8 @@ from hf_featreuse import (
     measure_step_costs,
     train_only,
 )
-from hf_featreuse.cost import flop_counter
-from hf_featreuse.per_sample import FROZEN, RESTS, TRAINS, sample_groups, skip_samples, train_samples
+from hf_featreuse.method.cost import flop_counter
+from hf_featreuse.method.per_sample import FROZEN, RESTS, TRAINS, sample_groups, skip_samples, train_samples
 
 DEPTH, FREEZE = StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from tiny_models import build
 from torch import nn
 
 from hf_featreuse import BlockError, FeatureReuse, find_residual_blocks
-from hf_featreuse.per_sample import skip_samples
+from hf_featreuse.method.per_sample import skip_samples
 
 
 class Branch(nn.Module):

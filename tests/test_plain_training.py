@@ -12,7 +12,7 @@ from training_runs import config, losses, options, plain_net, same_bits, state_o
 from transformers import Trainer, TrainingArguments
 
 from hf_featreuse import ConfigurationError, FeatureReuseTrainer, StepKind
-from hf_featreuse.schedule import VANILLA_PLAN
+from hf_featreuse.method.schedule import VANILLA_PLAN
 
 NO_STEPS = {"stochastic_depth_steps": 0, "masked_freeze_steps": 0}
 # Options that would change, or forbid, steps of feature reuse.

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.plotting import dropped_shares, plot_training
-from hf_featreuse.schedule import FeatureReuseSchedule, StepKind, StepPlan
+from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind, StepPlan
 
 pytest.importorskip("matplotlib", reason="plots need the extra `examples`")
 

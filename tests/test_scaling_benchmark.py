@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tiny_models import build
 
 from hf_featreuse import FeatureReuse, FeatureReuseSchedule, StepKind, StepPlan, find_residual_blocks
-from hf_featreuse.cost import flop_counter
+from hf_featreuse.method.cost import flop_counter
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers.models.bit.modeling_bit import BitBottleneckLayer
 
 from hf_featreuse import ConfigurationError, FeatureReuse, FeatureReuseSchedule, find_residual_blocks, skip_blocks
-from hf_featreuse.per_sample import skip_samples
+from hf_featreuse.method.per_sample import skip_samples
 
 WITH_ACTIVATION = tuple(case for case in ARCHITECTURES if case.activation)
 EXACT = tuple(case for case in WITH_ACTIVATION if case.exact)

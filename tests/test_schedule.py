@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_featreuse import ConfigurationError, FeatureReuseSchedule, StepKind
-from hf_featreuse.schedule import VANILLA_PLAN
+from hf_featreuse.method.schedule import VANILLA_PLAN
 
 VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
 

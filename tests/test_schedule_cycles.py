@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_featreuse import ConfigurationError, FeatureReuseArguments, FeatureReuseSchedule, StepKind, StepPlan
-from hf_featreuse.schedule import VANILLA_PLAN
+from hf_featreuse.method.schedule import VANILLA_PLAN
 
 VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
 # Sets that are never empty in the cycles looked at.

@@ -17,7 +17,7 @@ from hf_featreuse import (
     find_residual_blocks,
     skip_blocks,
 )
-from hf_featreuse.skipping import check_exact, check_scalable
+from hf_featreuse.method.skipping import check_exact, check_scalable
 
 # Every architecture has at least four blocks; -1 is the last one.
 DROPPED = [(0,), (1,), (-1,), (0, 2), (1, 2, -1), "all"]

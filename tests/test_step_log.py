@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_featreuse import StepKind, StepPlan
-from hf_featreuse.step_log import StepLog
+from hf_featreuse.trainer.step_log import StepLog
 
 PLAIN = StepPlan(StepKind.VANILLA)
 DEPTH = StepPlan(StepKind.STOCHASTIC_DEPTH, (0, 2, 3))

@@ -19,8 +19,8 @@ from hf_featreuse import (
     find_residual_blocks,
     skip_blocks,
 )
-from hf_featreuse.engine import logger
-from hf_featreuse.schedule import VANILLA_PLAN
+from hf_featreuse.method.feature_reuse import logger
+from hf_featreuse.method.schedule import VANILLA_PLAN
 
 VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
 # Rates that rarely drop nothing and often everything, and the default.

@@ -12,8 +12,8 @@ from training_runs import config, train
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
 
 from hf_featreuse import FeatureReuseTrainer
-from hf_featreuse.metrics import build_compute_metrics
-from hf_featreuse.tracking import SCHEDULE_FILE
+from hf_featreuse.data.metrics import build_compute_metrics
+from hf_featreuse.trainer.trackers import SCHEDULE_FILE
 
 pytestmark = pytest.mark.slow
 PICTURE = "feature_reuse/schedule"

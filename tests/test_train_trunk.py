@@ -11,7 +11,7 @@ from torch import nn
 from training_runs import RecordingTrainer, StepWatch, config, same_bits
 
 from hf_featreuse import FeatureReuse, FeatureReuseSchedule, StepKind, StepPlan, find_residual_blocks, train_only
-from hf_featreuse.freezing import trunk_modules
+from hf_featreuse.method.freezing import trunk_modules
 
 FREEZE = StepKind.MASKED_FREEZE
 WORDS = ("all", "head", "none")

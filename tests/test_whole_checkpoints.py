@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from tiny_models import build
 
 from hf_featreuse import CheckpointError
-from hf_featreuse.whole_checkpoints import checkpoint_fault, last_whole_checkpoint, resolve_checkpoint
+from hf_featreuse.checkpoints.completeness import checkpoint_fault, last_whole_checkpoint, resolve_checkpoint
 
 
 @pytest.fixture

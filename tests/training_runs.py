@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_featreuse import FeatureReuseConfig, FeatureReuseTrainer, StepKind
-from hf_featreuse.sharding import local_part
+from hf_featreuse.method.fsdp import local_part
 
 
 def options(folder: Path, **changed: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def adapt(text: str, path: str) -> str:
 
     Args:
         text (`str`): the docstring.
-        path (`str`): of the object, such as `"hf_featreuse.engine.FeatureReuse.step"`.
+        path (`str`): of the object, such as `"hf_featreuse.method.feature_reuse.FeatureReuse.step"`.
     """
     text = ARGUMENT.sub(lambda found: f"{found[1]} ({found[2].replace('`', '').replace(' or ', ' | ')}):", text)
     text = RETURNED.sub(r"\1\2:", text)

@@ -12,7 +12,7 @@ import torch
 
 from hf_featreuse.analysis.results import RandomDrop
 from hf_featreuse.analysis.statistics import Accuracy, mean_interval
-from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.method.blocks import ResidualBlock
 
 # Numbers of random blocks, at most, that a deep model is measured at.
 _MOST_RANDOM_COUNTS = 12

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_featreuse.analysis.similarity import SMALLEST_BATCH, centred_gram, cka, unbiased_hsic
-from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.method.blocks import ResidualBlock
 
 
 class FeatureMeter:

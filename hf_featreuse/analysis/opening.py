@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, BaseImageProcessor, Pr
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from hf_featreuse.blocks import ResidualBlock, find_residual_blocks
+from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks
 from hf_featreuse.data import EvalTransform, ImageCollator, ImageSplit
 from hf_featreuse.errors import CheckpointError, ConfigurationError, DataError
 from hf_featreuse.inspection.named_models import first_sentence, one_line

@@ -8,8 +8,8 @@ import safetensors
 from transformers import AutoModelForImageClassification
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from hf_featreuse.averaging import AVERAGE_FILE, WeightAverage
-from hf_featreuse.checkpoints import load_weights
+from hf_featreuse.recipe.weight_average import AVERAGE_FILE, WeightAverage
+from hf_featreuse.checkpoints.weights import load_weights
 from hf_featreuse.errors import CheckpointError, ConfigurationError
 
 

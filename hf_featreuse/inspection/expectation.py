@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hf_featreuse.cost import StepCosts
-from hf_featreuse.schedule import FeatureReuseSchedule, StepKind, StepPlan
+from hf_featreuse.method.cost import StepCosts
+from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind, StepPlan
 
 # Of a schedule whose rates change over time.
 _MOST_CYCLES = 32

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from hf_featreuse.blocks import ResidualBlock, find_and_choose
+from hf_featreuse.method.blocks import ResidualBlock, find_and_choose
 from hf_featreuse.errors import BlockError, ConfigurationError
 from hf_featreuse.small_models.overrides import did_you_mean
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_featreuse.blocks import ResidualBlock
-from hf_featreuse.probing import model_inputs, undisturbed
+from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
 
 Inputs = Mapping[str, Any] | torch.Tensor
 

@@ -16,7 +16,7 @@ from hf_featreuse.plotting.figure import BLUE, GREEN, GREY, ORANGE, PURPLE, lege
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from hf_featreuse.schedule import FeatureReuseSchedule
+    from hf_featreuse.method.schedule import FeatureReuseSchedule
 
 LogHistory = Sequence[Mapping[str, Any]]
 # (steps, values), name in the legend, colour, line style.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_featreuse.blocks import ResidualBlock
+from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError
 
 # Names under which configurations of transformers hold a number of layers, or a list with one for each stage.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_featreuse.errors import DataError
-from hf_featreuse.probing import model_device
+from hf_featreuse.method.dummy_forward import model_device
 
 
 def accuracy_on(batches: Iterable[Mapping[str, torch.Tensor]]) -> Callable[[nn.Module], float]:

@@ -1,0 +1,90 @@
+"""What a run that cannot go on says and leaves behind: a last whole checkpoint, and how to go on from it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_featreuse.errors import CheckpointError, StepError
+from hf_featreuse.method.fsdp import local_part
+from hf_featreuse.checkpoints.completeness import newest_whole
+
+_MEND = (
+    "Lower `learning_rate`, clip gradients with `max_grad_norm`, use bf16 instead of fp16, or look for bad values in "
+    "the data."
+)
+
+
+def open_checkpoint(folder: str | Path) -> None:
+    """Take away the mark of a whole checkpoint, before what an earlier run left there is overwritten file by file."""
+    (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+def describe_last_whole(run_folder: str | Path) -> str:
+    """Say from which checkpoint a run that broke off can go on."""
+    last, _ = newest_whole(run_folder)
+    if last is None:
+        return f"There is no whole checkpoint in {run_folder} to go on from."
+    return f"The last whole checkpoint is {last}; `resume_from_checkpoint=True` goes on from it."
+
+
+def describe_ranks(rank: int, ranks: int) -> str:
+    """Say which of several processes broke off, and that another may have done so first; of one process nothing."""
+    if ranks == 1:
+        return ""
+    return (
+        f"This is rank {rank} of {ranks} processes; if an exchange between them failed, another one ended first, and "
+        "its output says why. "
+    )
+
+
+def check_writable(run_folder: str | Path) -> None:
+    """Raise `CheckpointError` where no checkpoint could be written, before hours of training."""
+    try:
+        Path(run_folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"`output_dir={str(run_folder)!r}` cannot be written: {error.strerror}. Pass another folder, or "
+            '`save_strategy="no"` to train without checkpoints.'
+        ) from error
+
+
+def find_not_finite(model: nn.Module) -> str | None:
+    """The name of a weight that is NaN or infinite, in a sharded model in this rank's part; `None` if none is."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(local_part(parameter).isfinite().all()):
+            return name
+    return None
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """Raise `StepError` if a weight is NaN or infinite, before a loop of your own saves it.
+
+    Args:
+        model (`torch.nn.Module`): the model, not wrapped.
+        step (`int`): optimizer steps taken.
+
+    Raises:
+        StepError: a weight is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from hf_featreuse import check_finite
+        >>> check_finite(torch.nn.Linear(2, 2), step=10)
+    """
+    if (name := find_not_finite(model)) is not None:
+        raise StepError(f"After {step} optimizer steps the weight `{name}` is NaN or infinite. {_MEND}")
+
+
+def refuse_not_finite(name: str, step: int, run_folder: str | Path) -> NoReturn:
+    """Raise `StepError` for a weight that is NaN or infinite: such a model is lost, and no checkpoint is wanted."""
+    raise StepError(
+        f"After {step} optimizer steps the weight `{name}` is NaN or infinite, so training was stopped and "
+        f"nothing was saved of it. {describe_last_whole(run_folder)} {_MEND}"
+    )

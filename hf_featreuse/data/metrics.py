@@ -1,0 +1,145 @@
+"""Top-k accuracy as a metric of the `evaluate` library, and the two functions a Trainer needs for it.
+
+It is defined here, not loaded by name from the Hub, so evaluation works offline.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+from hf_featreuse.errors import DataError
+
+_DESCRIPTION = "Fraction of the samples whose label is among the k classes ranked first."
+_INPUTS = """
+Args:
+    predictions: Class ids of each sample, best first; k of them, or all where there are fewer classes.
+    references: Label of each sample; -100 leaves a sample out.
+"""
+
+
+class TopKAccuracy(evaluate.Metric):
+    """Measure how often the label is among the `k` classes ranked first.
+
+    Predictions are ranked class ids, not logits, so that little is kept in memory; [`rank_top_k`] makes them. Labels
+    of -100 are left out. It works in `evaluate.combine` and with several processes.
+
+    Args:
+        k: How many classes count, at least 1. Default `5`.
+        config_name: Name of the folder for temporary files. Default `"top<k>"`.
+        **options: Further options of `evaluate.Metric`, such as `keep_in_memory`, `num_process`, `process_id` and
+            `experiment_id`.
+
+    Returns:
+        From `compute`: `{"accuracy": float}` for `k=1`, else `{"top<k>_accuracy": float}`, in [0, 1].
+
+    Raises:
+        DataError: `k` is below 1; on `compute`: no sample has a label.
+
+    Example:
+        >>> from hf_featreuse.data.metrics import TopKAccuracy
+        >>> metric = TopKAccuracy(k=2, keep_in_memory=True)
+        >>> metric.compute(predictions=[[0, 2], [1, 2], [2, 0]], references=[2, 0, 2])
+        {'top2_accuracy': 0.6666666666666666}
+    """
+
+    def __init__(self, k: int = 5, config_name: str | None = None, **options: Any):
+        if k < 1:
+            raise DataError(f"k={k!r} must be at least 1.")
+        self.k = k
+        super().__init__(config_name=config_name or f"top{k}", **options)
+
+    def _info(self) -> evaluate.MetricInfo:
+        """Describe the inputs to `evaluate`."""
+        features = {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(features)
+        )
+
+    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+        """Compute the metric from everything that was added."""
+        width = max(map(len, predictions), default=0)
+        ranked = np.full((len(predictions), width), np.iinfo(np.int64).min)  # the filler equals no label
+        for i, ids in enumerate(predictions):
+            ranked[i, : len(ids)] = ids
+        return {_name(self.k): _top_k_accuracy(ranked, np.asarray(references, dtype=np.int64), self.k)}
+
+
+def rank_top_k(logits: Any, labels: torch.Tensor | None = None, k: int = 5) -> torch.Tensor:
+    """Reduce logits to the ids of the best classes: a `preprocess_logits_for_metrics` for Trainer.
+
+    It runs where the logits are and does not wait for the device.
+
+    Args:
+        logits: Tensor of shape (batch, classes), or a tuple or list that starts with it.
+        labels: Ignored; Trainer passes them.
+        k: How many ids to keep. Default `5`.
+
+    Returns:
+        int64 tensor of shape (batch, min(k, classes)), best class first.
+
+    Example:
+        >>> import torch
+        >>> from hf_featreuse.data.metrics import rank_top_k
+        >>> rank_top_k(torch.tensor([[0.1, 0.7, 0.2]]), k=2)
+        tensor([[1, 2]])
+    """
+    scores = logits[0] if isinstance(logits, tuple | list) else logits
+    return scores.topk(min(k, scores.shape[-1]), dim=-1).indices
+
+
+def build_compute_metrics(ks: Sequence[int] = (1, 5)) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Build a `compute_metrics` for Trainer that reports top-k accuracies.
+
+    Pass it with `preprocess_logits_for_metrics=rank_top_k` to keep only ranked ids; plain logits are ranked here.
+
+    Args:
+        ks: Each k to report. Default `(1, 5)`.
+
+    Returns:
+        A function from `EvalPrediction` to `{"accuracy": float, "top5_accuracy": float}`.
+
+    Raises:
+        DataError: `ks` is empty or holds a number below 1; when called: no sample has a label.
+
+    Example:
+        >>> import numpy as np
+        >>> from transformers import EvalPrediction
+        >>> from hf_featreuse.data.metrics import build_compute_metrics
+        >>> ranked = np.array([[3, 1, 0, 2, 4], [0, 1, 2, 3, 4]])
+        >>> build_compute_metrics()(EvalPrediction(predictions=ranked, label_ids=np.array([3, 9])))
+        {'accuracy': 0.5, 'top5_accuracy': 0.5}
+    """
+    if not ks or min(ks) < 1:
+        raise DataError(f"ks={ks!r} must name at least one k, each at least 1.")
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        """Compute the accuracies of one evaluation."""
+        ranked, labels = prediction.predictions, prediction.label_ids
+        ranked = np.asarray(ranked[0] if isinstance(ranked, tuple | list) else ranked)
+        if np.issubdtype(ranked.dtype, np.floating):
+            ranked = np.argsort(-ranked, axis=-1, kind="stable")[:, : max(ks)]
+        labels = np.asarray(labels[0] if isinstance(labels, tuple | list) else labels)
+        return {_name(k): _top_k_accuracy(ranked, labels, k) for k in ks}
+
+    return compute_metrics
+
+
+def _name(k: int) -> str:
+    """Name a top-k accuracy as Hugging Face's examples name the plain one."""
+    return "accuracy" if k == 1 else f"top{k}_accuracy"
+
+
+def _top_k_accuracy(ranked: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Compute the fraction of labelled samples whose label is among the first k ids."""
+    labelled = labels != -100
+    if not labelled.any():
+        raise DataError(
+            f"None of the {len(labels)} samples has a label (-100 means none): there is nothing to measure."
+        )
+    hits = (ranked[labelled, :k] == labels[labelled, None]).any(axis=1)
+    return float(hits.mean())

@@ -1,0 +1,313 @@
+"""Find the residual blocks of a model, by structure, in forward order.
+
+A module is a residual block when the graph of one forward shows its first output to be one of its input tensors plus
+something, and it stands in a list or sequence, or else among siblings of one class. Others can be named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_featreuse.errors import BlockError, ConfigurationError
+from hf_featreuse.method.dummy_forward import check_not_compiled
+from hf_featreuse.method.targets import listed, no_match, target_entries
+from hf_featreuse.method.residual_graph import Call, Key, Trace, trace_calls
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualBlock:
+    """A residual block of a model, with what it takes to skip it.
+
+    Args:
+        name (`str`): qualified name in the model, as in `model.named_modules()`.
+        module (`torch.nn.Module`): the block.
+        exact (`bool`): whether the graph shows the shortcut to be an identity to the bit, so that skipping equals a
+            zero branch. `False` where an activation follows the addition and changes the input again, such as GELU;
+            where only the first of two streams is seen to be kept; and for a block named in `target_blocks` that is
+            not seen to be its input plus something, as where the shortcut has a scale. That it computes input plus
+            branch is then the word of whoever named it.
+        activation (`str`, *optional*): name of the activation after the addition, such as `"Relu"`.
+        position (`int`, *optional*): index of the residual stream among the positional arguments of the call.
+        keyword (`str`, *optional*): its name, where the call passes it by keyword.
+        num_outputs (`int`, *optional*): length of the tuple that the block returns; `None` for a bare tensor.
+        num_calls (`int`, defaults to 1): how often a forward of the model calls the block.
+        unbatched (`frozenset[str]`, defaults to none): tensors among the arguments of a call whose first dimension is
+            not the batch, such as `"position_embeddings.0"` or `"1"`; what samples share when they are taken apart.
+        passed_on (`tuple`, defaults to none): for each further output, position or keyword of the argument that it
+            hands on, such as a second stream; `None` where it is made inside.
+        branch (`torch.nn.Module`, *optional*): part of the block whose output is added to its input, if an activation
+            follows the addition; what a stochastic-depth step scales.
+        followers (`tuple[torch.nn.Module, ...]`): modules with parameters of their own that the forward first calls
+            after the last call of this block.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import find_residual_blocks
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+        >>> find_residual_blocks(ViTForImageClassification(config))[1].name
+        'vit.layers.1'
+    """
+
+    name: str
+    module: nn.Module
+    exact: bool = True
+    activation: str | None = None
+    position: int | None = 0
+    keyword: str | None = None
+    num_outputs: int | None = None
+    num_calls: int = 1
+    unbatched: frozenset[str] = frozenset()
+    passed_on: tuple[Key | None, ...] = ()
+    branch: nn.Module | None = field(default=None, repr=False)
+    followers: tuple[nn.Module, ...] = field(default=(), repr=False)
+
+    @property
+    def has_trainable_parameters(self) -> bool:
+        """Whether any parameter of the block requires gradients now."""
+        return any(parameter.requires_grad for parameter in self.module.parameters())
+
+    def stream(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """The residual stream among the arguments of a call of the block."""
+        if self.position is not None and self.position < len(args):
+            return args[self.position]
+        return kwargs[self.keyword] if self.keyword is not None else next(iter(kwargs.values()))
+
+    @property
+    def has_batch_first(self) -> bool:
+        """Whether the first dimension of the residual stream is the batch, so that samples can be taken apart."""
+        return not self.unbatched & {str(self.position), self.keyword}
+
+
+def find_residual_blocks(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | torch.Tensor | None = None,
+    target_blocks: str | Sequence[str] | None = None,
+) -> list[ResidualBlock]:
+    """Find the skippable residual blocks of a model in the order in which the forward calls them.
+
+    Costs one forward of a small batch. Random state, buffers, gradients, modes and attributes stay as they are; no
+    loss is asked for.
+
+    Args:
+        model (`torch.nn.Module`): an image classifier, bare or with PEFT adapters, on any device, the meta device
+            included. It must not be wrapped for distributed training or compiled yet.
+        inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch as the model's forward takes
+            it, for instance `{"pixel_values": tensor of shape (1, 3, height, width)}`. Labels are left out. By
+            default a batch of one is made from `model.config`.
+        target_blocks (`str` or `list[str]`, *optional*): keep only these of the blocks found. A string is a regular
+            expression that must match the whole name; a list holds names or dotted suffixes of names, as
+            `target_modules` in PEFT. By default all are kept. An entry that matches none of them may name any other
+            module of the model, for architectures that cannot be read by structure. It is taken as a block if each
+            call takes one tensor of the shape and dtype of its first output; see `ResidualBlock` for `exact`.
+
+    Returns:
+        `list[ResidualBlock]`: in forward order. Blocks whose shortcut is inexact are listed with `exact=False`.
+
+    Raises:
+        BlockError: no block was found; a target matches none, names a module that cannot be one, or names two of
+            which one contains the other; the dummy batch does not fit the model; or the model is compiled.
+
+    Example:
+        >>> from transformers import ResNetConfig, ResNetForImageClassification
+        >>> from hf_featreuse import find_residual_blocks
+        >>> config = ResNetConfig(
+        ...     embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic", num_labels=3
+        ... )
+        >>> [block.name for block in find_residual_blocks(ResNetForImageClassification(config))]
+        ['resnet.encoder.stages.0.layers.0', 'resnet.encoder.stages.0.layers.1', 'resnet.encoder.stages.1.layers.1']
+    """
+    return find_and_choose(model, inputs, target_blocks)[1]
+
+
+def find_and_choose(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | torch.Tensor | None = None,
+    target_blocks: str | Sequence[str] | None = None,
+) -> tuple[list[ResidualBlock], list[ResidualBlock]]:
+    """The blocks found by structure, and those of them and of other modules that the target names."""
+    check_not_compiled(model)
+    modules = {name: module for name, module in model.named_modules() if name}
+    in_lists = [name for name in modules if isinstance(_parent(modules, model, name), (nn.ModuleList, nn.Sequential))]
+    alike = _among_siblings_of_one_class(model)
+    traced = {*in_lists, *alike} if target_blocks is None else set(modules)
+    trace = trace_calls(
+        model, {n: m for n, m in modules.items() if n in traced and next(m.parameters(), None) is not None}, inputs
+    )
+    calls = trace.calls
+    found: list[ResidualBlock] = []
+    for names in (set(in_lists), alike):
+        shown = [_block(name, modules[name], trace) for name, made in calls.items() if name in names and _shown(made)]
+        found = found or _innermost(shown)
+    if target_blocks is not None:
+        return found, _choose(found, modules, trace, target_blocks, type(model).__name__)
+    if not found:
+        raise BlockError(
+            f"{type(model).__name__} has no residual block that can be skipped: no module in a list or sequence, or "
+            "among siblings of one class, returns its input plus something of the same shape. Feature reuse needs a "
+            "residual network, such as ViT, ConvNeXt or ResNet. If this is one, name its blocks in `target_blocks`; "
+            "for plain training set `stochastic_depth_steps=0` and `masked_freeze_steps=0`."
+        )
+    return found, found
+
+
+def _parent(modules: Mapping[str, nn.Module], model: nn.Module, name: str) -> nn.Module:
+    return modules.get(name.rpartition(".")[0], model)
+
+
+def _among_siblings_of_one_class(model: nn.Module) -> set[str]:
+    """Children of modules that are lists in all but name: all of one class, which stands in such a row somewhere."""
+    rows = {
+        name: [child for child, _ in module.named_children()]
+        for name, module in model.named_modules()
+        if len({type(child) for child in module.children()}) == 1
+    }
+    classes = {name: type(model.get_submodule(name).get_submodule(children[0])) for name, children in rows.items()}
+    repeated = {classes[name] for name, children in rows.items() if len(children) > 1}
+    return {
+        f"{name}.{child}" if name else child
+        for name, children in rows.items()
+        if classes[name] in repeated
+        for child in children
+    }
+
+
+def _shown(calls: list[Call]) -> bool:
+    """Whether the graph shows every call to return the same argument plus something."""
+    return bool(calls) and all(call.shown and call.key == calls[0].key for call in calls)
+
+
+def _block(name: str, module: nn.Module, trace: Trace) -> ResidualBlock:
+    calls = trace.calls[name]
+    first, ended = calls[0], calls[-1].ended
+    return ResidualBlock(
+        name=name,
+        module=module,
+        exact=all(call.exact for call in calls),
+        activation=first.activation if _shown(calls) else None,
+        position=first.key if isinstance(first.key, int) else None,
+        keyword=first.key if isinstance(first.key, str) else None,
+        num_outputs=first.num_outputs,
+        num_calls=len(calls),
+        unbatched=frozenset().union(*(call.unbatched for call in calls)),
+        passed_on=first.passed_on,
+        branch=first.branch if all(call.branch is first.branch for call in calls) else None,
+        followers=tuple(
+            other
+            for other, begun in trace.first_called.items()
+            if begun >= ended and next(other.parameters(recurse=False), None) is not None
+        ),
+    )
+
+
+def _choose(
+    found: Sequence[ResidualBlock],
+    modules: Mapping[str, nn.Module],
+    trace: Trace,
+    target_blocks: str | Sequence[str],
+    model_name: str,
+) -> list[ResidualBlock]:
+    """The blocks that a target selects, in forward order; modules that are named become blocks."""
+    calls = trace.calls
+    candidates = listed([block.name for block in found])
+    chosen: dict[str, ResidualBlock] = {}
+    for entry, matches in target_entries(target_blocks, candidates):
+        selected = {block.name: block for block in found if matches(block.name)}
+        if not selected:
+            named = [name for name in modules if matches(name)]
+            if not named:
+                raise no_match(entry, model_name, candidates)
+            for name in named:
+                why = _why_not(name, {block.name for block in found} | set(named), calls.get(name))
+                if why:
+                    raise no_match(
+                        entry,
+                        model_name,
+                        candidates,
+                        f". It names {name} ({type(modules[name]).__name__}), which {why}",
+                    )
+                selected[name] = _block(name, modules[name], trace)
+        chosen.update(selected)
+    if not chosen:
+        raise no_match(target_blocks, model_name, candidates)
+    outer = next((name for name in chosen for inner in chosen if inner.startswith(f"{name}.")), None)
+    if outer is not None:
+        inner = next(name for name in chosen if name.startswith(f"{outer}."))
+        raise BlockError(f"`target_blocks` names {outer} and {inner}, which is part of it. Name one of the two.")
+    return [chosen[name] for name in calls if name in chosen]
+
+
+def _why_not(name: str, others: set[str], calls: list[Call] | None) -> str:
+    """Why a module that was named cannot be a block; empty where it can."""
+    inner = min((other for other in others if other.startswith(f"{name}.")), default=None)
+    if inner is not None:
+        return f"contains {inner}: name that"
+    if not calls:
+        return "has no parameters or is not called in the forward"
+    reason = next((call.reason for call in calls if call.reason), "")
+    differs = any(call.key != calls[0].key for call in calls)
+    return reason or ("takes its stream from another argument in each call" if differs else "")
+
+
+def trainable_blocks(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
+    """Keep the blocks that hold parameters which train, or raise `BlockError` where none does.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import find_residual_blocks, trainable_blocks
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8)
+        >>> model = ViTForImageClassification(config)
+        >>> _ = model.vit.layers[0].requires_grad_(False)
+        >>> [block.name for block in trainable_blocks(model, find_residual_blocks(model))]
+        ['vit.layers.1', 'vit.layers.2']
+    """
+    trainable = [block for block in blocks if block.has_trainable_parameters]
+    if not trainable:
+        raise BlockError(
+            f"None of the {len(blocks)} residual blocks of {type(model).__name__} holds a parameter that requires "
+            "gradients, so a masked-freeze step would have nothing to train. Unfreeze some of them, choose others "
+            "with `target_blocks`, or set `stochastic_depth_steps=0` and `masked_freeze_steps=0`."
+        )
+    return trainable
+
+
+def why_inexact(block: ResidualBlock) -> str:
+    """What is known of a block that cannot be skipped exactly."""
+    if block.activation is not None:
+        return f"{block.activation} follows the addition and would change the input again"
+    return "the graph of a forward does not show all that it returns to be its input plus something"
+
+
+def check_exact(blocks: Sequence[ResidualBlock]) -> None:
+    """Raise `BlockError` if skipping one of the blocks is not known to equal a zero residual branch."""
+    inexact = [block for block in blocks if not block.exact]
+    if inexact:
+        mend = "Use an activation that keeps its own output, such as ReLU, leave" if inexact[0].activation else "Leave"
+        raise BlockError(
+            f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: "
+            f"{why_inexact(inexact[0])} ({len(inexact)} of {len(blocks)} blocks). {mend} these blocks "
+            "out with `target_blocks`, or set `allow_inexact_skip=True` to drop them all the same."
+        )
+
+
+def check_scalable(blocks: Sequence[ResidualBlock]) -> None:
+    """Raise `ConfigurationError` if what one of the blocks adds to its input cannot be scaled."""
+    unknown = next((block for block in blocks if block.activation is not None and block.branch is None), None)
+    if unknown is not None:
+        raise ConfigurationError(
+            f"`scale_kept=True` cannot scale block {unknown.name} ({type(unknown.module).__name__}): "
+            f"{unknown.activation} follows its addition, and no module inside it returns just what is added. Set "
+            "`scale_kept=False`, or leave the block out with `target_blocks`."
+        )
+
+
+def _innermost(blocks: list[ResidualBlock]) -> list[ResidualBlock]:
+    """Leave out blocks that contain another: a stage of residual blocks is itself input plus something."""
+    names = {block.name for block in blocks}
+    outer = {name[: match.start()] for name in names for match in re.finditer(r"\.", name)}
+    return [block for block in blocks if block.name not in outer]

@@ -1,0 +1,163 @@
+"""Compile residual blocks one by one, so that every set of dropped blocks runs the same few graphs.
+
+A graph of the whole model would hold for one set D only. A block's graph depends on what needs a gradient: its weights
+and its input. Below the lowest block that trains no input does; two of the four cases fall away there by handing such
+a block a detached input that asks for its gradient:
+
+- A block that rests runs the graph of a frozen block above it, and its output is detached. Nothing is added, as no
+  backward ever reaches it.
+- The lowest block that trains runs the graph of the ones above it. This adds the gradient of the input of its first
+  layer: of a norm in transformers, of a depthwise convolution in ConvNeXt.
+
+What is left is two graphs of training and one of evaluation for blocks of the same shape. They take any batch size. If
+an activation follows the addition, stochastic-depth steps scale the branch inside the block and take one more graph,
+for all survival probabilities; other blocks are scaled outside of their graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._prims_common import make_contiguous_strides_for
+
+from hf_featreuse.method.class_swap import plain_class
+from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.method.dummy_forward import check_not_compiled
+
+_COMPILED = "_compiled_call_impl"
+# Graphs of blocks of one shape: four, four more for a batch of one, and some to spare.
+_GRAPHS_PER_SHAPE = 16
+
+
+@contextlib.contextmanager
+def compile_blocks(blocks: Sequence[ResidualBlock], **options: Any) -> Iterator[None]:
+    """Run residual blocks as compiled graphs, one block at a time, inside the context.
+
+    Blocks of the same class and shapes share their graphs, which are made when they are first needed. Enter it before
+    the model is wrapped for distributed training, and hold it as long as the model trains; steps, skipping and
+    freezing go inside. On exit the model is as before. A deep copy or pickle made inside is not compiled.
+
+    Args:
+        blocks (`list[ResidualBlock]`): the blocks to compile; the rest of the model runs as it is.
+        options (`dict[str, Any]`): keyword arguments of `torch.compile`, such as `backend`, `mode` and `dynamic`.
+
+    Raises:
+        BlockError: a block or a part of it is compiled already.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import compile_blocks, find_residual_blocks, skip_blocks
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8,
+        ...                    image_size=8, patch_size=4)
+        >>> model = ViTForImageClassification(config)
+        >>> blocks = find_residual_blocks(model)
+        >>> with compile_blocks(blocks, backend="aot_eager"):
+        ...     with skip_blocks(blocks[:1]):
+        ...         model(torch.zeros(2, 3, 8, 8)).logits.sum().backward()
+        >>> all(parameter.grad is None for parameter in blocks[0].module.parameters())
+        True
+    """
+    for block in blocks:
+        check_not_compiled(block.module, block.name)
+    any_batch_size = options.get("dynamic") is None
+    options, settings = _for_this_torch({"recompile_limit": _GRAPHS_PER_SHAPE, **options})
+    shared: dict[Any, Callable] = {}
+    try:
+        for block in blocks:
+            shape = (type(block.module), tuple((name, p.shape) for name, p in block.module.named_parameters()))
+            if shape not in shared:
+                shared[shape] = torch.compile(_entry(block.name), **options)
+            # `module.compile` sets this attribute too; torch leaves it out of copies and pickles.
+            block.module.__dict__[_COMPILED] = _call(block, shared[shape], any_batch_size)
+        with settings:
+            yield
+    finally:
+        for block in blocks:
+            block.module.__dict__.pop(_COMPILED, None)
+
+
+def _for_this_torch(options: dict[str, Any]) -> tuple[dict[str, Any], contextlib.AbstractContextManager]:
+    """Split the options of `torch.compile` from those that an older torch has for the whole process only."""
+    settings: dict[str, Any] = {}
+    # Compared as versions, not as text.
+    if torch.__version__ < "2.12":
+        settings["recompile_limit"] = options.pop("recompile_limit")
+    if torch.__version__ < "2.13":
+        # Else a graph of a frozen block would run a block that trains, without its gradients (pytorch/pytorch#139476).
+        settings["skip_tensor_guards_with_matching_dict_tags"] = False
+        settings["use_recursive_dict_tags_for_guards"] = False
+    return options, torch._dynamo.config.patch(settings)
+
+
+def _run(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What is compiled: the block with its hooks."""
+    return module._call_impl(*args, **kwargs)
+
+
+def _entry(name: str) -> Callable:
+    """A copy of `_run` under a name of its own.
+
+    torch keeps graphs, their limit and what it learns about changing sizes by code object. A copy keeps shapes apart,
+    and its graphs go when it goes.
+    """
+    return types.FunctionType(_run.__code__.replace(co_name=name), globals(), name)
+
+
+def _call(block: ResidualBlock, compiled: Callable, any_batch_size: bool) -> Callable:
+    """What a call of a compiled block does."""
+    module = block.module
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = type(module)
+        # A graph holds for one class, whether the block is being scaled or not.
+        module.__class__ = plain_class(module)
+        try:
+            stream = block.stream(args, kwargs)
+            no_backward = torch.is_grad_enabled() and not _requires_grad((args, kwargs))
+            alias = _Alias.apply(stream.detach().requires_grad_() if no_backward else stream)
+            if any_batch_size:
+                torch._dynamo.maybe_mark_dynamic(alias, 0)
+            args = tuple(alias if value is stream else value for value in args)
+            kwargs = {key: alias if value is stream else value for key, value in kwargs.items()}
+            output = compiled(module, args, kwargs)
+            return _detached(output) if no_backward and not block.has_trainable_parameters else output
+        finally:
+            module.__class__ = bound
+
+    return call
+
+
+class _Alias(torch.autograd.Function):
+    """The same tensor without what else a graph could hold for: being a view or a leaf, strides of axes of size 1."""
+
+    @staticmethod
+    def forward(_ctx: Any, tensor: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if 1 in tensor.shape and tensor.is_contiguous():
+            tensor = tensor.as_strided(tensor.shape, make_contiguous_strides_for(tensor.shape))
+        return tensor.detach()
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient
+
+
+def _requires_grad(value: Any) -> bool:
+    """Whether any tensor in a nested structure requires gradients."""
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    if isinstance(value, dict):
+        value = value.values()
+    return isinstance(value, (tuple, list, type({}.values()))) and any(map(_requires_grad, value))
+
+
+def _detached(output: Any) -> Any:
+    """The output of a block, a tensor or a tuple, without its graph."""
+    if isinstance(output, torch.Tensor):
+        return output.detach()
+    return tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in output)

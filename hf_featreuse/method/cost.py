@@ -1,0 +1,313 @@
+"""What a step of each kind costs in arithmetic, as a share of a vanilla step.
+
+Counted once with torch's `FlopCounterMode`: matrix products, convolutions and attention of a forward and backward of
+a batch of one. From the parts, the cost of any set D follows by addition:
+
+- stochastic depth: a dropped block costs nothing, forward and backward.
+- masked freeze: the whole forward; input gradients from the loss down to the lowest block that trains; weight
+  gradients of the blocks that train.
+
+Recomputation by activation checkpointing is not counted, nor is the fused attention of the CPU, which torch's counter
+does not see.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from transformers import Cache
+
+from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.errors import BlockError
+from hf_featreuse.method.freezing import TrainTrunk, freeze, own_parameters, trunk_modules, trunk_option
+from hf_featreuse.method.per_sample import FROZEN, RESTS, TRAINS, sample_groups
+from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
+from hf_featreuse.method.schedule import StepKind, StepPlan
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Floating-point operations, forward and backward, of one residual block on the measured batch.
+
+    Args:
+        trained (`int`): when it trains and the gradient goes on below it.
+        lowest (`int`): when it trains and nothing below it does.
+        frozen (`int`): when only the gradient of its input is needed.
+        resting (`int`): when nothing in it or below it trains: its forward alone.
+
+    Example:
+        >>> from hf_featreuse import BlockCost
+        >>> BlockCost(trained=300, lowest=200, frozen=200, resting=100).resting
+        100
+    """
+
+    trained: int
+    lowest: int
+    frozen: int
+    resting: int
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Cost of the kinds of step of one model, from [`measure_step_costs`].
+
+    Args:
+        vanilla (`int`): floating-point operations of forward and backward of a plain step.
+        blocks (`tuple[BlockCost, ...]`): of the residual blocks in forward order.
+        trunk (`tuple[int, ...]`): forward operations of the parts of the trunk: before, between and after the blocks.
+        trunk_trains (`tuple[bool, ...]`): whether each of these parts holds parameters that train.
+        train_trunk (`"all"`, `"head"` or `"none"`): what of the trunk trains in masked-freeze steps.
+
+    Example:
+        >>> from hf_featreuse import BlockCost, StepCosts, StepKind, StepPlan
+        >>> block = BlockCost(trained=300, lowest=200, frozen=200, resting=100)
+        >>> costs = StepCosts(vanilla=600, blocks=(block, block), trunk=(0, 0, 0), trunk_trains=(True, True, True))
+        >>> costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (0,)))
+        0.5
+    """
+
+    vanilla: int
+    blocks: tuple[BlockCost, ...]
+    trunk: tuple[int, ...]
+    trunk_trains: tuple[bool, ...]
+    train_trunk: TrainTrunk | bool = "none"
+
+    def share(self, plan: StepPlan) -> float:
+        """Arithmetic of a step as a share of a vanilla step's, from 0 to 1.
+
+        Args:
+            plan (`StepPlan`): of the step.
+
+        Example:
+            >>> from hf_featreuse import BlockCost, StepCosts, StepKind, StepPlan
+            >>> block = BlockCost(trained=300, lowest=200, frozen=200, resting=100)
+            >>> costs = StepCosts(vanilla=600, blocks=(block, block), trunk=(0, 0, 0), trunk_trains=(True, True, True))
+            >>> costs.share(StepPlan(StepKind.MASKED_FREEZE, (1,)))
+            0.5
+        """
+        if not self.vanilla or plan.kind is StepKind.VANILLA:
+            return 1.0
+        freezing = plan.kind is StepKind.MASKED_FREEZE
+        trunk = trunk_option(self.train_trunk) if freezing else "all"
+        masks = plan.sample_masks
+        if masks is None:
+            masks = np.zeros((1, len(self.blocks)), dtype=bool)
+            masks[0, list(plan.dropped)] = True
+        groups = sample_groups(masks, freezing=freezing, gradient_everywhere=trunk == "all")
+        counts = np.stack([(groups == group).sum(0) for group in (TRAINS, FROZEN, RESTS)])
+        if not freezing:
+            # A sample that drops a block is not computed there.
+            counts[RESTS] = 0
+        total = self._sum(counts.T.tolist(), len(masks), trunk) + (
+            self._stem_rest * len(masks) if trunk == "all" else 0
+        )
+        return total / (self.vanilla * len(masks))
+
+    def _sum(self, groups: Sequence[Sequence[int]], samples: int, trunk: TrainTrunk) -> int:
+        """Operations of a step, from the input upwards: below the lowest part that trains there is no backward.
+
+        Args:
+            groups: of each block, how many samples train it, are frozen in it and rest in it.
+            samples: in the batch.
+            trunk: what of the trunk trains.
+        """
+        count, gradient_goes_on = 0, False
+        for index, forward in enumerate(self.trunk):
+            is_trained_part = trunk == "all" or (trunk == "head" and index == len(self.blocks))
+            trains = is_trained_part and self.trunk_trains[index]
+            # Linear or convolutional: the gradients of input and of weights cost as much as the forward each. Between
+            # and after the blocks a norm comes first, whose weights need the gradient of the layer above it.
+            count += samples * forward * (1 + (gradient_goes_on or (trains and index > 0)) + trains)
+            gradient_goes_on |= trains
+            if index == len(self.blocks):
+                continue
+            block, (training, frozen, resting) = self.blocks[index], groups[index]
+            count += training * (block.trained if gradient_goes_on else block.lowest)
+            count += frozen * (block.frozen if gradient_goes_on else block.resting) + resting * block.resting
+            gradient_goes_on |= training > 0
+        return count
+
+    @cached_property
+    def _stem_rest(self) -> int:
+        """What a plain step costs beyond the sum: gradients inside a first part of the trunk of several layers."""
+        if not self.trunk_trains[0]:
+            return 0
+        return self.vanilla - self._sum([(1, 0, 0)] * len(self.blocks), 1, "all")
+
+
+def measure_step_costs(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    inputs: Mapping[str, Any] | torch.Tensor | None = None,
+    *,
+    train_trunk: TrainTrunk | bool = "all",
+) -> StepCosts:
+    """Count the arithmetic of a forward and backward of a small batch, block by block.
+
+    Costs about one forward and backward of the batch, and four of each block of a new shape. The model stays as it is,
+    gradients included; a model on the meta device is counted without any arithmetic.
+
+    Args:
+        model (`torch.nn.Module`): the model, not wrapped yet.
+        blocks (`list[ResidualBlock]`): its blocks in forward order.
+        inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch without labels; by default a
+            batch of one is made from `model.config`.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): what of the trunk trains in masked-freeze
+            steps.
+
+    Raises:
+        BlockError: no batch can be made, or the model returns no output to run backward from.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import StepKind, StepPlan, find_residual_blocks, measure_step_costs
+        >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+        >>> model = ViTForImageClassification(config)
+        >>> costs = measure_step_costs(model, find_residual_blocks(model))
+        >>> 0 < costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (1,))) < costs.share(
+        ...     StepPlan(StepKind.MASKED_FREEZE, (1,))) < 1
+        True
+    """
+    args, kwargs = model_inputs(model, inputs)
+    recorder = _Recorder(model, blocks)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with undisturbed(model):
+        handles = recorder.attach()
+        try:
+            with recorder.counter:
+                output = model(*args, **kwargs)
+                forward = recorder.counter.get_total_flops()
+                torch.autograd.grad(_scalar(output), trainable, allow_unused=True, retain_graph=True)
+                total = recorder.counter.get_total_flops()
+        finally:
+            for handle in handles:
+                handle.remove()
+        costs = recorder.replay_all()
+    trunk = (*recorder.before, forward - recorder.ended)
+    return StepCosts(total, tuple(costs), trunk, tuple(recorder.trunk_trains), trunk_option(train_trunk))
+
+
+def flop_counter() -> FlopCounterMode:
+    """Make the counter of operations that all costs here are counted with.
+
+    It is torch's, with one formula of its own: torch 2.13 counts the weight gradient of a grouped convolution as if it
+    were dense, `groups` times too much. Each gradient of a convolution costs as much as its forward.
+
+    Example:
+        >>> import torch
+        >>> from hf_featreuse.method.cost import flop_counter
+        >>> with flop_counter() as counter:
+        ...     _ = torch.nn.Conv2d(8, 8, 3, groups=8)(torch.zeros(1, 8, 3, 3))
+        >>> counter.get_total_flops()
+        144
+    """
+    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _convolution_backward(
+    grad_shape, x_shape, w_shape, _bias, _stride, _padding, _dilation, transposed, _out_padding, _groups, wanted, **_
+) -> int:
+    """Operations of the gradients of a convolution's input and weight, where they are wanted."""
+    return conv_flop_count(x_shape, w_shape, grad_shape, transposed=transposed) * (wanted[0] + wanted[1])
+
+
+class _Recorder:
+    """Hooks that split the forward's operations by block and keep each block's arguments."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
+        self.blocks = blocks
+        trunk = itertools.chain(*trunk_modules(model, blocks))
+        self.trunk = [module for module in trunk if any(p.requires_grad for p in own_parameters([module]))]
+        self.trunk_trains = [False] * (len(blocks) + 1)
+        self.next_block = 0
+        self.counter = flop_counter()
+        self.before = [0] * len(blocks)
+        self.calls: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
+        self.ended = 0
+
+    def attach(self) -> list[Any]:
+        handles = []
+        for index, block in enumerate(self.blocks):
+            handles.append(block.module.register_forward_pre_hook(self._enter(index), with_kwargs=True))
+            handles.append(block.module.register_forward_hook(self._leave))
+        handles += [module.register_forward_pre_hook(self._enter_trunk) for module in self.trunk]
+        return handles
+
+    def _enter_trunk(self, _module: nn.Module, _args: tuple) -> None:
+        self.trunk_trains[self.next_block] = True
+
+    def _enter(self, index: int):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.before[index] += self.counter.get_total_flops() - self.ended
+            self.calls[index].append((args, kwargs))
+            self.next_block = index + 1
+
+        return hook
+
+    def _leave(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
+        self.ended = self.counter.get_total_flops()
+
+    def replay_all(self) -> list[BlockCost]:
+        """The costs of all blocks; blocks of the same shape are run once."""
+        known: dict[Any, list[int]] = {}
+        costs = []
+        for block, calls in zip(self.blocks, self.calls, strict=True):
+            totals = [0] * 4
+            for args, kwargs in calls:
+                stream = block.stream(args, kwargs)
+                shapes = [(tuple(p.shape), p.requires_grad) for p in block.module.parameters()]
+                key = (type(block.module), tuple(stream.shape), str(shapes))
+                if key not in known:
+                    known[key] = [_replay(block, args, kwargs, *state) for state in _STATES]
+                totals = [total + count for total, count in zip(totals, known[key], strict=True)]
+            costs.append(BlockCost(*totals))
+        return costs
+
+
+# (the block trains, the gradient goes on below it), in the order of BlockCost's fields.
+_STATES = ((True, True), (True, False), (False, True), (False, False))
+
+
+def _replay(block: ResidualBlock, args: tuple, kwargs: dict[str, Any], trains: bool, goes_on: bool) -> int:
+    """Operations of one call of a block. Attention kernels differ with what needs gradients, so each state is run."""
+    original = block.stream(args, kwargs)
+    leaf = original.detach().requires_grad_(goes_on)
+    # The counter's module tracker cannot take a leaf as a module's input.
+    stream = leaf.clone()
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, Cache):
+            # It holds the keys and values of the forward already, and each replay would lengthen it.
+            return None
+        return stream if value is original else value.detach() if isinstance(value, torch.Tensor) else value
+
+    weights = [parameter for parameter in block.module.parameters() if parameter.requires_grad]
+    counter = flop_counter()
+    with freeze([] if trains else weights, []), counter:
+        output = block.module(*map(replace, args), **{key: replace(value) for key, value in kwargs.items()})
+        wanted = [leaf] * goes_on + weights * trains
+        if wanted:
+            torch.autograd.grad(_scalar(output), wanted, allow_unused=True, retain_graph=True)
+    return counter.get_total_flops()
+
+
+def _scalar(output: Any) -> torch.Tensor:
+    """A scalar to run backward from: the sum of the first output that has a graph."""
+    values = [output] if isinstance(output, torch.Tensor) else output
+    values = values.values() if isinstance(values, Mapping) else values
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            return value.sum()
+    raise BlockError(
+        "The model returned no tensor with gradients, so its backward cannot be counted. Unfreeze some parameters, or "
+        "check the model's outputs."
+    )

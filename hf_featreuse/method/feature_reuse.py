@@ -1,0 +1,320 @@
+"""The method for one optimizer step at a time, with or without a Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from hf_featreuse.method.batch_norm import count_batches_once
+from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_scalable
+from hf_featreuse.errors import BlockError, ConfigurationError, StepError
+from hf_featreuse.method.freezing import (
+    FrozenBatchNorm,
+    TrainTrunk,
+    freeze,
+    norm_layers,
+    own_parameters,
+    trunk_modules,
+    trunk_option,
+)
+from hf_featreuse.method.per_sample import check_per_sample, skip_samples, train_samples
+from hf_featreuse.method.schedule import VANILLA_PLAN, FeatureReuseSchedule, StepKind, StepPlan
+from hf_featreuse.method.fsdp import ready_shards, sharded_modules
+from hf_featreuse.method.skipping import skip_blocks
+
+logger = logging.get_logger(__name__)
+
+
+class FeatureReuse:
+    """Run each optimizer step of a training loop as its schedule says.
+
+    Args:
+        model (`torch.nn.Module`): the model that trains. It may be wrapped afterwards, not replaced.
+        blocks (`list[ResidualBlock]`): b0..b(L-1), as from `trainable_blocks(model, find_residual_blocks(model))`.
+            `plan.dropped` indexes this list; every other part of the model is the trunk.
+        schedule (`FeatureReuseSchedule`): for L blocks.
+        scale_kept (`bool`, defaults to `True`): in stochastic-depth steps, divide the residual increment of each kept
+            block by its survival probability, `plan.survival`.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): in masked-freeze steps, train the whole trunk
+            too, only what follows the last block, or nothing but D. `True` means `"all"`, `False` means `"none"`.
+        frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
+            layers normalise in masked-freeze steps; their running statistics do not change either way.
+        allow_inexact_skip (`bool`, defaults to `False`): take blocks too whose shortcut is not a bitwise identity.
+
+    Attributes:
+        current_plan (`StepPlan`, *optional*): the plan of the step that is open now.
+        trunk_trains (`bool`): whether any parameter outside the blocks requires gradients.
+
+    Raises:
+        BlockError: a block is not part of the model, inexact, inside another, or holds nothing that trains; the
+            schedule is for another number of blocks; or it draws a set for every sample and the model has BatchNorm.
+        ConfigurationError: `scale_kept` with a block that cannot be scaled, an unknown `train_trunk`, or reentrant
+            activation checkpointing.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import FeatureReuse, FeatureReuseSchedule, find_residual_blocks
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=8,
+        ...                    image_size=8, patch_size=4)
+        >>> model = ViTForImageClassification(config)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> blocks = find_residual_blocks(model)
+        >>> reuse = FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks), drop_rate=0.5, seed=0))
+        >>> for step in range(2):
+        ...     with reuse.step(step) as plan:
+        ...         model(torch.ones(2, 3, 8, 8), labels=torch.tensor([0, 1])).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad(set_to_none=True)
+        ...     print(plan.kind.value)
+        stochastic_depth
+        masked_freeze
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[ResidualBlock],
+        schedule: FeatureReuseSchedule,
+        *,
+        scale_kept: bool = True,
+        train_trunk: TrainTrunk | bool = "all",
+        frozen_batch_norm: FrozenBatchNorm = "batch",
+        allow_inexact_skip: bool = False,
+    ) -> None:
+        _check_blocks(model, blocks, schedule)
+        if schedule.alternates:
+            check_checkpointing(model)
+            if not allow_inexact_skip:
+                check_exact(blocks)
+            if scale_kept:
+                check_scalable(blocks)
+            if schedule.drop_granularity == "sample":
+                check_per_sample(model, blocks)
+        self.model = model
+        self.blocks = list(blocks)
+        self.schedule = schedule
+        self.scale_kept = scale_kept
+        self.train_trunk: TrainTrunk = trunk_option(train_trunk)
+        self.frozen_batch_norm: FrozenBatchNorm = frozen_batch_norm
+        self.allow_inexact_skip = allow_inexact_skip
+        self.current_plan: StepPlan | None = None
+        self._warned = False
+        self._read_parameters()
+        trunk = [parameter for part in self._parameters[len(self.blocks) :] for parameter in part]
+        self.trunk_trains = any(parameter.requires_grad for parameter in trunk)
+
+    def _read_parameters(self) -> None:
+        """Walk the modules once, which keeps the work of a step to a few attribute writes a parameter."""
+        parts = [list(block.module.modules()) for block in self.blocks]
+        parts += trunk_modules(self.model, self.blocks)
+        self._sharded = sharded_modules(self.model)
+        self._parameters = [list(own_parameters(part)) for part in parts]
+        self._norms = [norm_layers(part) for part in parts]
+        self._all_norms = [norm for norms in self._norms for norm in norms]
+        self._trainable = {id(p) for part in self._parameters for p in part if p.requires_grad}
+        held = ((module, name, p) for part in parts for module in part for name, p in module._parameters.items())
+        self._witness = next(((module, name, p) for module, name, p in held if p is not None), None)
+
+    def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
+        """Give the plan of an optimizer step: the schedule's, except where it would leave nothing to train.
+
+        If the user froze the whole trunk, as with adapters only in the blocks, a cycle that drops every block is
+        vanilla, and the survival probabilities are those given that some block is kept. Takes the arguments of
+        [`FeatureReuseSchedule.plan`].
+        """
+        # A schedule of the user's own that draws per batch need not know of samples.
+        samples = {} if self.schedule.drop_granularity == "batch" else {"batch_size": batch_size, "position": position}
+        plan = self.schedule.plan(global_step, **samples)
+        if self.trunk_trains or not self.blocks or plan.sample_masks is not None:
+            return plan
+        if len(plan.dropped) == len(self.blocks):
+            return VANILLA_PLAN
+        if plan.survival is None:
+            return plan
+        some_kept = 1 - math.prod(1 - probability for probability in plan.survival)
+        return replace(plan, survival=tuple(min(probability / some_kept, 1.0) for probability in plan.survival))
+
+    @contextlib.contextmanager
+    def step(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> Iterator[StepPlan]:
+        """Wrap forward and backward of one optimizer step, every micro-batch of it in turn.
+
+        The optimizer step may follow inside or outside. Before the next step, call
+        `optimizer.zero_grad(set_to_none=True)`.
+
+        Args:
+            global_step (`int`): number of optimizer steps taken before this one.
+            batch_size (`int`, *optional*): samples in this micro-batch; needed, and used, with
+                `drop_granularity="sample"`.
+            position (`int`, defaults to 0): of the first of them in the global batch of the optimizer step: with
+                micro-batches of B samples on W ranks, `(micro_batch * W + rank) * B`.
+
+        Yields:
+            `StepPlan`: the kind of step and the set D.
+
+        Raises:
+            StepError: another step is open, or a parameter that must not move in this step still holds a gradient.
+            ConfigurationError: `batch_size` is needed and missing.
+        """
+        if self.current_plan is not None:
+            raise StepError(
+                f"`step({global_step})` was entered inside another step ({self.current_plan.kind.value}). Leave the "
+                "first one before entering the next; micro-batches of one optimizer step enter it in turn."
+            )
+        plan = self.plan(global_step, batch_size=batch_size, position=position)
+        self._follow_shards()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(count_batches_once(self._all_norms))
+            for context in self._contexts(plan):
+                stack.enter_context(context)
+            self.current_plan = plan
+            try:
+                yield plan
+            finally:
+                self.current_plan = None
+
+    def _follow_shards(self) -> None:
+        """Take up the parameters that the model holds now: sharding it replaces them."""
+        ready_shards(self._sharded)
+        if self._witness is not None:
+            module, name, parameter = self._witness
+            if module._parameters.get(name) is not parameter:
+                self._read_parameters()
+                ready_shards(self._sharded)
+
+    def _contexts(self, plan: StepPlan) -> Iterator[contextlib.AbstractContextManager[None]]:
+        """What is open during a step."""
+        if plan.kind is StepKind.STOCHASTIC_DEPTH:
+            self._check_gradients(plan, [p for index in plan.dropped for p in self._parameters[index]])
+            yield self._skip(plan)
+        elif plan.kind is StepKind.MASKED_FREEZE:
+            parameters, norms = self._frozen(plan)
+            self._check_gradients(plan, parameters)
+            yield freeze(parameters, norms, self.frozen_batch_norm)
+            if plan.sample_masks is not None:
+                yield train_samples(
+                    self.blocks, plan.sample_masks, self._device, gradient_everywhere=self.train_trunk == "all"
+                )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _skip(self, plan: StepPlan) -> contextlib.AbstractContextManager[None]:
+        survival = plan.survival if self.scale_kept else None
+        if self.scale_kept and survival is None:
+            self._warn_unscaled()
+        if survival is not None and len(survival) != len(self.blocks):
+            raise ConfigurationError(
+                f"`survival` of the step's plan has {len(survival)} entries for {len(self.blocks)} blocks. Pass one "
+                "probability for each, those of dropped blocks included."
+            )
+        if plan.sample_masks is not None:
+            return skip_samples(self.blocks, plan.sample_masks, self._device, survival=survival)
+        dropped = [self.blocks[index] for index in plan.dropped]
+        kept = [] if survival is None else [i for i in range(len(self.blocks)) if i not in plan.dropped]
+        return skip_blocks(
+            dropped,
+            kept=[self.blocks[index] for index in kept],
+            survival=[survival[index] for index in kept] if survival else None,
+            allow_inexact=self.allow_inexact_skip,
+        )
+
+    def _warn_unscaled(self) -> None:
+        """Warn once that the plans of a schedule say nothing of survival."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                f"The plans of {type(self.schedule).__name__} have no `survival`, so stochastic-depth steps do not "
+                "scale the blocks that they keep, and the whole network differs from those that train. Give each plan "
+                "the survival probability of every block, or set `scale_kept=False`."
+            )
+
+    def active_parameters(self, plan: StepPlan) -> list[nn.Parameter]:
+        """Give the parameters that a step may move: those of the parts that are computed and train.
+
+        Known before the forward, and the same on every rank that has the same plan. Where every sample has its own
+        set, a block may train on any sample, so all blocks are active.
+
+        Args:
+            plan (`StepPlan`): of the step, as [`step`] yields it.
+        """
+        active = {id(p): p for index in self._active_parts(plan) for p in self._parameters[index]}
+        return [parameter for parameter in active.values() if id(parameter) in self._trainable]
+
+    def _active_parts(self, plan: StepPlan) -> set[int]:
+        """Indices of the parts that are computed and train in a step: blocks, then trunk up to the head, and head."""
+        body = len(self.blocks)
+        everything, dropped = set(range(body + 2)), set(plan.dropped)
+        if plan.kind is not StepKind.MASKED_FREEZE:
+            return everything - dropped
+        blocks = everything - {body, body + 1} if plan.sample_masks is not None else dropped
+        return blocks | {"all": {body, body + 1}, "head": {body + 1}, "none": set()}[self.train_trunk]
+
+    def _frozen(self, plan: StepPlan) -> tuple[list[nn.Parameter], list]:
+        """Parameters and normalisation layers that are frozen in a masked-freeze step."""
+        # If every sample has its own set, any block may train, and is frozen sample by sample.
+        training = self._active_parts(plan)
+        resting = [index for index in range(len(self._parameters)) if index not in training]
+        # A parameter shared with a part that trains, trains.
+        active = {id(p) for index in training for p in self._parameters[index]}
+        parameters = [p for i in resting for p in self._parameters[i] if p.requires_grad and id(p) not in active]
+        return parameters, [norm for index in resting for norm in self._norms[index]]
+
+    def _check_gradients(self, plan: StepPlan, inactive: list[nn.Parameter]) -> None:
+        stale = next((parameter for parameter in inactive if parameter.grad is not None), None)
+        if stale is not None:
+            name = next(name for name, parameter in self.model.named_parameters() if parameter is stale)
+            raise StepError(
+                f"`{name}` must not move in this {plan.kind.value} step but holds a gradient from before, which the "
+                "optimizer would apply. Call `optimizer.zero_grad(set_to_none=True)` after every optimizer step."
+            )
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Raise `ConfigurationError` if the model uses reentrant activation checkpointing."""
+    for name, module in model.named_modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        # Left out or None, it means True to torch.
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False:
+            raise ConfigurationError(
+                f"{name or type(model).__name__} uses reentrant activation checkpointing, which fails or loses "
+                "gradients where the input of a checkpointed part is frozen. Set "
+                '`activation_checkpointing_kwargs={"use_reentrant": False}`, called `gradient_checkpointing_kwargs` '
+                "before transformers 5.23."
+            )
+
+
+def _check_blocks(model: nn.Module, blocks: Sequence[ResidualBlock], schedule: FeatureReuseSchedule) -> None:
+    if len(blocks) != schedule.num_blocks:
+        raise BlockError(
+            f"The schedule is for {schedule.num_blocks} blocks, but {len(blocks)} were passed. Build it with "
+            f"`FeatureReuseSchedule({len(blocks)}, ...)`."
+        )
+    modules = {id(module) for module in model.modules()}
+    seen: dict[int, str] = {}
+    for block in blocks:
+        if id(block.module) not in modules:
+            raise BlockError(
+                f"Block {block.name} is not a part of this {type(model).__name__}: it was found in another model, or "
+                "the model was replaced since. Call `find_residual_blocks` on the model that trains."
+            )
+        if not block.has_trainable_parameters and schedule.alternates:
+            raise BlockError(
+                f"Block {block.name} holds no parameter that requires gradients. Filter the blocks with "
+                "`trainable_blocks(model, blocks)`."
+            )
+        for module in block.module.modules():
+            if id(module) in seen:
+                raise BlockError(
+                    f"Blocks {seen[id(module)]} and {block.name} share modules. Pass each block once, and none "
+                    "that contains another."
+                )
+            seen[id(module)] = block.name

@@ -1,0 +1,150 @@
+"""Train only some blocks for a while: everything else is frozen, to the bit.
+
+A frozen parameter gets no gradient at all, not a zero one: with `grad=None` an optimizer leaves the weight and its
+moments alone, while a zero gradient would still move it by momentum and weight decay.
+
+Sources: masked freeze, arXiv 2411.09475 (abstract); the closest precedent is freeze-drop-path, Smith and Topin 2016
+(arXiv 1611.00847).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Literal, get_args
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.errors import BlockError, ConfigurationError
+
+FrozenBatchNorm = Literal["batch", "inference"]
+TrainTrunk = Literal["all", "head", "none"]
+
+
+def trunk_option(train_trunk: object) -> TrainTrunk:
+    """The option `train_trunk` as a word; `True` is `"all"` and `False` is `"none"`."""
+    if isinstance(train_trunk, bool):
+        return "all" if train_trunk else "none"
+    for word in get_args(TrainTrunk):
+        if train_trunk == word:
+            return word
+    raise ConfigurationError(f"`train_trunk={train_trunk!r}` is unknown. Pass one of {get_args(TrainTrunk)}.")
+
+
+@contextlib.contextmanager
+def train_only(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    *,
+    train_trunk: TrainTrunk | bool = "none",
+    all_blocks: Sequence[ResidualBlock] = (),
+    frozen_batch_norm: FrozenBatchNorm = "batch",
+) -> Iterator[None]:
+    """Let only some blocks train in every backward inside the context.
+
+    Parameters that required no gradient before never thaw. The running statistics of frozen BatchNorm layers rest; a
+    `model.train()` inside changes nothing about that. On exit every `requires_grad` and every layer is as before.
+
+    Args:
+        model (`torch.nn.Module`): the model.
+        blocks (`list[ResidualBlock]`): the blocks that train.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"none"`): of what lies outside `all_blocks`, train all
+            too, only the modules that are first called after the last block, or nothing.
+        all_blocks (`list[ResidualBlock]`): all blocks of the model in forward order; needed to know the trunk.
+        frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): whether frozen BatchNorm layers use the
+            statistics of the batch, as in a plain step, or their running ones, as in evaluation.
+
+    Raises:
+        BlockError: nothing would train, or `all_blocks` is missing.
+        ConfigurationError: `train_trunk` has another value.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import find_residual_blocks, train_only
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+        >>> model = ViTForImageClassification(config)
+        >>> blocks = find_residual_blocks(model)
+        >>> with train_only(model, blocks[:1]):
+        ...     model(torch.zeros(1, 3, 224, 224)).logits.sum().backward()
+        >>> model.classifier.weight.grad is None
+        True
+    """
+    trunk = trunk_option(train_trunk)
+    if trunk != "none" and not all_blocks:
+        raise BlockError(
+            f"`train_trunk={train_trunk!r}` needs `all_blocks`, the list of all blocks, to know what the trunk is."
+        )
+    training = {id(module) for block in blocks for module in block.module.modules()}
+    if trunk != "none":
+        body, head = trunk_modules(model, all_blocks)
+        training |= {id(module) for module in (head if trunk == "head" else [*body, *head])}
+    frozen = [module for module in model.modules() if id(module) not in training]
+    active = {id(p) for p in own_parameters(m for m in model.modules() if id(m) in training) if p.requires_grad}
+    if not active:
+        raise BlockError(
+            f"None of the blocks {[block.name for block in blocks]} holds a parameter that requires gradients, so "
+            "nothing would train. Pass blocks that hold one."
+        )
+    # A parameter shared with a block that trains, trains.
+    parameters = [p for p in own_parameters(frozen) if p.requires_grad and id(p) not in active]
+    with freeze(parameters, norm_layers(frozen), frozen_batch_norm):
+        yield
+
+
+@contextlib.contextmanager
+def freeze(
+    parameters: Sequence[nn.Parameter], norms: Sequence[_NormBase], frozen_batch_norm: FrozenBatchNorm = "batch"
+) -> Iterator[None]:
+    """Freeze parameters that require gradients now, and running statistics that move now, until the exit."""
+    inference = [norm for norm in norms if norm.training] if frozen_batch_norm == "inference" else []
+    moving = norms if frozen_batch_norm == "batch" else []
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for norm in moving:
+            # In training mode this flag alone decides whether the statistics move, and `train()` does not touch it.
+            norm.track_running_stats = False
+        for norm in inference:
+            norm.eval()
+            # `model.train()`, which Trainer calls in every step, would undo that.
+            norm.__dict__["train"] = partial(_stay, norm)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for norm in moving:
+            norm.track_running_stats = True
+        for norm in inference:
+            norm.__dict__.pop("train", None)
+            norm.train()
+
+
+def _stay(norm: _NormBase, _mode: bool = True) -> _NormBase:
+    """What `norm.train()` does while the layer is held in inference mode."""
+    return norm
+
+
+def norm_layers(modules: Iterable[nn.Module]) -> list[_NormBase]:
+    """The normalisation layers among the modules whose running statistics move in training."""
+    return [module for module in modules if isinstance(module, _NormBase) and module.track_running_stats]
+
+
+def trunk_modules(model: nn.Module, all_blocks: Sequence[ResidualBlock]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules that belong to no block: those of the head, which follows the last block, come second."""
+    in_blocks = {id(module) for block in all_blocks for module in block.module.modules()}
+    after = {id(module) for module in all_blocks[-1].followers} if all_blocks else set()
+    trunk = [module for module in model.modules() if id(module) not in in_blocks]
+    # A weight that the head shares with what comes before the blocks, as a language model's with its embeddings,
+    # would train there too, and the gradient would have to go all the way down.
+    below = {id(parameter) for parameter in own_parameters(module for module in trunk if id(module) not in after)}
+    after -= {id(module) for module in trunk if any(id(parameter) in below for parameter in own_parameters([module]))}
+    return [module for module in trunk if id(module) not in after], [m for m in trunk if id(m) in after]
+
+
+def own_parameters(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters that the modules hold themselves, not through their children."""
+    return (parameter for module in modules for parameter in module.parameters(recurse=False))

@@ -1,0 +1,303 @@
+"""Which kind of step comes when, and which residual blocks it drops or trains.
+
+The schedule is a pure function of (seed, optimizer step). Nothing is saved and nothing is communicated: a resumed
+run, every micro-batch of an accumulated step and every rank compute the same plan.
+
+Sources: the two kinds of step, arXiv 2411.09475 (abstract); linear survival probabilities, Huang et al. 2016
+(arXiv 1603.09382, section 3); rates that fall or rise over training, Liu et al. 2023 (arXiv 2303.01500) and
+progressive layer dropping (arXiv 2010.13369).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from hf_featreuse.method.draws import GROUP, draw_batch, draw_samples, sixteenths
+from hf_featreuse.errors import ConfigurationError
+
+DropRateSchedule = Literal["linear", "uniform"]
+DropRateOverTime = Literal["constant", "falling", "rising"]
+DropGranularity = Literal["batch", "sample"]
+
+
+class StepKind(enum.StrEnum):
+    """Kind of one optimizer step.
+
+    Example:
+        >>> from hf_featreuse import StepKind
+        >>> StepKind.MASKED_FREEZE.value
+        'masked_freeze'
+    """
+
+    VANILLA = "vanilla"
+    STOCHASTIC_DEPTH = "stochastic_depth"
+    MASKED_FREEZE = "masked_freeze"
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """What one optimizer step does.
+
+    Args:
+        kind (`StepKind`): plain training, stochastic depth or masked freeze.
+        dropped (`tuple[int, ...]`): the set D in rising order, as indices into the list of blocks. A stochastic-depth
+            step leaves these blocks out, a masked-freeze step trains only these. Empty in a vanilla step, in a
+            stochastic-depth step that drops nothing, and if every sample has its own set.
+        sample_masks (`numpy.ndarray`, *optional*): the set D of each sample of a micro-batch, of shape (samples, L),
+            `True` where the sample drops the block; `None` if all samples share `dropped`.
+        survival (`tuple[float, ...]`, *optional*): survival probability of each of the L blocks, by which a
+            stochastic-depth step divides the increments of the kept ones; `None` leaves them as they are.
+
+    Example:
+        >>> from hf_featreuse import FeatureReuseSchedule
+        >>> plan = FeatureReuseSchedule(4, drop_rate=0.5, drop_rate_schedule="uniform", seed=0).plan(0)
+        >>> plan.dropped, plan.survival
+        ((0, 1, 2), (0.5, 0.5, 0.5, 0.5))
+    """
+
+    kind: StepKind
+    dropped: tuple[int, ...] = ()
+    sample_masks: np.ndarray | None = None
+    survival: tuple[float, ...] | None = None
+
+    @property
+    def mean_dropped(self) -> float:
+        """Mean size of the set D over the samples."""
+        return float(len(self.dropped) if self.sample_masks is None else self.sample_masks.sum(1).mean())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StepPlan) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple:
+        masks = self.sample_masks
+        return self.kind, self.dropped, None if masks is None else (masks.shape, masks.tobytes()), self.survival
+
+
+VANILLA_PLAN = StepPlan(StepKind.VANILLA)
+_CHOICES = {
+    "drop_rate_schedule": DropRateSchedule,
+    "drop_rate_over_time": DropRateOverTime,
+    "drop_granularity": DropGranularity,
+}
+
+
+class FeatureReuseSchedule:
+    """Alternate stochastic-depth and masked-freeze steps over random sets of blocks.
+
+    A cycle is `vanilla_steps` plain steps, then `stochastic_depth_steps` and `masked_freeze_steps`. One set D is drawn
+    per cycle: block l is in D with probability `rates[l]`, independently of the others. If D is empty, the
+    stochastic-depth steps of the cycle compute and scale every block, and its masked-freeze steps are vanilla.
+
+    Args:
+        num_blocks (`int`): number of residual blocks L that can be dropped.
+        drop_rate (`float`, defaults to 0.5): probability, from 0 to below 1, of dropping a block in a cycle; 0 is
+            plain training.
+        drop_rate_schedule (`"linear"` or `"uniform"`, defaults to `"linear"`): block l of 0..L-1 gets
+            `drop_rate * (l + 1) / L` ("linear", Huang et al. 2016) or `drop_rate` ("uniform").
+        stochastic_depth_steps (`int`, defaults to 1): optimizer steps of the first kind in a cycle.
+        masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle. 1 and 0 is only
+            stochastic depth, 0 and 1 only masked freeze, 0 and 0 plain training.
+        vanilla_steps (`int`, defaults to 0): plain optimizer steps at the start of each cycle.
+        seed (`int`, defaults to 0): from 0 to 2**64 - 1.
+        first_step (`int`, defaults to 0): first optimizer step of the window; cycles are counted from it.
+        last_step (`int`, *optional*): last optimizer step of the window, included; `None` means no end. Steps outside
+            the window are vanilla.
+        drop_granularity (`"batch"` or `"sample"`, defaults to `"batch"`): whether all samples of a step share one set
+            D, or each has its own. The set of a sample follows from its position in the global batch of the optimizer
+            step: how this is cut into micro-batches and ranks changes nothing. Rates are rounded to sixteenths, and
+            of 16 consecutive samples exactly that many drop a block.
+        drop_rate_over_time (`"constant"`, `"falling"` or `"rising"`, defaults to `"constant"`): within the window, the
+            rates stay, fall linearly to 0 at `last_step`, or rise linearly from 0 at `first_step`. All steps of a
+            cycle have the rates of its first step.
+
+    Attributes:
+        rates (`tuple[float, ...]`): drop probability of each block, shape (L,), where it is highest over time.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or rates fall or rise in a window without an end.
+
+    Example:
+        >>> from hf_featreuse import FeatureReuseSchedule
+        >>> schedule = FeatureReuseSchedule(4, drop_rate=0.5, seed=0)
+        >>> schedule.rates
+        (0.125, 0.25, 0.375, 0.5)
+        >>> [schedule.plan(step).kind.value for step in range(2)]
+        ['stochastic_depth', 'masked_freeze']
+        >>> schedule.plan(0).dropped == schedule.plan(1).dropped
+        True
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        drop_rate: float = 0.5,
+        drop_rate_schedule: DropRateSchedule = "linear",
+        stochastic_depth_steps: int = 1,
+        masked_freeze_steps: int = 1,
+        seed: int = 0,
+        first_step: int = 0,
+        last_step: int | None = None,
+        drop_granularity: DropGranularity = "batch",
+        vanilla_steps: int = 0,
+        drop_rate_over_time: DropRateOverTime = "constant",
+    ) -> None:
+        check_options(
+            drop_rate=drop_rate,
+            drop_rate_schedule=drop_rate_schedule,
+            drop_rate_over_time=drop_rate_over_time,
+            drop_granularity=drop_granularity,
+            stochastic_depth_steps=stochastic_depth_steps,
+            masked_freeze_steps=masked_freeze_steps,
+            vanilla_steps=vanilla_steps,
+        )
+        self.num_blocks = _whole_number("num_blocks", num_blocks)
+        self.drop_rate = float(drop_rate)
+        self.drop_rate_schedule: DropRateSchedule = drop_rate_schedule
+        self.stochastic_depth_steps = int(stochastic_depth_steps)
+        self.masked_freeze_steps = int(masked_freeze_steps)
+        self.seed = check_seed("seed", seed)
+        self.first_step = _whole_number("first_step", first_step)
+        self.last_step = None if last_step is None else _whole_number("last_step", last_step)
+        self.drop_granularity: DropGranularity = drop_granularity
+        self.vanilla_steps = int(vanilla_steps)
+        self.drop_rate_over_time: DropRateOverTime = drop_rate_over_time
+        if self.num_blocks == 0 and self.alternates:
+            raise ConfigurationError(
+                "`num_blocks=0` leaves nothing to drop. Pass the number of residual blocks, or set `drop_rate=0` for "
+                "plain training."
+            )
+        if drop_rate_over_time != "constant" and last_step is None:
+            raise ConfigurationError(
+                f"`drop_rate_over_time={drop_rate_over_time!r}` needs the end of the window. Pass `last_step`, the "
+                "last optimizer step of the window."
+            )
+        self.rates = self._rates(1.0)
+
+    @property
+    def alternates(self) -> bool:
+        """Whether any step differs from plain training."""
+        return self.drop_rate > 0 and self.stochastic_depth_steps + self.masked_freeze_steps > 0
+
+    @property
+    def steps_per_cycle(self) -> int:
+        """Number of optimizer steps in a cycle."""
+        return self.vanilla_steps + self.stochastic_depth_steps + self.masked_freeze_steps
+
+    def rates_at(self, global_step: int) -> tuple[float, ...]:
+        """Give the drop probability of each block in the cycle that holds an optimizer step of the window.
+
+        Args:
+            global_step (`int`): from `first_step` to `last_step`.
+
+        Example:
+            >>> from hf_featreuse import FeatureReuseSchedule
+            >>> schedule = FeatureReuseSchedule(2, last_step=10, drop_rate_over_time="falling")
+            >>> schedule.rates_at(0), schedule.rates_at(4), schedule.rates_at(10)
+            ((0.25, 0.5), (0.15, 0.3), (0.0, 0.0))
+        """
+        return self._cycle_rates((global_step - self.first_step) // max(self.steps_per_cycle, 1))
+
+    def _cycle_rates(self, cycle: int) -> tuple[float, ...]:
+        if self.drop_rate_over_time == "constant" or self.last_step is None:
+            return self.rates
+        passed = min(cycle * self.steps_per_cycle / max(self.last_step - self.first_step, 1), 1.0)
+        return self._rates(1 - passed if self.drop_rate_over_time == "falling" else passed)
+
+    def _rates(self, factor: float) -> tuple[float, ...]:
+        """The drop probability of each block at a fraction of the drop rate."""
+        rate = self.drop_rate * factor
+        if self.drop_rate_schedule == "uniform":
+            rates = (rate,) * self.num_blocks
+        else:
+            rates = tuple(rate * (block + 1) / self.num_blocks for block in range(self.num_blocks))
+        return tuple(sixteenths(rate) / GROUP for rate in rates) if self.drop_granularity == "sample" else rates
+
+    def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
+        """Give the plan of an optimizer step or, with sets drawn by sample, of one micro-batch of it.
+
+        Args:
+            global_step (`int`): number of optimizer steps taken before this one, as `TrainerState.global_step`.
+            batch_size (`int`, *optional*): samples in the micro-batch; needed, and used, if every sample has its own
+                set.
+            position (`int`, defaults to 0): of the first of them in the global batch of the optimizer step.
+
+        Returns:
+            `StepPlan`: the kind of step and the set D.
+
+        Raises:
+            ConfigurationError: `batch_size` is missing, or it or `position` is not a whole number.
+
+        Example:
+            >>> from hf_featreuse import FeatureReuseSchedule
+            >>> FeatureReuseSchedule(4, first_step=10).plan(3).kind.value
+            'vanilla'
+            >>> schedule = FeatureReuseSchedule(4, drop_granularity="sample")
+            >>> schedule.plan(0, batch_size=8).sample_masks.shape
+            (8, 4)
+        """
+        after_end = self.last_step is not None and global_step > self.last_step
+        if not self.alternates or global_step < self.first_step or after_end:
+            return VANILLA_PLAN
+        cycle, step_of_cycle = divmod(global_step - self.first_step, self.steps_per_cycle)
+        if step_of_cycle < self.vanilla_steps:
+            return VANILLA_PLAN
+        is_depth_step = step_of_cycle < self.vanilla_steps + self.stochastic_depth_steps
+        kind = StepKind.STOCHASTIC_DEPTH if is_depth_step else StepKind.MASKED_FREEZE
+        rates = self._cycle_rates(cycle)
+        survival = tuple(1 - rate for rate in rates) if is_depth_step else None
+        if self.drop_granularity == "sample":
+            return StepPlan(kind, (), self._draw_samples(cycle, rates, batch_size, position), survival)
+        dropped = draw_batch(self.seed, cycle, rates)
+        return StepPlan(kind, dropped, None, survival) if dropped or is_depth_step else VANILLA_PLAN
+
+    def _draw_samples(self, cycle: int, rates: tuple[float, ...], batch_size: int | None, position: int) -> np.ndarray:
+        if batch_size is None:
+            raise ConfigurationError(
+                '`drop_granularity="sample"` draws a set for every sample and needs their number. Pass '
+                "`batch_size=...`, the samples of this micro-batch, and `position=...`, that of the first of them."
+            )
+        count, first = _whole_number("batch_size", batch_size), _whole_number("position", position)
+        return draw_samples(self.seed, cycle, rates, count, first)
+
+    def settings(self) -> dict[str, object]:
+        """Give the arguments that make the same schedule again."""
+        return {name: value for name, value in vars(self).items() if name != "rates"}
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        return f"FeatureReuseSchedule({values})"
+
+
+def check_options(*, drop_rate: object, **options: object) -> None:
+    """Raise `ConfigurationError` unless the options that need no model are usable; they go by the schedule's names."""
+    if isinstance(drop_rate, bool) or not isinstance(drop_rate, (int, float)) or not 0 <= drop_rate < 1:
+        raise ConfigurationError(
+            f"`drop_rate={drop_rate!r}` is not a probability. Pass a value in [0, 1), such as 0.5; 0 is plain "
+            "training."
+        )
+    for name, value in options.items():
+        if name not in _CHOICES:
+            _whole_number(name, value)
+        elif value not in get_args(_CHOICES[name]):
+            raise ConfigurationError(f"`{name}={value!r}` is unknown. Pass one of {get_args(_CHOICES[name])}.")
+
+
+def check_seed(name: str, seed: object) -> int:
+    """The seed as an int that fits one key word of Philox, or `ConfigurationError`."""
+    value = _whole_number(name, seed)
+    if value >= 2**64:
+        raise ConfigurationError(f"`{name}={seed!r}` does not fit 64 bits. Pass a whole number from 0 to 2**64 - 1.")
+    return value
+
+
+def _whole_number(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+        raise ConfigurationError(f"`{name}={value!r}` is not a whole number from 0 up. Pass for instance `{name}=1`.")
+    return int(value)

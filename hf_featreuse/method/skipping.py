@@ -1,0 +1,172 @@
+"""Skip residual blocks for a while: they are not computed and act as their shortcut.
+
+A skipped block gets a subclass of its own class, of the same name, whose `__call__` returns the residual stream. The
+call is the outermost place there is: the block's own module hooks, activation checkpointing and a sharded engine's
+communication all stay inside it and are skipped too.
+
+Source: stochastic depth, Huang et al. 2016 (arXiv 1603.09382). Dividing the increment of a kept block by its survival
+probability is the convention of timm's `drop_path` and torchvision's `stochastic_depth`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hf_featreuse.method.class_swap import Rule, bind_rules, divide_outputs
+from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_scalable
+from hf_featreuse.errors import BlockError, ConfigurationError
+
+
+@contextlib.contextmanager
+def skip_blocks(
+    dropped: Sequence[ResidualBlock],
+    *,
+    kept: Sequence[ResidualBlock] = (),
+    survival: Sequence[float] | None = None,
+    allow_inexact: bool = False,
+) -> Iterator[None]:
+    """Leave out residual blocks in every forward and backward inside the context.
+
+    Hold it through backward: activation checkpointing runs the forward again there. On exit the model is as before:
+    classes, attributes, hooks and `state_dict` keys. A deep copy or pickle made inside holds plain classes.
+
+    Args:
+        dropped (`list[ResidualBlock]`): blocks that return their residual stream at once.
+        kept (`list[ResidualBlock]`, defaults to none): blocks whose residual increment is scaled.
+        survival (`list[float]`, *optional*): survival probability, above 0 and up to 1, of each block of `kept`; a
+            block's output becomes `x + (block(x) - x) / survival` or, if an activation follows its addition,
+            `activation(x + f(x) / survival)`.
+        allow_inexact (`bool`, defaults to `False`): skip blocks too whose shortcut is not a bitwise identity. They
+            return their input as it is, without the activation that follows the addition.
+
+    Raises:
+        BlockError: a block is inexact or stands in both lists; when called, a scaled block changes its input in place.
+        ConfigurationError: `survival` does not fit `kept`, or what a block in `kept` adds cannot be scaled.
+        StepError: a block is being skipped already.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import find_residual_blocks, skip_blocks
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+        >>> model = ViTForImageClassification(config)
+        >>> blocks = find_residual_blocks(model)
+        >>> with skip_blocks(blocks[:1]):
+        ...     model(torch.zeros(1, 3, 224, 224)).logits.sum().backward()
+        >>> all(parameter.grad is None for parameter in blocks[0].module.parameters())
+        True
+    """
+    if not allow_inexact:
+        check_exact(dropped)
+    both = {id(block.module) for block in dropped} & {id(block.module) for block in kept}
+    if both:
+        name = next(block.name for block in dropped if id(block.module) in both)
+        raise BlockError(f"Block {name} is in `dropped` and in `kept`; pass it in one of them.")
+    rules: list[tuple[ResidualBlock, Rule]] = [(block, shortcut(block)) for block in dropped]
+    scaling = Scaling(kept, list(survival or ()))
+    rules += [(block, rule) for block, rule in scaling.rules if rule is not None]
+    with scaling.branches(), bind_rules(rules, "__call__"):
+        yield
+
+
+class Scaling:
+    """How kept blocks are scaled: a block as a whole by a rule, one that ends in an activation by its branch.
+
+    Args:
+        blocks (`list[ResidualBlock]`): the blocks.
+        survival (`list[float]`): the survival probability of each.
+
+    Attributes:
+        rules (`list[tuple[ResidualBlock, Rule]]`): what each block does when called; `None` for its own call.
+
+    Raises:
+        ConfigurationError: the probabilities do not fit the blocks, or what a block adds cannot be scaled.
+    """
+
+    def __init__(self, blocks: Sequence[ResidualBlock], survival: Sequence[float]) -> None:
+        if len(survival) != len(blocks):
+            raise ConfigurationError(
+                f"`survival` has {len(survival)} entries for {len(blocks)} blocks. Pass one probability for each."
+            )
+        wrong = next((p for p in survival if not 0 < p <= 1), None)
+        if wrong is not None:
+            raise ConfigurationError(f"`survival` holds {wrong!r}. A survival probability is above 0 and at most 1.")
+        divided = [(block, p) for block, p in zip(blocks, survival, strict=True) if p != 1]
+        check_scalable([block for block, _ in divided])
+        self._branches = [(block.branch, _scalar(p)) for block, p in divided if block.branch is not None]
+        self.rules: list[tuple[ResidualBlock, Rule | None]] = [
+            (block, None if p == 1 or block.branch is not None else _scaled(block, _scalar(p)))
+            for block, p in zip(blocks, survival, strict=True)
+        ]
+
+    def branches(self) -> contextlib.AbstractContextManager[None]:
+        """Scale the branches of the blocks that end in an activation until the exit."""
+        return divide_outputs(self._branches)
+
+
+def _scalar(value: float) -> torch.Tensor:
+    """A probability as a tensor without dimensions, which keeps the dtype and the device of what it divides.
+
+    Unlike a number, autograd saves it: if backward runs after the step was left, activation checkpointing then raises
+    an error instead of giving wrong gradients. And compiled blocks take a new one without a new graph.
+    """
+    # Made in each step: one made earlier under FakeTensorMode, or outside it, would not fit.
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+def shortcut(block: ResidualBlock) -> Rule:
+    """What a dropped block does when called: the residual stream, in the shape of the block's own output."""
+
+    def rule(_call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        stream = block.stream(args, kwargs)
+        if block.num_outputs is None:
+            return stream
+        # Asked for attentions, a block returns them second, and its caller takes them from there.
+        count = max(block.num_outputs, 2) if _asks_for_attentions(block, args, kwargs) else block.num_outputs
+        others = [
+            None if key is None else args[key] if isinstance(key, int) else kwargs[key] for key in block.passed_on
+        ]
+        return (stream, *others, *(None,) * (count - 1 - len(others)))
+
+    return rule
+
+
+def _asks_for_attentions(block: ResidualBlock, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call passes a true `output_attentions`, by keyword or by position."""
+    if "output_attentions" in kwargs:
+        return bool(kwargs["output_attentions"])
+    names = _parameter_names(type(block.module).forward)
+    position = names.index("output_attentions") if "output_attentions" in names else len(args)
+    return position < len(args) and bool(args[position])
+
+
+@functools.cache
+def _parameter_names(forward: Callable) -> list[str]:
+    """Names of the parameters of a forward after `self`."""
+    return list(inspect.signature(forward).parameters)[1:]
+
+
+def _scaled(block: ResidualBlock, survival: torch.Tensor) -> Rule:
+    """What a kept block does when called: its increment divided by its survival probability."""
+
+    def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        stream = block.stream(args, kwargs)
+        version = None if stream.is_inference() else stream._version
+        output = call(*args, **kwargs)
+        if version is not None and stream._version != version:
+            raise BlockError(
+                f"Block {block.name} changes its input in place, so what it adds cannot be scaled. Set "
+                "`scale_kept=False`."
+            )
+        first = output if isinstance(output, torch.Tensor) else output[0]
+        divided = (stream + (first - stream) / survival).to(first.dtype)
+        return divided if isinstance(output, torch.Tensor) else (divided, *output[1:])
+
+    return rule

@@ -1,0 +1,236 @@
+"""A Trainer that goes on exactly where it was: what is mended of Trainer itself, apart from the method."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+from transformers.utils import logging
+
+from hf_featreuse.checkpoints.weights import load_exactly
+from hf_featreuse.errors import CheckpointError, FeatureReuseError
+from hf_featreuse.checkpoints.failures import (
+    check_writable,
+    describe_last_whole,
+    describe_ranks,
+    find_not_finite,
+    open_checkpoint,
+    refuse_not_finite,
+)
+from hf_featreuse.trainer.private_names import check_attributes, check_names
+from hf_featreuse.checkpoints.resume_state import RESUME_STATE_NAME, read_resume_state, write_resume_state
+from hf_featreuse.checkpoints.completeness import checkpoint_fault, resolve_checkpoint
+
+logger = logging.get_logger(__name__)
+
+# Before a class is defined whose overrides Trainer might not call.
+check_names()
+
+
+class ResumableTrainer(Trainer):
+    """`transformers.Trainer` with strict checkpoints and data sets that know their epoch; no feature reuse.
+
+    Base of [`FeatureReuseTrainer`]. Weights are restored to the bit or not at all, a checkpoint that is cut short is
+    passed over for the last whole one before it, random transforms draw the same in a resumed epoch, and the log
+    history after a resume is that of the uninterrupted run, times aside: checkpoints hold the sums behind it, too.
+
+    Raises:
+        CheckpointError: in `train()`, no checkpoint is whole, one does not hold every weight, or none can be written.
+        StepError: in `train()`, the weights are NaN or infinite when a checkpoint is due.
+    """
+
+    # What the checkpoint holds besides Trainer's files, until the first epoch takes it up.
+    _resumed: dict[str, Any] | None = None
+    _resumed_from: str | None = None
+    # Whether the random state of the checkpoint is taken up already.
+    _rng_is_loaded = False
+    # Whether the sums behind `train_loss` are those of every step of the run.
+    _sums_are_whole = False
+    _finalizing = False
+    # The step, gradient norm and learning rate after which logs, evaluation and checkpoints were last due.
+    _due: tuple[int, float | None, float | None] = (-1, None, None)
+    _at_epoch_end = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`. A checkpoint that is cut short is passed over for the last whole one before it."""
+        folder = str(self.args.output_dir)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, folder)
+        if self.args.should_save and self.args.save_strategy != SaveStrategy.NO:
+            check_writable(folder)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        except (KeyboardInterrupt, OSError, RuntimeError) as error:
+            if not isinstance(error, FeatureReuseError):  # Those say it themselves.
+                cause = f"{type(error).__name__} stopped training after {self.state.global_step} optimizer steps."
+                logger.warning(f"{cause} {self._describe_ranks()}{describe_last_whole(folder)}")
+            raise
+        finally:
+            # Trainer leaves it on where training was interrupted, and evaluates as if it went on.
+            self.is_in_train = False
+
+    def _describe_ranks(self) -> str:
+        return describe_ranks(self.args.process_index, self.args.world_size)
+
+    def _resume_state(self) -> dict[str, Any]:
+        """The sums behind the logs, as JSON holds them exactly."""
+        step, grad_norm, learning_rate = self._due
+        return {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar if self._sums_are_whole else None,
+            "last_logged": self._globalstep_last_logged,
+            "at_epoch_end": self._at_epoch_end,
+            "due": [step, None if grad_norm is None else float(grad_norm), learning_rate],
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take up sums that `_resume_state` gave."""
+        self._tr_loss = torch.full_like(self._tr_loss, state["loss"])
+        self._globalstep_last_logged = state["last_logged"]
+        self._sums_are_whole = state["total_loss"] is not None
+        self._total_loss_scalar = state["total_loss"] or 0.0
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The last of the files that every rank writes; `trainer_state.json` follows and closes the checkpoint.
+        super()._save_rng_state(output_dir)
+        write_resume_state(output_dir, self._resume_state(), self.args.process_index, self.args.world_size)
+        # Rank 0 closes a checkpoint only when the files of every rank are there.
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step, run_folder = self.state.global_step, self._get_output_dir(trial)
+        folder = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        self._check_finite()
+        try:
+            if self.args.should_save:
+                open_checkpoint(folder)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            fault = checkpoint_fault(folder)
+            if fault is None:  # Written whole: what failed came after it.
+                raise
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written to {folder}: {error} What is there of it is "
+                f"passed over on resume ({fault}). {self._describe_ranks()}{describe_last_whole(run_folder)} Free "
+                "space or pass an `output_dir` elsewhere first; `save_total_limit` keeps fewer checkpoints."
+            ) from error
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        begun = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        folder = resume_from_checkpoint
+        self._resumed, self._sums_are_whole, self._due = None, folder is None, (-1, None, None)
+        self._resumed_from, self._rng_is_loaded = folder, False
+        if folder is not None:
+            self._resumed = read_resume_state(folder, self.args.process_index, self.args.world_size)
+            if self._resumed is None:
+                logger.warning(
+                    f"{folder} holds no {RESUME_STATE_NAME}: it was written by an older version, the stock Trainer, "
+                    "with `save_only_model`, or by another number of processes. Training goes on; the first `loss` "
+                    f"logged counts the steps from {self.state.global_step} on alone, `train_loss` too, and changed "
+                    "settings go unnoticed."
+                )
+        return begun
+
+    def _take_up(self, trial: Any, epoch: int, ignore_keys_for_eval: Any, start_time: float) -> None:
+        """Restore the sums, once; then do what was due at the end of an epoch after the checkpoint was written."""
+        check_attributes(self)
+        state, self._resumed = self._resumed, None
+        if state is None:
+            return
+        self._restore(state)
+        ended = self.state.epoch == int(self.state.epoch or 0) or self.state.global_step >= self.state.max_steps
+        if ended and not state["at_epoch_end"]:
+            _, grad_norm, learning_rate = self._due = tuple(state["due"])
+            # An evaluation draws from the random state: it comes between the checkpoint and the next epoch, as it did.
+            self._load_rng_state(self._resumed_from)
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            # The checkpoint that is here already is not due again.
+            self._maybe_log_save_evaluate(
+                self._tr_loss,
+                grad_norm,
+                self.model_wrapped,
+                trial,
+                epoch,
+                ignore_keys_for_eval,
+                start_time,
+                learning_rate=learning_rate,
+            )
+            self._rng_is_loaded = True
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        loaded, self._rng_is_loaded = self._rng_is_loaded, False
+        if not loaded:
+            super()._load_rng_state(checkpoint)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        step = self.state.global_step
+        # The second call after one step comes from the end of an epoch.
+        self._at_epoch_end = self._due[0] == step
+        self._due = (step, grad_norm, kwargs.get("learning_rate"))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._take_up(kwargs["trial"], kwargs["epoch"] - 1, kwargs["ignore_keys_for_eval"], kwargs["start_time"])
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at the last step, in the middle of an epoch: Trainer would take one step more.
+            self.control.should_training_stop = True
+            return
+        # accelerate 1.15 tells a data set its epoch, but neither with several processes nor in the epoch of a resume.
+        dataset = kwargs["train_dataloader"].dataset
+        if callable(set_epoch := getattr(dataset, "set_epoch", None)):
+            set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
+        self._take_up(trial, int(self.state.epoch or 0) - 1, None, start_time)
+        self._check_finite()
+        self._finalizing = True
+        try:
+            output = super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self._finalizing = False
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does; `train_loss` after a resume is the mean over the whole run, not of this call alone."""
+        if self._finalizing and self._sums_are_whole and "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+        super().log(logs, start_time)
+
+    def _check_finite(self) -> None:
+        """Raise `StepError` if a weight is NaN or infinite, on every rank alike where each holds a part."""
+        names = [None if self.model is None else find_not_finite(self.model)]
+        if self._shards:
+            names = gather_object(names)
+        if (name := next(filter(None, names), None)) is not None:
+            refuse_not_finite(name, self.state.global_step, str(self.args.output_dir))
+
+    @property
+    def _shards(self) -> bool:
+        """Whether an engine keeps the weights in shards and loads them itself."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._shards or not load_exactly(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        folder = self.state.best_model_checkpoint
+        if folder is None or self._shards or not load_exactly(self.model, folder):
+            super()._load_best_model()
+        else:
+            logger.info(f"Loaded the best model from {folder} (score: {self.state.best_metric}).")

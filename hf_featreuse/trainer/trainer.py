@@ -1,0 +1,589 @@
+"""A Trainer that alternates stochastic depth and masked freeze: every hook that it needs, in the order of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from accelerate.utils import TorchDynamoPlugin, find_batch_size
+from torch import nn
+from transformers import (
+    BaseImageProcessor,
+    EvalPrediction,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from hf_featreuse import backends
+from hf_featreuse.recipe.weight_average import WeightAverage
+from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
+from hf_featreuse.checkpoints.changed_settings import PlanSource, check_plans, check_scaling
+from hf_featreuse.method.compiling import compile_blocks
+from hf_featreuse.trainer.arguments import FeatureReuseArguments
+from hf_featreuse.trainer.console import ConsoleCallback
+from hf_featreuse.method.cost import StepCosts, measure_step_costs
+from hf_featreuse.method.feature_reuse import FeatureReuse
+from hf_featreuse.errors import BlockError, ConfigurationError, HubError, StepError
+from hf_featreuse.hub import Pusher, RunSummary, write_run_card
+from hf_featreuse.hub.run_card import card_arguments, write_base_config, write_run_plot
+from hf_featreuse.method.dummy_forward import own_drop_path_rate, takes_dummy_inputs, undisturbed
+from hf_featreuse.trainer.recipe_arguments import RecipeArguments
+from hf_featreuse.trainer.unsupported import check_engine, check_optimizer, fsdp_version
+from hf_featreuse.trainer.resumable import ResumableTrainer
+from hf_featreuse.checkpoints.resume_state import read_resume_state
+from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind
+from hf_featreuse.method.fsdp import complete_state, forget_state
+from hf_featreuse.trainer.step_log import StepLog
+from hf_featreuse.trainer.trackers import SchedulePicture
+from hf_featreuse.trainer.recipe import FollowWeights, Recipe
+
+logger = logging.get_logger(__name__)
+
+
+class FeatureReuseTrainer(ResumableTrainer):
+    """A drop-in for `transformers.Trainer` that trains with feature reuse.
+
+    With a plain `TrainingArguments` the options of feature reuse have their defaults. Evaluation and prediction use
+    the whole network. Logs gain `loss/stochastic_depth`, `loss/masked_freeze` and `loss/vanilla` (means since the last
+    log over the steps of each kind; absent kinds are left out), `dropped_blocks` (mean size of the set D per step) and
+    `compute_share` (mean arithmetic of a step as a share of a plain step's).
+
+    Checkpoints and resume are those of [`ResumableTrainer`]. A push while training continues sends a snapshot, so that
+    the commit of step k holds the weights of step k; one that fails is tried again, then logged with the command that
+    repeats it. `training_args.bin`, a pickle that holds the token, is never sent.
+
+    Args:
+        model (`PreTrainedModel` or `torch.nn.Module`, *optional*): the model that trains; or pass `model_init`.
+        args (`FeatureReuseConfig` or `TrainingArguments`, *optional*): options.
+        data_collator (`Callable`, *optional*): makes a batch of a list of examples.
+        train_dataset (`torch.utils.data.Dataset` or `datasets.Dataset`, *optional*): to train on.
+        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*): to evaluate on.
+        processing_class (`BaseImageProcessor`, *optional*): saved and pushed with the model, whose users need it.
+        model_init (`Callable`, *optional*): makes a new model for each `train()`, as hyperparameter search needs.
+        compute_loss_func (`Callable`, *optional*): your own loss of `(outputs, labels, num_items_in_batch)`.
+        compute_metrics (`Callable`, *optional*): from an `EvalPrediction` to metrics by name.
+        callbacks (`list[TrainerCallback]`, *optional*): in addition to the default ones.
+        optimizers (`tuple`, *optional*): an optimizer and a scheduler; by default those that `args` names.
+        optimizer_cls_and_kwargs (`tuple`, *optional*): class and arguments of the optimizer.
+        preprocess_logits_for_metrics (`Callable`, *optional*): shrinks logits before they are gathered.
+
+    Attributes:
+        card_details (`Mapping[str, Any]`): arguments of `create_model_card` that hold for every card of this trainer:
+            `finetuned_from`, `dataset`, `license`, `tags`.
+        feature_reuse (`FeatureReuse`, *optional*): blocks and schedule, once `train()` knows the model that trains and
+            its number of steps.
+        step_costs (`StepCosts`, *optional*): arithmetic of each kind of step.
+        step_kind (`StepKind`, *optional*): kind of the last step.
+        weight_average (`WeightAverage`, *optional*): with `ema_decay`, once `train()` has begun.
+
+    Raises:
+        ConfigurationError: a backend, optimizer or recipe option does not work with the model or with feature reuse;
+            or, in `train()`, a setting that changed since the checkpoint would have planned a past step differently.
+        BlockError: in `train()`, the model has no residual block that can be skipped and trained.
+        CheckpointError: in `train()`, no checkpoint is complete, or none can be written.
+        StepError: in `train()`, the weights became NaN or infinite.
+        HubError: with `push_to_hub=True`, the repository cannot be made; in `push_to_hub()`, the push failed.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import FeatureReuseConfig, FeatureReuseTrainer
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=8,
+        ...                    image_size=8, patch_size=4)
+        >>> data = [{"pixel_values": torch.rand(3, 8, 8), "labels": i % 2} for i in range(16)]
+        >>> args = FeatureReuseConfig(output_dir="outputs/run", max_steps=4, use_cpu=True, disable_tqdm=True,
+        ...                           save_strategy="no", report_to="none", logging_steps=2)
+        >>> trainer = FeatureReuseTrainer(ViTForImageClassification(config), args, train_dataset=data)
+        >>> result = trainer.train()  # doctest: +ELLIPSIS
+        {...}
+        >>> result.global_step
+        4
+    """
+
+    # Not to be changed in place: it belongs to every trainer.
+    card_details: Mapping[str, Any] = MappingProxyType({})
+    feature_reuse: FeatureReuse | None = None
+    step_costs: StepCosts | None = None
+    step_kind: StepKind | None = None
+    recipe: Recipe
+    _step_log: StepLog | None = None
+    # Optimizer step that is open, and index of its micro-batch.
+    _micro_batch: tuple[int, int] = (-1, 0)
+    # How to compile the blocks; `None` if nothing is compiled, or the whole model in plain training.
+    _dynamo_plugin: TorchDynamoPlugin | None = None
+    # Parameters whose optimizer state in the last checkpoint is none of theirs.
+    _without_state: Any = ()
+    # The loss function that the recipe set, and the user's own under it.
+    _recipe_loss: Callable | None = None
+    _own_loss: Callable | None = None
+
+    # Set up
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: BaseImageProcessor | Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            model_init,
+            compute_loss_func,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics,
+        )
+        self._take_up_recipe()
+        # Before all others: what a tracker logs at the end of training is the model that was evaluated.
+        self.callback_handler.callbacks.insert(0, FollowWeights(lambda: self.recipe))
+        self.add_callback(SchedulePicture(self))
+        self.add_callback(ConsoleCallback(self))
+
+    @property
+    def reuse_args(self) -> FeatureReuseArguments:
+        """The options of feature reuse: those of `args`, or the defaults if it is a plain `TrainingArguments`."""
+        return self.args if isinstance(self.args, FeatureReuseArguments) else FeatureReuseArguments()
+
+    @property
+    def weight_average(self) -> WeightAverage | None:
+        """The moving average of the weights."""
+        return self.recipe.average
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Refuse what cannot run feature reuse before there is an accelerator, then make it."""
+        if self.reuse_args.alternates:
+            check_engine(self.args, self.model)
+        super().create_accelerator_and_postprocess()
+        if self.reuse_args.alternates:
+            backends.check_accelerator(self.accelerator, self.reuse_args.drop_granularity)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        arguments = super()._build_accelerator_args(**kwargs)
+        self._dynamo_plugin = backends.take_dynamo_plugin(arguments) if self.reuse_args.alternates else None
+        if self.reuse_args.alternates and self.args.ddp_find_unused_parameters is None:
+            backends.search_unused_parameters(arguments)
+        return arguments
+
+    def _validate_args(self) -> None:
+        # The optimizers passed are known only here.
+        if self.reuse_args.alternates:
+            check_optimizer(self.optimizer)
+            check_optimizer((self.optimizer_cls_and_kwargs or (None,))[0])
+        super()._validate_args()
+
+    def _take_up_recipe(self) -> None:
+        """Follow the options of the recipe as they are now; a search changes them between two runs."""
+        options = self.args if isinstance(self.args, RecipeArguments) else RecipeArguments()
+        args = self.args
+        self.recipe = Recipe(options, seed=args.seed, label_smoothing=args.label_smoothing_factor)
+        self.recipe.check(
+            self.model,
+            in_shards=self._shards,
+            save_only_model=args.save_only_model,
+            load_best_model_at_end=args.load_best_model_at_end,
+        )
+        # One that was set since the last time is the user's.
+        if self.compute_loss_func is None or self.compute_loss_func != self._recipe_loss:
+            self._own_loss = self.compute_loss_func
+        self.compute_loss_func = self._recipe_loss = self.recipe.loss_function(self._own_loss)
+
+    # Begin to train
+
+    def get_residual_blocks(self, model: nn.Module) -> list[ResidualBlock]:
+        """Choose the blocks b0..b(L-1) of the model that trains; override to choose others.
+
+        Args:
+            model (`torch.nn.Module`): the model, on its device, not wrapped or compiled yet.
+        """
+        blocks = find_residual_blocks(model, self._probe_inputs(model), self.reuse_args.target_blocks)
+        return trainable_blocks(model, blocks)
+
+    def get_schedule(self, num_blocks: int, max_steps: int) -> FeatureReuseSchedule:
+        """Build the schedule; override for another one.
+
+        Args:
+            num_blocks (`int`): number of blocks.
+            max_steps (`int`): optimizer steps of the whole run.
+        """
+        return self.reuse_args.schedule(num_blocks, max_steps, self.args.seed)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`, with feature reuse; `torch_compile=True` compiles each block until the end."""
+        card_arguments(self.card_details)
+        with contextlib.ExitStack() as self._compiled:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = read_resume_state(resume_from_checkpoint, self.args.process_index, self.args.world_size) or {}
+        if (saved := state.get("plans")) is not None:
+            check_scaling(saved, self.reuse_args.scale_kept)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[Any, Any]:
+        # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
+        self._take_up_recipe()
+        model = self.model
+        assert model is not None
+        if self.reuse_args.alternates:
+            backends.check_sharding(model, self.accelerator, fsdp_version(self.args) is not None)
+        reuse = backends.bind_on_every_rank(lambda: self._bind(model, max_steps), self.accelerator.num_processes)
+        prepare = super()._prepare_for_training
+        if self.is_fsdp_enabled:
+            with backends.sharded_by_block(self.accelerator, model, reuse):
+                prepared = prepare(max_steps, train_dataloader, resume_from_checkpoint)
+        else:
+            prepared = prepare(max_steps, train_dataloader, resume_from_checkpoint)
+        assert self.model_wrapped is not None
+        backends.send_active_gradients(self.model_wrapped, reuse)
+        self.recipe.start_average(model, resume_from_checkpoint)
+        return prepared
+
+    def _bind(self, model: nn.Module, max_steps: int) -> FeatureReuse:
+        """Bind blocks, schedule and costs to the model that trains now."""
+        options = self.reuse_args
+        self._compiled.close()
+        options.check()
+        blocks = self.get_residual_blocks(model) if options.alternates else []
+        schedule = self.get_schedule(len(blocks), max_steps)
+        if schedule.drop_granularity == "sample" and self._dynamo_plugin is not None:
+            raise ConfigurationError(
+                '`torch_compile=True` does not work with `drop_granularity="sample"`, which runs each block on parts '
+                "of the batch whose sizes change in every step. Set `torch_compile=False`, or "
+                '`drop_granularity="batch"`.'
+            )
+        self.feature_reuse = reuse = FeatureReuse(
+            model,
+            blocks,
+            schedule,
+            scale_kept=options.scale_kept,
+            train_trunk=options.train_trunk,  # pyright: ignore[reportArgumentType]
+            frozen_batch_norm=options.frozen_batch_norm,  # pyright: ignore[reportArgumentType]
+            allow_inexact_skip=options.allow_inexact_skip,
+        )
+        self._micro_batch, self.step_costs = (-1, 0), None
+        if blocks:
+            self.step_costs = measure_step_costs(
+                model, blocks, self._probe_inputs(model), train_trunk=reuse.train_trunk
+            )
+            if (rate := own_drop_path_rate(model)) > 0:
+                logger.warning_once(
+                    f"{type(model).__name__} has drop path of its own (up to {rate:g} per sample), in addition to the "
+                    "blocks that feature reuse drops. Turn it off with `drop_path_rate=0` in the config, or ours with "
+                    "`stochastic_depth_steps=0`."
+                )
+        if blocks and self._dynamo_plugin is not None:
+            self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
+        self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
+        self._check_plans()
+        return reuse
+
+    def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
+        """A batch of one to look at the model with: made from its config or, if that does not suit, the data's."""
+        if takes_dummy_inputs(model):
+            return None
+        if self.train_dataset is None:
+            raise BlockError(
+                f"{type(model).__name__} does not run on a batch made from its config, and the trainer has no "
+                "`train_dataset` to take one from. Override `get_residual_blocks` and pass a small batch as `inputs`"
+                " to `find_residual_blocks`."
+            )
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        with undisturbed(model):
+            return collate([next(iter(self.train_dataset))])
+
+    def _check_plans(self) -> None:
+        """Refuse settings under which a past step would have had another plan; warn of what else changed."""
+        if self._resumed is None or (now := self._plan_source()) is None:
+            return
+        if (saved := self._resumed.get("plans")) is None:
+            logger.warning(
+                "The checkpoint records no settings of feature reuse, so changed ones, such as `scale_kept`, which is "
+                "on by default now, go unnoticed."
+            )
+            return
+        said = check_plans(PlanSource.from_json(saved), now, self.state.global_step)
+        if said is not None:
+            logger.warning(said)
+
+    def _plan_source(self) -> PlanSource | None:
+        """What the plans follow from; `None` if the schedule is the user's own."""
+        reuse, options = self.feature_reuse, self.reuse_args
+        if reuse is None or type(reuse.schedule) is not FeatureReuseSchedule:
+            return None
+        samples = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        more = {name: getattr(options, name) for name in ("scale_kept", "train_trunk", "frozen_batch_norm")}
+        blocks = tuple(block.name for block in reuse.blocks)
+        return PlanSource(reuse.schedule, blocks, reuse.trunk_trains, samples, more)
+
+    # Take a step
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward of a micro-batch as the plan of its optimizer step says."""
+        if self.feature_reuse is None or self._step_log is None:
+            raise StepError("`training_step` was called outside `train()`, which binds blocks and schedule. Call it.")
+        step = self.state.global_step
+        self._count_micro_batch(step)
+        with (
+            self.feature_reuse.step(step, **self._samples(inputs)) as plan,
+            self.recipe.expecting_mixed(type(self).__name__),
+        ):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_kind = plan.kind
+        self._step_log.add(step, plan, self.step_costs.share(plan) if self.step_costs else 1.0, loss)
+        return loss
+
+    def _count_micro_batch(self, step: int) -> None:
+        opened, micro_batch = self._micro_batch
+        self._micro_batch = (step, micro_batch + 1 if opened == step else 0)
+
+    @property
+    def _batch_of_step(self) -> int:
+        """Number of the open micro-batch among those of the optimizer step on all ranks."""
+        return self._micro_batch[1] * self.accelerator.num_processes + self.accelerator.process_index
+
+    def _samples(self, inputs: dict[str, Any]) -> dict[str, int]:
+        """Number of samples in a micro-batch, and the position of the first in the step's global batch."""
+        assert self.feature_reuse is not None
+        if self.feature_reuse.schedule.drop_granularity == "batch":
+            return {}
+        # accelerate deals the batches of the loader out to the ranks in turn.
+        samples = self._train_batch_size // (self.accelerator.num_processes if self.accelerator.split_batches else 1)
+        return {"batch_size": find_batch_size(inputs), "position": self._batch_of_step * samples}
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as `Trainer.compute_loss`; in training on mixed images, against both of their labels."""
+        if self.recipe.mixer is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        images = getattr(self.model, "main_input_name", "pixel_values")
+        with self.recipe.mixed(inputs, images, step=self.state.global_step, position=self._batch_of_step) as mixed:
+            return super().compute_loss(model, mixed, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the steps since the last log did, then log as Trainer does."""
+        if "loss" in logs and self._step_log is not None:
+            logs.update(self._step_log.drain(self._mean_over_ranks))
+            if self._step_log.not_finite:
+                self._check_finite()
+        super().log(logs, start_time)
+
+    def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.gather(values).view(-1, len(values)).mean(0)  # pyright: ignore
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict as `Trainer.evaluation_loop`; while training, with the averaged weights if there are."""
+        # After training the model itself has them.
+        with self.recipe.averaged() if self.is_in_train else contextlib.nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
+
+    # Save and resume
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.model is not None
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        with complete_state(self.model, backends.plain_optimizer(self.optimizer)) as self._without_state:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_fsdp_enabled and self._resumed is not None:
+            assert self.model is not None
+            names = self._resumed.get("without_state", [])
+            forget_state(self.model, backends.plain_optimizer(self.optimizer), names)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Before the files that close a checkpoint and name the ones it must have.
+        if self.args.should_save:
+            self.recipe.save_average(output_dir)
+        super()._save_rng_state(output_dir)
+
+    def _resume_state(self) -> dict[str, Any]:
+        assert self._step_log is not None
+        source = self._plan_source()
+        return {
+            **super()._resume_state(),
+            "without_state": self._without_state,
+            "by_kind": self._step_log.state(),
+            "plans": None if source is None else source.to_json(),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        # A checkpoint of the base class has none.
+        if self._step_log is not None and "by_kind" in state:
+            self._step_log.restore(state["by_kind"])
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.recipe.load_best_average(self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `Trainer.save_model`, a sharded model whole.
+
+        With `push_to_hub=True` it pushes too; a push that fails is only logged.
+        """
+        folder = str(output_dir or self.args.output_dir)
+        is_checkpoint = _internal_call and os.path.basename(folder).startswith(PREFIX_CHECKPOINT_DIR)
+        whole = self.is_fsdp_enabled and not is_checkpoint
+        try:
+            with backends.whole_state_dict(self.accelerator) if whole else contextlib.nullcontext():
+                super().save_model(output_dir, _internal_call)
+        except HubError as error:
+            logger.error(str(error))
+
+    # Publish
+
+    @cached_property
+    def pusher(self) -> Pusher:
+        """What pushes this run to the Hub."""
+        return Pusher(self.args)
+
+    def init_hf_repo(
+        self, token: str | None = None, private: bool | None = None, *, revision: str | None = None
+    ) -> None:
+        """Make the repository and its branch unless they exist; raise `HubError` if the Hub refuses."""
+        if self.is_world_process_zero():
+            self.pusher.make_repository(self.pusher.target(token, revision, private))
+            self.hub_model_id = self.pusher.repo_id
+            self.push_in_progress = None
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the model card of the run to `output_dir/README.md`, and the training plot next to it.
+
+        Takes the arguments of `Trainer.create_model_card`; `language`, `tasks`, `dataset_tags` and `dataset_args` have
+        no place in the card of an image classifier. What is not given is taken from `card_details`; `finetuned_from`
+        then from the model, which knows the checkpoint or configuration it was made from. Without matplotlib there is
+        no plot.
+        """
+        if self.is_world_process_zero():
+            given = {"license": license, "tags": tags, "model_name": model_name, "dataset": dataset}
+            folder = str(self.args.output_dir)
+            write_run_plot(self._summary(), folder)
+            self._write_card(folder, finetuned_from=finetuned_from, **given)
+
+    def _write_card(self, folder: str | Path, **given: Any) -> None:
+        details = card_arguments(self.card_details)
+        details.update({name: value for name, value in given.items() if value is not None})
+        write_run_card(self._summary(details.pop("model_name", None)), folder, **details)
+
+    def _summary(self, name: str | None = None) -> RunSummary:
+        """The run as its card and plot need it."""
+        args, state, reuse = self.args, self.state, self.feature_reuse
+        loads_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        return RunSummary(
+            name=self.pusher.repo_id or name or self.pusher.target().repo_id,
+            model=self.accelerator.unwrap_model(self.model),
+            settings=self.reuse_args.settings(),
+            schedule=None if reuse is None else reuse.schedule,
+            block_names=[] if reuse is None else [block.name for block in reuse.blocks],
+            # Plain values for enums.
+            arguments={**args.to_dict(), "mixed_precision": args.mixed_precision},
+            processes=args.world_size,
+            steps=state.global_step,
+            max_steps=state.max_steps,
+            log_history=state.log_history,
+            best_step=state.best_global_step if loads_best else None,
+        )
+
+    def _finish_folder(self, folder: Path) -> None:
+        """Write the card, and an adapter's base configuration, into a folder with the model."""
+        write_base_config(self.accelerator.unwrap_model(self.model), folder)
+        self._write_card(folder)
+
+    def _save_averaged(self, folder: Path) -> None:
+        with self.recipe.averaged():
+            self._save(str(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the model of a checkpoint that was just written, and the checkpoint if the strategy asks for it."""
+        step = self.state.global_step
+        if not self.is_world_process_zero() or not self.pusher.is_due(checkpoint_folder, step):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        averaged = None if self.weight_average is None else self._save_averaged
+        self.pusher.push_checkpoint(checkpoint_folder, step, finish=self._finish_folder, save_averaged=averaged)
+        self.push_in_progress = self.pusher.progress
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save model, image processor, plot and card, then push them.
+
+        Args:
+            commit_message (`str`, defaults to `"End of training"`): of the commit.
+            blocking (`bool`, defaults to `True`): wait for the end of the push; else it continues in the background.
+            token (`str`, *optional*): by default `hub_token`, else the stored one.
+            revision (`str`, *optional*): branch, made if missing; by default `hub_revision`.
+            private (`bool`, *optional*): visibility of a repository that is made; by default `hub_private_repo`.
+            kwargs: arguments of `create_model_card`.
+
+        Returns:
+            `CommitInfo`, or a `Future` of it with `blocking=False`; `None` on other processes than the first.
+
+        Raises:
+            HubError: the push failed; all is saved, and the message has the command that pushes again. In the
+                background it is logged, and raised by the future's `result()`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # Saved before the Hub is asked for anything.
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        folder = self.pusher.folder
+        write_base_config(self.accelerator.unwrap_model(self.model), folder)
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        if self.pusher.repo_id is None or revision is not None:
+            self.init_hf_repo(token=token, private=private, revision=revision)
+            self._write_card(folder, **card_arguments(kwargs))  # Which names the repository now.
+        target = self.pusher.target(token, revision, private)
+        pushed = self.pusher.push(target, commit_message or "End of training", blocking=blocking)
+        self.push_in_progress = self.pusher.progress
+        return pushed
