@@ -41,11 +41,11 @@ from hf_featreuse import (
     reduce_active_gradients,
     trainable_blocks,
 )
-from hf_featreuse.trainer.console import closing_summary, describe_kind, opening_summary
-from hf_featreuse.hub import PLOT_FILE
 from hf_featreuse.data.metrics import TopKAccuracy, rank_top_k
-from hf_featreuse.recipe.mixing import classification_loss
+from hf_featreuse.hub import PLOT_FILE
 from hf_featreuse.plotting import plot_training
+from hf_featreuse.recipe.mixing import classification_loss
+from hf_featreuse.trainer.console import closing_summary, describe_kind, opening_summary
 
 
 class Loop:

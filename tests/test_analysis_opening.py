@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_checkpoints import DIGITS, save
 
-from hf_featreuse.analysis.opening import class_ids_of, class_notes, evaluation_loader, open_classifier
 from hf_featreuse.data import load_image_data
+from hf_featreuse.data.evaluation import class_ids_of, class_notes, evaluation_loader, open_classifier
 from hf_featreuse.errors import DataError
 
 pytest.importorskip("sklearn", reason="the digits need the extra `examples`")

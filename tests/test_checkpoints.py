@@ -18,8 +18,8 @@ from torch import nn
 from training_runs import config, same_bits, state_of, train
 
 from hf_featreuse import CheckpointError, FeatureReuseTrainer, whole_checkpoints
-from hf_featreuse.checkpoints.weights import load_weights
 from hf_featreuse.checkpoints.completeness import checkpoint_fault, last_whole_checkpoint, resolve_checkpoint
+from hf_featreuse.checkpoints.weights import load_weights
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 WEIGHTS = "model.safetensors"

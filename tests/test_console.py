@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_featreuse import FeatureReuseTrainer
-from hf_featreuse.trainer.console import ConsoleCallback, closing_summary, mean_compute_share
 from hf_featreuse.data.metrics import build_compute_metrics
+from hf_featreuse.trainer.console import ConsoleCallback, closing_summary, mean_compute_share
 
 
 @pytest.fixture(autouse=True)

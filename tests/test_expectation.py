@@ -20,8 +20,8 @@ from hf_featreuse import (
     inspect_model,
     measure_step_costs,
 )
-from hf_featreuse.trainer.console import opening_summary
 from hf_featreuse.inspection.expectation import expected_costs, expected_share, step_shares
+from hf_featreuse.trainer.console import opening_summary
 
 VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
 

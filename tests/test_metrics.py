@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import top_k_accuracy_score
 from transformers import EvalPrediction
 
-from hf_featreuse.errors import DataError
 from hf_featreuse.data.metrics import TopKAccuracy, build_compute_metrics, rank_top_k
+from hf_featreuse.errors import DataError
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from training_runs import RecordingTrainer, same_bits, state_of, train
 
 from hf_featreuse import ConfigurationError, FeatureReuseSchedule, StepKind, trainer
 from hf_featreuse.checkpoints.changed_settings import PlanSource, check_scaling
-from hf_featreuse.method.draws import SAMPLE_DRAW_VERSION
 from hf_featreuse.checkpoints.resume_state import RESUME_STATE_NAME
+from hf_featreuse.method.draws import SAMPLE_DRAW_VERSION
 
 STEP = 2
 

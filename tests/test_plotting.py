@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.plotting import dropped_shares, plot_training
 from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind, StepPlan
+from hf_featreuse.plotting import dropped_shares, plot_training
 
 pytest.importorskip("matplotlib", reason="plots need the extra `examples`")
 

@@ -17,7 +17,15 @@ from training_runs import config
 from transformers import Trainer
 
 from hf_featreuse import FeatureReuseError, FeatureReuseTrainer, IncompatibleVersionError, private_names
-from hf_featreuse.trainer.private_names import ATTRIBUTES, INSTALLED, METHODS, OTHERS, TESTED, check_attributes, check_names
+from hf_featreuse.trainer.private_names import (
+    ATTRIBUTES,
+    INSTALLED,
+    METHODS,
+    OTHERS,
+    TESTED,
+    check_attributes,
+    check_names,
+)
 
 PACKAGE = Path(private_names.__file__).parent
 SET_BEFORE_TRAINING = [name for name in ATTRIBUTES if name != "push_in_progress"]

@@ -9,8 +9,8 @@ from training_runs import PlainNet, RecordingTrainer, config, losses, options, s
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_featreuse import BatchMixer, ConfigurationError, FeatureReuseTrainer
-from hf_featreuse.recipe.weight_average import AVERAGE_FILE
 from hf_featreuse.data.metrics import build_compute_metrics
+from hf_featreuse.recipe.weight_average import AVERAGE_FILE
 
 MIXED = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 PLAIN = {"stochastic_depth_steps": 0, "masked_freeze_steps": 0}

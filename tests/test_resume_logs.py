@@ -13,8 +13,8 @@ from transformers import Trainer
 
 from hf_featreuse import StepKind, whole_checkpoints
 from hf_featreuse import resumable as resumable_module
-from hf_featreuse.checkpoints.resume_state import read_resume_state
 from hf_featreuse.checkpoints.completeness import checkpoint_fault
+from hf_featreuse.checkpoints.resume_state import read_resume_state
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from training_runs import config
 
 from hf_featreuse import FeatureReuse, FeatureReuseSchedule, FeatureReuseTrainer, find_residual_blocks
-from hf_featreuse.trainer.console import opening_summary
 from hf_featreuse.method.fsdp import unsharded_class
+from hf_featreuse.trainer.console import opening_summary
 
 
 @pytest.fixture

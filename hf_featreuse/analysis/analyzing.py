@@ -16,8 +16,8 @@ from hf_featreuse.analysis.dropping import AccuracyCounter, Dropped, DropSets
 from hf_featreuse.analysis.features import FeatureMeter
 from hf_featreuse.analysis.results import BlockAnalysis, ModelAnalysis
 from hf_featreuse.analysis.similarity import SMALLEST_BATCH
-from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks
 from hf_featreuse.errors import BlockError, ConfigurationError, DataError
+from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks
 from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
 from hf_featreuse.method.skipping import skip_blocks
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_featreuse.analysis.figures import FIGURES, Named
 from hf_featreuse.analysis.results import BLOCK_COLUMNS, ModelAnalysis, block_cells, number, percent
-from hf_featreuse.inspection.report import common_prefix
+from hf_featreuse.text import common_prefix
 
 _STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1.2em; }

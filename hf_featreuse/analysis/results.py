@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_featreuse.analysis.statistics import Accuracy
-from hf_featreuse.inspection.report import aligned, common_prefix
+from hf_featreuse.text import aligned, common_prefix
 
 _TABLE_WIDTH = 100
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_featreuse.method.draws import SAMPLE_DRAW_VERSION
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.method.freezing import trunk_option
-from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind
+from hf_featreuse.method.draws import SAMPLE_DRAW_VERSION
+from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind, trunk_option
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_featreuse.errors import CheckpointError
 from hf_featreuse.checkpoints.resume_state import resume_state_fault
+from hf_featreuse.errors import CheckpointError
 
 logger = logging.get_logger(__name__)
 

@@ -9,9 +9,9 @@ from typing import NoReturn
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_featreuse.checkpoints.completeness import newest_whole
 from hf_featreuse.errors import CheckpointError, StepError
 from hf_featreuse.method.fsdp import local_part
-from hf_featreuse.checkpoints.completeness import newest_whole
 
 _MEND = (
     "Lower `learning_rate`, clip gradients with `max_grad_norm`, use bf16 instead of fp16, or look for bad values in "

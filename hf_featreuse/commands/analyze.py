@@ -6,18 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import datasets
-import torch
-import transformers
-from torch import nn
+if TYPE_CHECKING:
+    import torch
 
-from hf_featreuse.analysis.analyzing import analyze_model, check_options
-from hf_featreuse.analysis.opening import class_notes, evaluation_loader, open_classifier
-from hf_featreuse.analysis.report import check_output_dir, write_report
-from hf_featreuse.analysis.similarity import SMALLEST_BATCH
-from hf_featreuse.data import ImageData, load_image_data
-from hf_featreuse.errors import ConfigurationError
+    from hf_featreuse.data import ImageData
 
 DIGITS = "digits"
 
@@ -85,13 +79,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Analyse the models, write the report, and give the tables as text."""
+    from torch import nn
+
+    from hf_featreuse.analysis.analyzing import analyze_model
+    from hf_featreuse.analysis.report import write_report
+    from hf_featreuse.data.evaluation import class_notes, evaluation_loader, open_classifier
+    from hf_featreuse.method.blocks import find_residual_blocks
+
     _check(options)
     targets = getattr(options, "target_blocks", None)
     with _progress_bars(not options.disable_tqdm):
         data = _load_data(options)
         split = data.splits[options.split]
         target = targets[0] if targets and len(targets) == 1 else targets
-        opened = [open_classifier(name, target) for name in options.models]
+        opened = [open_classifier(name) for name in options.models]
+        blocks = [find_residual_blocks(one.model, target_blocks=target) for one in opened]
         loaders = [
             evaluation_loader(
                 one,
@@ -105,12 +107,12 @@ def run(options: argparse.Namespace) -> str:
             for one in opened
         ]
         analyses = []
-        for one, loader in zip(opened, loaders, strict=True):
+        for one, found, loader in zip(opened, blocks, loaders, strict=True):
             nn.Module.to(one.model, _device(options))
             analysis = analyze_model(
                 one.model,
                 loader,
-                one.blocks,
+                found,
                 random_draws=options.random_draws,
                 seed=options.seed,
                 allow_inexact_skip=options.allow_inexact_skip,
@@ -134,6 +136,11 @@ def run(options: argparse.Namespace) -> str:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what can be refused without loading anything."""
+    from hf_featreuse.analysis.analyzing import check_options
+    from hf_featreuse.analysis.report import check_output_dir
+    from hf_featreuse.analysis.similarity import SMALLEST_BATCH
+    from hf_featreuse.errors import ConfigurationError
+
     check_options(options.random_draws, options.seed)
     for option, value, least in (
         ("batch_size", options.batch_size, SMALLEST_BATCH),
@@ -150,6 +157,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _device(options: argparse.Namespace) -> torch.device:
+    import torch
+
+    from hf_featreuse.errors import ConfigurationError
+
     name = getattr(options, "device", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -164,6 +175,8 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 def _load_data(options: argparse.Namespace) -> ImageData:
     """Load the one split that is asked for."""
+    from hf_featreuse.data import load_image_data
+
     return load_image_data(
         None if options.data == DIGITS else options.data,
         getattr(options, "data_config", None),
@@ -176,7 +189,10 @@ def _load_data(options: argparse.Namespace) -> ImageData:
 
 @contextlib.contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
-    """Show or hide the bars of transformers and datasets meanwhile."""
+    """Show or hide the bars of transformers and datasets until the exit."""
+    import datasets
+    import transformers
+
     was_shown = transformers.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     if not shown:
         transformers.logging.disable_progress_bar()

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-from torch.utils.data import DataLoader
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel
 
-# Under its short name transformers 5.17 asks for torchvision, which it does not need.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from hf_featreuse.method.blocks import find_residual_blocks
-from hf_featreuse.data import EvalTransform, ImageCollator, load_image_data
-from hf_featreuse.errors import ConfigurationError, DataError
-from hf_featreuse.pruning.measuring import accuracy_on
-from hf_featreuse.pruning.removing import BlockChoice, prune_blocks
-from hf_featreuse.pruning.saving import check_folder, save_whole
-from hf_featreuse.pruning.selecting import Removal, check_budget, rank_removals
+    from hf_featreuse.data.evaluation import OpenModel
+    from hf_featreuse.pruning.removing import BlockChoice
+    from hf_featreuse.pruning.selecting import Removal
 
 
-def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the verb's parser its arguments."""
     parser.add_argument("model", metavar="MODEL", help="a local checkpoint folder of an image classifier, or a Hub id")
     choice = parser.add_mutually_exclusive_group(required=True)
     which = "a comma-separated list of indices, names or endings of names, or one regular expression"
@@ -52,20 +44,26 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def prune(options: argparse.Namespace) -> str:
+def run(options: argparse.Namespace) -> str:
     """Prune, save and report."""
+    from hf_featreuse.data.evaluation import open_classifier
+    from hf_featreuse.errors import ConfigurationError
+    from hf_featreuse.pruning.removing import prune_blocks
+    from hf_featreuse.pruning.saving import check_folder, save_whole
+
     budget = _budget(options.budget) if "budget" in options else None
     if budget is not None and "data" not in options:
         raise ConfigurationError(
             "`--budget` needs `--data`: the blocks that accuracy misses least go. Pass a data set."
         )
     check_folder(options.output_dir)
-    model, processor = _load(options.model)
+    opened = open_classifier(options.model, needs_processor=budget is not None)
+    model, processor = opened.model, opened.processor
     removals: list[Removal] = []
     if budget is None:
         drop, keep = (_choice(getattr(options, name, None)) for name in ("drop", "keep"))
     else:
-        removals = _rank(model, processor, budget, options)
+        removals = _rank(opened, budget, options)
         drop, keep = [name for removal in removals for name in removal.blocks], None
     pruned = prune_blocks(model, drop=drop, keep=keep)
     save_whole(pruned, processor, options.output_dir)
@@ -73,6 +71,9 @@ def prune(options: argparse.Namespace) -> str:
 
 
 def _budget(text: str) -> int | float:
+    from hf_featreuse.errors import ConfigurationError
+    from hf_featreuse.pruning.selecting import check_budget
+
     try:
         budget = int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
@@ -93,62 +94,38 @@ def _choice(text: str | None) -> BlockChoice | None:
     return [int(entry) if entry.lstrip("-").isdigit() else entry for entry in entries]
 
 
-def _load(name: str) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
-    """The classifier with all of its weights, and its image processor if it has one."""
-    try:
-        loaded: Any = AutoModelForImageClassification.from_pretrained(
-            name, output_loading_info=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"`{name}` cannot be loaded as an image classifier: {error} Pass a folder that `save_pretrained` wrote, "
-            "or a Hub id."
-        ) from error
-    model, report = loaded
-    missing = sorted(map(str, report["missing_keys"]))
-    if missing:
-        raise ConfigurationError(
-            f"`{name}` lacks weights of {type(model).__name__}: {missing[:4]} ({len(missing)}). Pass a checkpoint "
-            "that was trained as an image classifier."
-        )
-    try:
-        return model.eval(), AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError):
-        return model.eval(), None
+def _rank(opened: OpenModel, budget: int | float, options: argparse.Namespace) -> list[Removal]:
+    """Rank the removals by the accuracy on validation images."""
+    import torch
+    from torch import nn
 
+    from hf_featreuse.data import load_image_data
+    from hf_featreuse.data.evaluation import evaluation_loader
+    from hf_featreuse.pruning.measuring import accuracy_on
+    from hf_featreuse.pruning.selecting import rank_removals
 
-def _rank(
-    model: PreTrainedModel, processor: BaseImageProcessor | None, budget: int | float, options: argparse.Namespace
-) -> list[Removal]:
-    if processor is None:
-        raise ConfigurationError(
-            f"`{options.model}` has no image processor, so its images cannot be prepared. Save one beside it, or name "
-            "the blocks with `--drop`."
-        )
     data = load_image_data(
         None if options.data == "digits" else options.data,
         max_eval_samples=options.max_eval_samples,
         seed=options.seed,
         splits=("validation",),
     )
-    _check_labels(model, data.label_names, options.data)
-    split = data.splits["validation"].with_transform(EvalTransform(processor))
+    split = data.splits["validation"]
     # Decoded once: the images are gone through for every block.
-    batches = list(DataLoader(split, options.batch_size, collate_fn=ImageCollator.from_processor(processor)))
-    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    removals = rank_removals(model, accuracy_on(batches), budget=budget)
-    nn.Module.to(model, "cpu")
-    return removals
-
-
-def _check_labels(model: PreTrainedModel, names: list[str], data: str) -> None:
-    """Refuse data whose class ids are not those of the model."""
-    own = [str(label) for _, label in sorted((model.config.id2label or {}).items())]
-    if len(own) != len(names) or (own != names and sorted(own) == sorted(names)):
-        raise DataError(
-            f"`--data {data}` has {len(names)} classes ({', '.join(names[:3])}, ...) and the model {len(own)} "
-            f"({', '.join(own[:3])}, ...). Pass data with the model's classes in the same order."
+    batches = list(
+        evaluation_loader(
+            opened,
+            split,
+            data.label_names,
+            batch_size=options.batch_size,
+            max_samples=options.max_eval_samples,
+            seed=options.seed,
         )
+    )
+    nn.Module.to(opened.model, "cuda" if torch.cuda.is_available() else "cpu")
+    removals = rank_removals(opened.model, accuracy_on(batches), budget=budget)
+    nn.Module.to(opened.model, "cpu")
+    return removals
 
 
 def _report(
@@ -158,6 +135,8 @@ def _report(
     processor: BaseImageProcessor | None,
     options: argparse.Namespace,
 ) -> str:
+    from hf_featreuse.method.blocks import find_residual_blocks
+
     blocks, left = find_residual_blocks(model), find_residual_blocks(pruned)
     before, after = (sum(p.numel() for p in each.parameters()) for each in (model, pruned))
     if options.json:

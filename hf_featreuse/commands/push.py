@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from hf_featreuse.hub.folders import push_folder
 
-
-def add_push_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the verb's parser its arguments."""
     parser.add_argument(
         "folder",
         metavar="FOLDER",
@@ -40,8 +39,10 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--message", default="Upload model", help="message of the commit")
 
 
-def push(options: argparse.Namespace) -> str:
-    """Push and say where."""
+def run(options: argparse.Namespace) -> str:
+    """Push, and give the address."""
+    from hf_featreuse.hub.folders import push_folder
+
     url = push_folder(
         options.folder,
         options.repository,

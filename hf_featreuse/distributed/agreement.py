@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hf_featreuse.method.feature_reuse import FeatureReuse
 from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.method.feature_reuse import FeatureReuse
 
 _FAILURE = "failure"
 

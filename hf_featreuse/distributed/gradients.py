@@ -17,8 +17,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_featreuse.distributed.agreement import check_ranks_agree
-from hf_featreuse.method.feature_reuse import FeatureReuse
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
+from hf_featreuse.method.feature_reuse import FeatureReuse
 from hf_featreuse.method.schedule import StepPlan
 
 

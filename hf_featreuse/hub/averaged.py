@@ -8,9 +8,9 @@ import safetensors
 from transformers import AutoModelForImageClassification
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from hf_featreuse.recipe.weight_average import AVERAGE_FILE, WeightAverage
 from hf_featreuse.checkpoints.weights import load_weights
 from hf_featreuse.errors import CheckpointError, ConfigurationError
+from hf_featreuse.recipe.weight_average import AVERAGE_FILE, WeightAverage
 
 
 def save_averaged(checkpoint: Path, folder: str | Path) -> list[Path]:

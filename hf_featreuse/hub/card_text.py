@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_featreuse.method.freezing import trunk_option
+from hf_featreuse.method.schedule import trunk_option
 
 MEANINGS = {
     "drop_rate": "probability of dropping a block in a cycle, of the last block if the schedule is linear; 0: plain",

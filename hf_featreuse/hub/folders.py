@@ -17,12 +17,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
-from hf_featreuse.recipe.weight_average import AVERAGE_FILE
+from hf_featreuse.checkpoints.completeness import is_whole_safetensors
 from hf_featreuse.errors import CheckpointError, ConfigurationError
 from hf_featreuse.hub.averaged import save_averaged
 from hf_featreuse.hub.card import build_model_card
 from hf_featreuse.hub.sending import CARD_FILE, Target, make_repository, send
-from hf_featreuse.checkpoints.completeness import is_whole_safetensors
+from hf_featreuse.recipe.weight_average import AVERAGE_FILE
 
 # Never pushed. `training_args.bin` is a pickle of the training arguments, the user's token among them.
 PRIVATE = ("training_args.bin", "_*", ".*", "__pycache__")

@@ -19,8 +19,8 @@ from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.hub.card import build_model_card, is_hub_id
 from hf_featreuse.hub.http_errors import HTTPError
 from hf_featreuse.hub.sending import CARD_FILE
-from hf_featreuse.method.schedule import FeatureReuseSchedule
 from hf_featreuse.method.fsdp import unsharded_class
+from hf_featreuse.method.schedule import FeatureReuseSchedule
 
 logger = logging.get_logger(__name__)
 

@@ -2,6 +2,7 @@
 
 from hf_featreuse.inspection.inspecting import inspect_model
 from hf_featreuse.inspection.others import NotSkippable
+from hf_featreuse.inspection.plot import plot_inspection
 from hf_featreuse.inspection.report import BlockReport, ModelReport
 
-__all__ = ["BlockReport", "ModelReport", "NotSkippable", "inspect_model"]
+__all__ = ["BlockReport", "ModelReport", "NotSkippable", "inspect_model", "plot_inspection"]

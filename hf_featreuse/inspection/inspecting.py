@@ -8,15 +8,24 @@ from typing import Any
 
 from torch import nn
 
-from hf_featreuse.method.blocks import ResidualBlock, find_and_choose, trainable_blocks, why_inexact
-from hf_featreuse.method.cost import StepCosts, measure_step_costs
 from hf_featreuse.errors import FeatureReuseError
-from hf_featreuse.method.freezing import TrainTrunk, own_parameters, trunk_modules, trunk_option
 from hf_featreuse.inspection.expectation import expected_costs, step_shares
-from hf_featreuse.inspection.named_models import Inputs, first_sentence, open_model
+from hf_featreuse.inspection.named_models import Inputs, open_model
 from hf_featreuse.inspection.others import not_skippable
 from hf_featreuse.inspection.report import BlockReport, ModelReport
-from hf_featreuse.method.schedule import DropRateSchedule, FeatureReuseSchedule, StepKind, StepPlan, check_options
+from hf_featreuse.method.blocks import ResidualBlock, find_and_choose, trainable_blocks, why_inexact
+from hf_featreuse.method.cost import StepCosts, measure_step_costs
+from hf_featreuse.method.freezing import own_parameters, trunk_modules
+from hf_featreuse.method.schedule import (
+    DropRateSchedule,
+    FeatureReuseSchedule,
+    StepKind,
+    StepPlan,
+    TrainTrunk,
+    check_options,
+    trunk_option,
+)
+from hf_featreuse.text import first_sentence
 
 
 def inspect_model(

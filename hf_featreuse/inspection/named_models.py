@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from hf_featreuse.method.blocks import ResidualBlock, find_and_choose
 from hf_featreuse.errors import BlockError, ConfigurationError
-from hf_featreuse.small_models.overrides import did_you_mean
+from hf_featreuse.method.blocks import ResidualBlock, find_and_choose
+from hf_featreuse.text import did_you_mean, first_sentence, one_line
 
 Inputs = Mapping[str, Any] | torch.Tensor
 
@@ -96,13 +96,3 @@ def _build(name: str, config: PreTrainedConfig, device: str) -> nn.Module:
             f"transformers cannot build `{name}` from its configuration: {one_line(error)} Install what it names, or "
             "pass another model."
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-def first_sentence(error: BaseException) -> str:
-    """The first sentence of an error that goes on at length."""
-    return one_line(error).partition(". ")[0].rstrip(".") + "."

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_featreuse.inspection.others import NotSkippable
+from hf_featreuse.text import aligned, common_prefix
 
 _TABLE_WIDTH = 100
 
@@ -93,17 +94,6 @@ class ModelReport:
         return "\n\n".join(part for part in (_heading(self), _table(self), _summary(self), _others(self)) if part)
 
 
-def common_prefix(names: Sequence[str]) -> str:
-    """Give the dotted prefix that all names share, with its last dot; empty if they share none."""
-    parts = [name.split(".")[:-1] for name in names]
-    shared = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
-    return ".".join(shared) + "." if shared else ""
-
-
 # The table
 
 
@@ -144,19 +134,6 @@ def _rows(report: ModelReport, names: Sequence[str], heading: str) -> list[list[
             ]
         )
     return [row[:2] + row[3:] for row in rows] if same_class else rows
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Pad every column; those of words to the right, those of numbers to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    words = {index for index, heading in enumerate(rows[0]) if heading.startswith(("block", "class"))}
-    return [
-        "  ".join(
-            cell.ljust(width) if index in words else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _summary(report: ModelReport) -> str:

@@ -16,8 +16,8 @@ from torch import nn
 
 from hf_featreuse.errors import BlockError, ConfigurationError
 from hf_featreuse.method.dummy_forward import check_not_compiled
-from hf_featreuse.method.targets import listed, no_match, target_entries
 from hf_featreuse.method.residual_graph import Call, Key, Trace, trace_calls
+from hf_featreuse.method.targets import listed, no_match, target_entries
 
 
 @dataclass(frozen=True, eq=False)

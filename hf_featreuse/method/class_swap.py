@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.errors import StepError
+from hf_featreuse.method.blocks import ResidualBlock
 
 # What a bound module does, given its plain method, the arguments and the keyword arguments of a call.
 Rule = Callable[[Callable, tuple, Mapping[str, Any]], Any]

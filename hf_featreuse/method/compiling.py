@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torch._prims_common import make_contiguous_strides_for
 
-from hf_featreuse.method.class_swap import plain_class
 from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.method.class_swap import plain_class
 from hf_featreuse.method.dummy_forward import check_not_compiled
 
 _COMPILED = "_compiled_call_impl"

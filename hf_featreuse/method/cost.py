@@ -25,12 +25,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import Cache
 
-from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError
-from hf_featreuse.method.freezing import TrainTrunk, freeze, own_parameters, trunk_modules, trunk_option
-from hf_featreuse.method.per_sample import FROZEN, RESTS, TRAINS, sample_groups
+from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
-from hf_featreuse.method.schedule import StepKind, StepPlan
+from hf_featreuse.method.freezing import freeze, own_parameters, trunk_modules
+from hf_featreuse.method.per_sample import FROZEN, RESTS, TRAINS, sample_groups
+from hf_featreuse.method.schedule import StepKind, StepPlan, TrainTrunk, trunk_option
 
 
 @dataclass(frozen=True)

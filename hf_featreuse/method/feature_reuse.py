@@ -12,21 +12,20 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.method.batch_norm import count_batches_once
 from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_scalable
-from hf_featreuse.errors import BlockError, ConfigurationError, StepError
-from hf_featreuse.method.freezing import (
-    FrozenBatchNorm,
+from hf_featreuse.method.freezing import FrozenBatchNorm, freeze, norm_layers, own_parameters, trunk_modules
+from hf_featreuse.method.fsdp import ready_shards, sharded_modules
+from hf_featreuse.method.per_sample import check_per_sample, skip_samples, train_samples
+from hf_featreuse.method.schedule import (
+    VANILLA_PLAN,
+    FeatureReuseSchedule,
+    StepKind,
+    StepPlan,
     TrainTrunk,
-    freeze,
-    norm_layers,
-    own_parameters,
-    trunk_modules,
     trunk_option,
 )
-from hf_featreuse.method.per_sample import check_per_sample, skip_samples, train_samples
-from hf_featreuse.method.schedule import VANILLA_PLAN, FeatureReuseSchedule, StepKind, StepPlan
-from hf_featreuse.method.fsdp import ready_shards, sharded_modules
 from hf_featreuse.method.skipping import skip_blocks
 
 logger = logging.get_logger(__name__)

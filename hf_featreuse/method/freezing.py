@@ -12,26 +12,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from hf_featreuse.errors import BlockError
 from hf_featreuse.method.blocks import ResidualBlock
-from hf_featreuse.errors import BlockError, ConfigurationError
+from hf_featreuse.method.schedule import TrainTrunk, trunk_option
 
 FrozenBatchNorm = Literal["batch", "inference"]
-TrainTrunk = Literal["all", "head", "none"]
-
-
-def trunk_option(train_trunk: object) -> TrainTrunk:
-    """The option `train_trunk` as a word; `True` is `"all"` and `False` is `"none"`."""
-    if isinstance(train_trunk, bool):
-        return "all" if train_trunk else "none"
-    for word in get_args(TrainTrunk):
-        if train_trunk == word:
-            return word
-    raise ConfigurationError(f"`train_trunk={train_trunk!r}` is unknown. Pass one of {get_args(TrainTrunk)}.")
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from hf_featreuse.method.class_swap import Rule, bind_rules
-from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
+from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.method.class_swap import Rule, bind_rules
 from hf_featreuse.method.freezing import freeze
 from hf_featreuse.method.skipping import Scaling, shortcut
 

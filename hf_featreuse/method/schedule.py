@@ -16,12 +16,13 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from hf_featreuse.method.draws import GROUP, draw_batch, draw_samples, sixteenths
 from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.method.draws import GROUP, draw_batch, draw_samples, sixteenths
 
 DropRateSchedule = Literal["linear", "uniform"]
 DropRateOverTime = Literal["constant", "falling", "rising"]
 DropGranularity = Literal["batch", "sample"]
+TrainTrunk = Literal["all", "head", "none"]
 
 
 class StepKind(enum.StrEnum):
@@ -287,6 +288,16 @@ def check_options(*, drop_rate: object, **options: object) -> None:
             _whole_number(name, value)
         elif value not in get_args(_CHOICES[name]):
             raise ConfigurationError(f"`{name}={value!r}` is unknown. Pass one of {get_args(_CHOICES[name])}.")
+
+
+def trunk_option(train_trunk: object) -> TrainTrunk:
+    """The option `train_trunk` as a word; `True` is `"all"` and `False` is `"none"`."""
+    if isinstance(train_trunk, bool):
+        return "all" if train_trunk else "none"
+    for word in get_args(TrainTrunk):
+        if train_trunk == word:
+            return word
+    raise ConfigurationError(f"`train_trunk={train_trunk!r}` is unknown. Pass one of {get_args(TrainTrunk)}.")
 
 
 def check_seed(name: str, seed: object) -> int:

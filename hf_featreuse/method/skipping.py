@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from hf_featreuse.method.class_swap import Rule, bind_rules, divide_outputs
-from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_scalable
 from hf_featreuse.errors import BlockError, ConfigurationError
+from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_scalable
+from hf_featreuse.method.class_swap import Rule, bind_rules, divide_outputs
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.inspection.report import common_prefix
 from hf_featreuse.plotting.figure import BLUE, GREEN, GREY, ORANGE, PURPLE, legend_above, save_figure, stacked_axes
+from hf_featreuse.text import common_prefix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

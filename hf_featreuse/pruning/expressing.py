@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.errors import BlockError
+from hf_featreuse.method.blocks import ResidualBlock
 
 # Names under which configurations of transformers hold a number of layers, or a list with one for each stage.
 _DEPTH_OPTIONS = (

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks
 from hf_featreuse.errors import BlockError, ConfigurationError
+from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks
 from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
-from hf_featreuse.pruning.expressing import Depth
-from hf_featreuse.pruning.selecting import check_budget, rank_removals
 from hf_featreuse.method.skipping import skip_blocks
 from hf_featreuse.method.targets import match_targets
+from hf_featreuse.pruning.expressing import Depth
+from hf_featreuse.pruning.selecting import check_budget, rank_removals
 
 # Which blocks: a regular expression, or indices in forward order, names and endings of names.
 BlockChoice = str | Sequence[int | str]

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks
 from hf_featreuse.errors import BlockError, ConfigurationError
+from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks
 from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
-from hf_featreuse.pruning.expressing import Depth
 from hf_featreuse.method.skipping import skip_blocks
+from hf_featreuse.pruning.expressing import Depth
 
 
 @dataclass(frozen=True)

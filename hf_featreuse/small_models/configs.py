@@ -15,13 +15,13 @@ from hf_featreuse.small_models.overrides import (
     Settings,
     as_option,
     check_taken,
-    did_you_mean,
     is_whole,
     last_line,
     parse_overrides,
     set_nested,
     shown,
 )
+from hf_featreuse.text import did_you_mean
 
 SMALLEST_IMAGE = 8
 LARGEST_SMALL_IMAGE = 64

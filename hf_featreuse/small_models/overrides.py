@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 from transformers import PreTrainedConfig
 
 from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.text import did_you_mean
 
 Settings = dict[str, Any]
 
@@ -173,12 +173,6 @@ def check_taken(config: PreTrainedConfig, given: Settings) -> None:
 def is_whole(value: object) -> TypeGuard[int]:
     """Tell whole numbers from the rest; True is not a number here."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def did_you_mean(name: object, names: Sequence[str]) -> str:
-    """Word the close matches, if any."""
-    close = difflib.get_close_matches(str(name), names, n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def shown(options: Mapping[str, Any]) -> str:

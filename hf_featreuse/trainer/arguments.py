@@ -11,9 +11,10 @@ from typing import Any, get_args
 from transformers import TrainingArguments
 
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.method.freezing import FrozenBatchNorm, trunk_option
-from hf_featreuse.trainer.recipe_arguments import RecipeArguments
-from hf_featreuse.method.schedule import FeatureReuseSchedule, check_options, check_seed
+from hf_featreuse.method.freezing import FrozenBatchNorm
+from hf_featreuse.method.schedule import FeatureReuseSchedule, check_options, check_seed, trunk_option
+from hf_featreuse.recipe.mixing import check_alpha
+from hf_featreuse.recipe.weight_average import check_decay
 
 # Options that go to the schedule as they are.
 _OF_SCHEDULE = (
@@ -196,6 +197,39 @@ class FeatureReuseArguments:
     def settings(self) -> dict[str, Any]:
         """The options by name."""
         return {option.name: getattr(self, option.name) for option in fields(FeatureReuseArguments)}
+
+
+@dataclass
+class RecipeArguments:
+    """Options that go with any method of training; see [`FeatureReuseConfig`] for each.
+
+    Raises:
+        ConfigurationError: an option has a value that cannot be used.
+    """
+
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Mixup with shares drawn from Beta(alpha, alpha), in training only. 0 is off."}
+    )
+    cutmix_alpha: float = field(
+        default=0.0,
+        metadata={"help": "CutMix, the same way. With both, each batch takes one of the two, drawn evenly."},
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate and save an exponential moving average of the weights with this decay."},
+    )
+
+    def check_recipe(self) -> None:
+        """Raise `ConfigurationError` unless every option is usable."""
+        check_alpha("mixup_alpha", self.mixup_alpha)
+        check_alpha("cutmix_alpha", self.cutmix_alpha)
+        if self.ema_decay is not None:
+            check_decay(self.ema_decay)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed."""
+        return bool(self.mixup_alpha or self.cutmix_alpha)
 
 
 @dataclass

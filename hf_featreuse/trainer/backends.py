@@ -17,7 +17,6 @@ from torch.distributed.fsdp import StateDictType
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
-from hf_featreuse.method.class_swap import plain_class
 from hf_featreuse.distributed import (
     check_ddp_options,
     check_ranks_agree,
@@ -25,8 +24,9 @@ from hf_featreuse.distributed import (
     reduce_active_gradients,
     tell_ranks_of_failure,
 )
-from hf_featreuse.method.feature_reuse import FeatureReuse
 from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.method.class_swap import plain_class
+from hf_featreuse.method.feature_reuse import FeatureReuse
 from hf_featreuse.method.fsdp import sharded_modules, without_unknown_embeddings
 
 logger = logging.get_logger(__name__)

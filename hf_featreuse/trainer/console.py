@@ -19,11 +19,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from hf_featreuse.inspection.expectation import expected_costs
 from hf_featreuse.method.cost import StepCosts
 from hf_featreuse.method.feature_reuse import FeatureReuse
-from hf_featreuse.inspection.expectation import expected_costs
-from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind
 from hf_featreuse.method.fsdp import unsharded_class
+from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import logging
 
-from hf_featreuse.checkpoints.weights import load_exactly
-from hf_featreuse.errors import CheckpointError, FeatureReuseError
+from hf_featreuse.checkpoints.completeness import checkpoint_fault, resolve_checkpoint
 from hf_featreuse.checkpoints.failures import (
     check_writable,
     describe_last_whole,
@@ -23,9 +22,10 @@ from hf_featreuse.checkpoints.failures import (
     open_checkpoint,
     refuse_not_finite,
 )
-from hf_featreuse.trainer.private_names import check_attributes, check_names
 from hf_featreuse.checkpoints.resume_state import RESUME_STATE_NAME, read_resume_state, write_resume_state
-from hf_featreuse.checkpoints.completeness import checkpoint_fault, resolve_checkpoint
+from hf_featreuse.checkpoints.weights import load_exactly
+from hf_featreuse.errors import CheckpointError, FeatureReuseError
+from hf_featreuse.trainer.private_names import check_attributes, check_names
 
 logger = logging.get_logger(__name__)
 

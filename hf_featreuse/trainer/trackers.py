@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.utils import logging
 
-from hf_featreuse.trainer.console import Run
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.plotting import plot_training
 from hf_featreuse.method.schedule import FeatureReuseSchedule
+from hf_featreuse.plotting import plot_training
+from hf_featreuse.trainer.console import Run
 
 logger = logging.get_logger(__name__)
 

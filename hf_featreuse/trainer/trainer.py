@@ -23,28 +23,27 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_featreuse import backends
-from hf_featreuse.recipe.weight_average import WeightAverage
-from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
 from hf_featreuse.checkpoints.changed_settings import PlanSource, check_plans, check_scaling
-from hf_featreuse.method.compiling import compile_blocks
-from hf_featreuse.trainer.arguments import FeatureReuseArguments
-from hf_featreuse.trainer.console import ConsoleCallback
-from hf_featreuse.method.cost import StepCosts, measure_step_costs
-from hf_featreuse.method.feature_reuse import FeatureReuse
+from hf_featreuse.checkpoints.resume_state import read_resume_state
 from hf_featreuse.errors import BlockError, ConfigurationError, HubError, StepError
 from hf_featreuse.hub import Pusher, RunSummary, write_run_card
 from hf_featreuse.hub.run_card import card_arguments, write_base_config, write_run_plot
+from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
+from hf_featreuse.method.compiling import compile_blocks
+from hf_featreuse.method.cost import StepCosts, measure_step_costs
 from hf_featreuse.method.dummy_forward import own_drop_path_rate, takes_dummy_inputs, undisturbed
-from hf_featreuse.trainer.recipe_arguments import RecipeArguments
-from hf_featreuse.trainer.unsupported import check_engine, check_optimizer, fsdp_version
-from hf_featreuse.trainer.resumable import ResumableTrainer
-from hf_featreuse.checkpoints.resume_state import read_resume_state
-from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind
+from hf_featreuse.method.feature_reuse import FeatureReuse
 from hf_featreuse.method.fsdp import complete_state, forget_state
+from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind
+from hf_featreuse.recipe.weight_average import WeightAverage
+from hf_featreuse.trainer import backends
+from hf_featreuse.trainer.arguments import FeatureReuseArguments, RecipeArguments
+from hf_featreuse.trainer.console import ConsoleCallback
+from hf_featreuse.trainer.recipe import FollowWeights, Recipe
+from hf_featreuse.trainer.resumable import ResumableTrainer
 from hf_featreuse.trainer.step_log import StepLog
 from hf_featreuse.trainer.trackers import SchedulePicture
-from hf_featreuse.trainer.recipe import FollowWeights, Recipe
+from hf_featreuse.trainer.unsupported import check_engine, check_optimizer, fsdp_version
 
 logger = logging.get_logger(__name__)
 

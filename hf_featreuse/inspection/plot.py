@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_featreuse.inspection.report import common_prefix
+from hf_featreuse.inspection.report import ModelReport
 from hf_featreuse.plotting.figure import BLUE, ORANGE, save_figure, stacked_axes
+from hf_featreuse.text import common_prefix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from hf_featreuse.inspection.report import ModelReport
 
 _MAX_LABELS = 48
 _CHARACTERS_IN_A_ROW = 150
@@ -38,7 +37,7 @@ def plot_inspection(report: ModelReport, path: str | Path, *, title: str | None 
     Example:
         >>> import tempfile
         >>> from hf_featreuse import inspect_model
-        >>> from hf_featreuse.plotting import plot_inspection
+        >>> from hf_featreuse.inspection import plot_inspection
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     plot_inspection(inspect_model("vit"), f"{folder}/vit.png").name
         'vit.png'

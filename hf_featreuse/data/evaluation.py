@@ -1,4 +1,4 @@
-"""Open trained checkpoints and the data to analyse them on, and refuse what does not fit before anything runs."""
+"""The one way to open a trained checkpoint, and to match its classes with those of a data set."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ from transformers import AutoModelForImageClassification, BaseImageProcessor, Pr
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks
-from hf_featreuse.data import EvalTransform, ImageCollator, ImageSplit
+from hf_featreuse.data.image_split import ImageSplit
+from hf_featreuse.data.images import ImageCollator
+from hf_featreuse.data.transforms import EvalTransform
 from hf_featreuse.errors import CheckpointError, ConfigurationError, DataError
-from hf_featreuse.inspection.named_models import first_sentence, one_line
+from hf_featreuse.text import first_few, first_sentence, one_line
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A trained classifier, ready to be analysed.
+    """A trained classifier, ready to be evaluated.
 
     Args:
         name (`str`): as the user gave it.
         model (`PreTrainedModel`): on the CPU, in float32.
-        processor (`BaseImageProcessor`): resizes and normalises its images.
-        blocks (`list[ResidualBlock]`): its residual blocks.
+        processor (`BaseImageProcessor`, *optional*): resizes and normalises its images.
     """
 
     name: str
     model: PreTrainedModel
-    processor: BaseImageProcessor
-    blocks: list[ResidualBlock]
+    processor: BaseImageProcessor | None
 
 
-def open_classifier(name: str, target_blocks: str | Sequence[str] | None = None) -> OpenModel:
-    """Load a checkpoint with all its weights, its image processor, and find its blocks.
+def open_classifier(name: str, *, needs_processor: bool = True) -> OpenModel:
+    """Load a checkpoint with all its weights and its image processor.
+
+    Args:
+        name (`str`): a local folder, or an id on the Hub.
+        needs_processor (`bool`, defaults to `True`): refuse a checkpoint without an image processor.
 
     Raises:
-        ConfigurationError: it is no image classifier, or has no image processor.
+        ConfigurationError: it is not an image classifier, or has no image processor.
         CheckpointError: weights are missing.
-        BlockError: it has no residual block, or the target matches none.
     """
     local = Path(name)
     if local.is_dir() and not (local / "config.json").is_file():
         raise ConfigurationError(
-            f"The folder `{name}` has no config.json, so it is no checkpoint. Pass a folder that `save_pretrained` or "
-            "`Trainer.save_model` wrote, or a Hub id."
+            f"The folder `{name}` has no config.json, so it is not a checkpoint. Pass a folder that `save_pretrained` "
+            "or `Trainer.save_model` wrote, or a Hub id."
         )
     try:
         model, loading = AutoModelForImageClassification.from_pretrained(
@@ -61,7 +63,7 @@ def open_classifier(name: str, target_blocks: str | Sequence[str] | None = None)
             "folder or the Hub id of one."
         ) from error
     if type(model.config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise ConfigurationError(f"`{name}` is a `{model.config.model_type}` model and no image classifier.")
+        raise ConfigurationError(f"`{name}` is a `{model.config.model_type}` model, not an image classifier.")
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -71,11 +73,13 @@ def open_classifier(name: str, target_blocks: str | Sequence[str] | None = None)
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
+        if not needs_processor:
+            return OpenModel(name, model.eval(), None)
         raise ConfigurationError(
             f"`{name}` has no image processor: {first_sentence(error)} Save the one that the model was trained with "
             "into its folder, with `processor.save_pretrained`."
         ) from error
-    return OpenModel(name, model, processor, find_residual_blocks(model, target_blocks=target_blocks))
+    return OpenModel(name, model.eval(), processor)
 
 
 def evaluation_loader(
@@ -88,11 +92,12 @@ def evaluation_loader(
     seed: int,
     num_workers: int = 0,
 ) -> DataLoader:
-    """Batches of a split as the model takes them: images and order depend on the split and the seed alone.
+    """Batches of a split as the model takes them: images and order depend on only the split and the seed.
 
     The order is random, as CKA compares the images of a batch and data sets are often sorted by class.
     """
     class_ids = torch.tensor(class_ids_of(opened, label_names))
+    assert opened.processor is not None
     collate = ImageCollator.from_processor(opened.processor)
     shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return DataLoader(
@@ -116,7 +121,7 @@ class _Collate:
 
 
 def class_ids_of(opened: OpenModel, label_names: Sequence[str]) -> list[int]:
-    """The model's id of each class of the data: by name where it knows all names, else in the same order.
+    """The model's id of each class of the data: by name if it knows all names, else in the same order.
 
     Raises:
         DataError: neither is possible.
@@ -127,17 +132,17 @@ def class_ids_of(opened: OpenModel, label_names: Sequence[str]) -> list[int]:
     if len(label_names) == len(own) and (_is_unnamed(own) or not set(own) & set(label_names)):
         return list(range(len(label_names)))
     raise DataError(
-        f"`{opened.name}` has {len(own)} classes ({_listed(own)}) and the data {len(label_names)} "
-        f"({_listed(label_names)}): they are not the same. Pass the data that the model was trained for."
+        f"`{opened.name}` has {len(own)} classes ({first_few(own)}) and the data {len(label_names)} "
+        f"({first_few(label_names)}): they are not the same. Pass the data that the model was trained for."
     )
 
 
 def class_notes(opened: OpenModel, label_names: Sequence[str]) -> list[str]:
-    """What to know where the classes of model and data were matched by their order."""
+    """What to know if the classes of model and data were matched by their order."""
     own = _class_names(opened)
     if _is_unnamed(own) or set(label_names) <= set(own):
         return []
-    names = f"{_listed(own)} and the data {_listed(label_names)}"
+    names = f"{first_few(own)} and the data {first_few(label_names)}"
     return [f"The model calls its classes {names}; they were matched in this order."]
 
 
@@ -150,7 +155,3 @@ def _class_names(opened: OpenModel) -> list[str]:
 def _is_unnamed(names: Sequence[str]) -> bool:
     """Whether transformers made the names up, so that they mean nothing."""
     return list(names) == [f"LABEL_{index}" for index in range(len(names))]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

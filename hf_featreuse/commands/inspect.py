@@ -1,0 +1,78 @@
+"""The verb `featreuse inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import get_args
+
+from hf_featreuse.method.schedule import DropRateSchedule, TrainTrunk
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the verb's parser its arguments."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a local checkpoint folder, a model type of transformers' image classifiers, such as vit, meaning its "
+        "default configuration, or a Hub id",
+    )
+    parser.add_argument("--drop_rate", type=float, default=0.5, help="highest probability of dropping a block")
+    parser.add_argument(
+        "--drop_rate_schedule",
+        choices=get_args(DropRateSchedule),
+        default="linear",
+        help="drop rates that rise with depth, or the same for all blocks",
+    )
+    parser.add_argument(
+        "--stochastic_depth_steps", type=int, default=1, help="optimizer steps of stochastic depth in a cycle"
+    )
+    parser.add_argument(
+        "--masked_freeze_steps", type=int, default=1, help="optimizer steps of masked freeze in a cycle"
+    )
+    parser.add_argument(
+        "--vanilla_steps", type=int, default=0, help="plain optimizer steps at the start of each cycle"
+    )
+    parser.add_argument(
+        "--train_trunk",
+        choices=get_args(TrainTrunk),
+        default="all",
+        help="what outside the blocks trains in masked-freeze steps: all, only the head after the last block, or none",
+    )
+    parser.add_argument(
+        "--target_blocks",
+        nargs="+",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="which blocks take part; by default all. One value is a regular expression that must match the whole "
+        "name, several are names or dotted endings of names",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, whose `blocks` is the list in order"
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        default=argparse.SUPPRESS,
+        help="also draw survival probability and arithmetic over depth (needs matplotlib)",
+    )
+
+
+def run(options: argparse.Namespace) -> str:
+    """Inspect a model and give the report."""
+    from hf_featreuse.inspection import inspect_model, plot_inspection
+
+    targets = getattr(options, "target_blocks", None)
+    report = inspect_model(
+        options.model,
+        target_blocks=targets[0] if targets and len(targets) == 1 else targets,
+        drop_rate=options.drop_rate,
+        drop_rate_schedule=options.drop_rate_schedule,
+        stochastic_depth_steps=options.stochastic_depth_steps,
+        masked_freeze_steps=options.masked_freeze_steps,
+        vanilla_steps=options.vanilla_steps,
+        train_trunk=options.train_trunk,
+    )
+    if "plot" in options:
+        plot_inspection(report, options.plot)
+    return json.dumps(report.to_dict(), indent=2) if options.json else str(report)
