@@ -93,8 +93,8 @@ BEYOND = """
 Checkpoints of timm load as `TimmWrapperForImageClassification` if timm and torchvision are installed:
 `pip install "hf_featreuse[timm]"`. With a CPU-only or another build of torch than that of the package index, install
 torchvision from torch's own index first: one that does not fit keeps transformers itself from being imported
-(`operator torchvision::nms does not exist`). Blocks are found by the same rule; `tests/test_timm.py` checks these
-families of timm 1.0.31.
+(`operator torchvision::nms does not exist`). Blocks are found by the same rule; `tests/method/test_timm.py` checks
+these families of timm 1.0.31.
 
 The example reads sizes and normalisation from an image processor, and timm's wraps its own transforms instead: pass
 `--image_processor_name` with one that names its sizes, such as `ViTImageProcessor` saved with the mean and size of the
@@ -137,8 +137,8 @@ contains the other only one can be named, and none that contains blocks found.
 
 ## Outside image classification
 
-Works, not studied: nothing here is specific to images, and `tests/test_other_models.py` runs these on tiny random
-models. Whether feature reuse helps them is not known.
+Works, not studied: nothing here is specific to images, and `tests/method/test_other_models.py` runs these on tiny
+random models. Whether feature reuse helps them is not known.
 
 | model | blocks | notes |
 |---|---|---|

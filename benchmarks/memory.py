@@ -5,7 +5,7 @@
 
 writes benchmarks/results/memory.json, the tables and the picture of docs/memory.md. Fake tensors of torch have shapes
 and storages but no data, and choose the kernels of the CPU: the counts are those of a real run, to the byte, which
-tests/test_memory_benchmark.py checks. On a CUDA device the peak is `torch.cuda.max_memory_allocated`.
+tests/benchmarks/test_memory_benchmark.py checks. On a CUDA device the peak is `torch.cuda.max_memory_allocated`.
 
 Source: `torch.autograd.graph.saved_tensors_hooks`; `torch.distributed._tools.mem_tracker.MemTracker`.
 """

@@ -4,8 +4,8 @@
 
 prints the tables of docs/scaling.md and writes them into it. Parameters and arithmetic are those of real
 configurations on the meta device, and what the blocks save for backward is counted with fake tensors; speeds of
-hardware are assumptions (`HARDWARE`). tests/test_scaling_benchmark.py checks bytes, arithmetic and activations
-against counts on small models.
+hardware are assumptions (`HARDWARE`). tests/benchmarks/test_scaling_benchmark.py checks bytes, arithmetic and
+activations against counts on small models.
 """
 
 from __future__ import annotations

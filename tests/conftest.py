@@ -36,9 +36,13 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
 
     transformers.PreTrainedModel.activation_checkpointing_enable = _activation_checkpointing_enable
 
-# Of the tests that run over every architecture, the fast selection takes these; one that only finds blocks takes all.
+# Of the tests that run over every architecture, the fast selection takes these; these take all.
 QUICK = {"vit", "convnext", "swin", "resnet-basic", "hiera", "mobilevit", "siglip"}
-ALL_QUICK = "test_blocks_are_exactly_those_labelled"
+ALL_QUICK = {
+    "test_blocks_are_exactly_those_labelled",
+    "test_a_step_is_drop_path_around_the_blocks",
+    "test_a_step_with_sets_per_sample_is_drop_path_around_the_blocks",
+}
 # Files of which only the cases of ViT are in the fast selection.
 VIT_ALONE = {"test_resume", "test_trainer", "test_trainer_binding"}
 
@@ -47,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         case, architecture = parameters.get("case"), parameters.get("architecture")
-        beyond = case is not None and case.name not in QUICK and item.originalname != ALL_QUICK
+        beyond = case is not None and case.name not in QUICK and item.originalname not in ALL_QUICK
         other = item.path.stem in VIT_ALONE and architecture not in (None, "vit")
         if beyond or other:
             item.add_marker(pytest.mark.slow)

@@ -16,8 +16,8 @@ from tiny_models import build, examples
 from torch import distributed as dist
 from training_runs import config, state_of, traces, with_dropout
 
-from hf_featreuse import resumable as resumable_module
 from hf_featreuse.checkpoints.completeness import newest_whole
+from hf_featreuse.trainer import resumable as resumable_module
 
 STEPS = 8
 # From this step on the fault may come: a checkpoint is there by then.

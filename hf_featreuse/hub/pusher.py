@@ -8,11 +8,9 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import CommitInfo
-from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
@@ -25,6 +23,18 @@ logger = logging.get_logger(__name__)
 _SNAPSHOT_PREFIX = "_push-"
 # Snapshot, where to, message, folder in the repository, and whether files for resuming belong.
 _Job = tuple[Path, Target, str, str, bool]
+
+
+class PushArguments(Protocol):
+    """What a pusher reads of `TrainingArguments`."""
+
+    output_dir: Any
+    hub_model_id: str | None
+    hub_revision: str | None
+    hub_private_repo: bool | None
+    hub_token: str | None
+    hub_strategy: Any
+    hub_always_push: bool
 
 
 class Pusher:
@@ -47,7 +57,7 @@ class Pusher:
     repo_id: str | None = None
     progress: PushInProgress | None = None
 
-    def __init__(self, args: TrainingArguments) -> None:
+    def __init__(self, args: PushArguments) -> None:
         self.args = args
         self._worker: ThreadPoolExecutor | None = None
 
@@ -89,7 +99,7 @@ class Pusher:
 
     def is_due(self, checkpoint: str | Path, step: int) -> bool:
         """Whether a checkpoint that was just written is to be pushed; logs why not."""
-        if self.args.hub_strategy == HubStrategy.END:
+        if self.args.hub_strategy == "end":
             return False
         if self.is_running and not self.args.hub_always_push:
             logger.info(f"Step {step} is not pushed: an earlier push still runs, and `hub_always_push` is not set.")
@@ -143,7 +153,7 @@ class Pusher:
     ) -> list[_Job]:
         """Pushes of the model of a checkpoint and, if the strategy asks for it, of the checkpoint, as they are now."""
         target, message, strategy = self.target(), f"Training in progress, step {step}", self.args.hub_strategy
-        resumes = strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        resumes = strategy in ("checkpoint", "all_checkpoints")
         if save_averaged is None:
             # Links cost no space, and stay when the checkpoint itself is deleted.
             model = self._snapshot(checkpoint, _link_or_copy, for_resuming=resumes)
@@ -154,7 +164,7 @@ class Pusher:
         finish(model)
         jobs = [(model, target, message, "", False)]
         if resumes:
-            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            name = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
             complete = model
             if save_averaged is not None:
                 complete = self._snapshot(checkpoint, _link_or_copy, for_resuming=True)

@@ -1,4 +1,7 @@
-"""A Trainer that goes on exactly where it was: what is mended of Trainer itself, apart from the method."""
+"""A Trainer that resumes exactly: fixes to Trainer itself, independent of the method.
+
+Delete each once upstream has it. Seen in transformers 5.23; strict weights: huggingface/transformers#43701.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +37,42 @@ check_names()
 
 
 class ResumableTrainer(Trainer):
-    """`transformers.Trainer` with strict checkpoints and data sets that know their epoch; no feature reuse.
+    """`transformers.Trainer` whose resumed runs equal uninterrupted ones, for any model; no feature reuse.
 
-    Base of [`FeatureReuseTrainer`]. Weights are restored to the bit or not at all, a checkpoint that is cut short is
-    passed over for the last whole one before it, random transforms draw the same in a resumed epoch, and the log
-    history after a resume is that of the uninterrupted run, times aside: checkpoints hold the sums behind it, too.
+    Takes every argument of `Trainer`, and is the base of [`FeatureReuseTrainer`]. The stock Trainer of transformers
+    5.23 restores ViT, DeiT, BEiT, Swin and DINOv2 only partly and with no more than a warning
+    (huggingface/transformers#43701). Here:
+
+    - weights are restored bitwise or not at all, also by `load_best_model_at_end`.
+    - a checkpoint that was cut short is skipped with a warning; the last complete one before it is used.
+    - data sets with `set_epoch` are told the epoch after a resume, so that random transforms draw the same.
+    - logs after a resume are those of the uninterrupted run, times aside, `train_loss` included; a run that is resumed
+      at its last step takes no further one; an evaluation that was due between checkpoint and stop is made up for.
+    - NaN or infinite weights stop training instead of being saved; a run that fails says where to resume.
 
     Raises:
-        CheckpointError: in `train()`, no checkpoint is whole, one does not hold every weight, or none can be written.
+        CheckpointError: in `train()`, no checkpoint is complete, one lacks weights, or none can be written.
         StepError: in `train()`, the weights are NaN or infinite when a checkpoint is due.
+
+    Source: `transformers/trainer.py`, whose private methods it overrides.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import ResumableTrainer
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8,
+        ...                    image_size=8, patch_size=4)
+        >>> data = [{"pixel_values": torch.rand(3, 8, 8), "labels": i % 2} for i in range(8)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for steps in (1, 2):  # The second run resumes from the checkpoint of the first.
+        ...         args = TrainingArguments(folder, max_steps=steps, save_steps=1, use_cpu=True, disable_tqdm=True,
+        ...                                  report_to="none")
+        ...         trainer = ResumableTrainer(ViTForImageClassification(config), args, train_dataset=data)
+        ...         result = trainer.train(resume_from_checkpoint=steps > 1)  # doctest: +ELLIPSIS
+        {...}
+        {...}
+        >>> result.global_step
+        2
     """
 
     # What the checkpoint holds besides Trainer's files, until the first epoch takes it up.

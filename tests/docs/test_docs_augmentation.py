@@ -1,0 +1,56 @@
+"""The loops of docs/augmentation.md run, and the flags of its table exist."""
+
+import re
+from pathlib import Path
+
+import torch
+from tiny_models import batch, build
+
+from hf_featreuse import FeatureReuse, FeatureReuseSchedule, find_residual_blocks
+
+PAGE = (Path(__file__).parents[2] / "docs" / "augmentation.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def run(block):
+    model = build("vit").train()
+    reuse = FeatureReuse(model, find_residual_blocks(model), FeatureReuseSchedule(4, seed=5))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = model.classifier.weight.detach().clone()
+    names = {"model": model, "reuse": reuse, "optimizer": optimizer, "loader": [batch(seed=seed) for seed in range(4)]}
+    exec(block, names)
+    assert not torch.equal(model.classifier.weight, before)
+    return names
+
+
+def test_a_loop_with_mixing():
+    assert 0 < run(BLOCKS[0])["share"] < 1
+
+
+def test_a_loop_with_an_average():
+    names = run(BLOCKS[1])
+    weight = names["model"].classifier.weight
+    assert not torch.equal(names["average"].state_dict()["classifier.weight"], weight)
+    assert not names["model"].training
+
+
+def test_no_block_is_left_out():
+    assert len(BLOCKS) == 2
+
+
+def test_the_flags_of_the_table_and_their_defaults_are_the_examples():
+    from image_classification_arguments import parse_arguments
+
+    _, data_args, args = parse_arguments(["--use_cpu"])
+    table = PAGE[PAGE.index("| flag |") : PAGE.index("```bash")]
+    flags = re.findall(r"`--(\w+)`", table)
+    assert len(flags) == 6
+    values = {flag: getattr(data_args if hasattr(data_args, flag) else args, flag) for flag in flags}
+    assert values == {
+        "mixup_alpha": 0.0,
+        "cutmix_alpha": 0.0,
+        "label_smoothing_factor": 0.0,
+        "rand_augment_ops": 0,
+        "rand_augment_magnitude": 9,
+        "ema_decay": None,
+    }
