@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_featreuse import CheckpointError, FeatureReuse, FeatureReuseConfig, check_finite
-from hf_featreuse.checkpoints.changed_settings import PlanSource, check_plans, check_scaling
+from hf_featreuse.checkpoints import PlanSource, check_plans, check_scaling
 
 logger = logging.getLogger("run_image_classification")
 

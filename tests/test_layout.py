@@ -25,7 +25,17 @@ PUBLIC_MODULES = {
     *(
         f"hf_featreuse.{m}"
         for m in (
-            *("analysis", "data", "data.metrics", "hub", "inspection", "plotting", "pruning", "recipe.mixing"),
+            *(
+                "analysis",
+                "checkpoints",
+                "data",
+                "data.metrics",
+                "hub",
+                "inspection",
+                "plotting",
+                "pruning",
+                "recipe.mixing",
+            ),
             *("small_models", "trainer.console", "trainer.step_log"),
         )
     ),

@@ -13,6 +13,9 @@ from transformers import Trainer, TrainerCallback
 from hf_featreuse import FeatureReuseConfig, FeatureReuseTrainer, StepKind
 from hf_featreuse.method.fsdp import local_part
 
+# Endings of the entries of the log that differ from run to run.
+TIMES = ("runtime", "samples_per_second", "steps_per_second")
+
 
 def options(folder: Path, **changed: Any) -> dict[str, Any]:
     """Training arguments of a short quiet run; every step is logged."""
@@ -162,3 +165,7 @@ class PlainNet(nn.Module):
 def plain_net() -> nn.Module:
     torch.manual_seed(0)
     return PlainNet()
+
+
+def without_times(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in history]

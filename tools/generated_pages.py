@@ -1,18 +1,18 @@
-"""Write what the docs say of every option and of every error message.
+"""Write what the docs say of every option.
 
     python tools/generated_pages.py
 
-writes docs/options.md and the table of messages in docs/troubleshooting.md.
+writes docs/options.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import sys
 from pathlib import Path
 
-from error_messages import Message, messages
 from option_advice import WHEN
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -21,27 +21,6 @@ from hf_featreuse.cli import VERBS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-BEGIN, END = "<!-- begin: tools/generated_pages.py -->\n", "<!-- end -->\n"
-# Headings of the messages, by module or by the package that it lies in.
-PLACES = {
-    "Options and schedule": ("config", "schedule", "draws", "refusals"),
-    "Finding, skipping and freezing blocks": (
-        *("blocks", "targets", "tracing", "probing", "binding", "skipping", "freezing", "per_sample", "compiling"),
-        *("engine", "cost", "batch_norm"),
-    ),
-    "Mixing, averaging and trackers": ("mixing", "averaging", "recipe", "training_recipe", "tracking", "console"),
-    "Training": ("trainer", "resumable", "backends", "private_names", "faults", "sharding"),
-    "Several processes": ("distribution",),
-    "Checkpoints and resume": ("checkpoints", "whole_checkpoints", "changed_plans", "resume_state"),
-    "Images and labels": ("data", "metrics"),
-    "Small models from scratch": ("small_models",),
-    "Inspect": ("inspection",),
-    "Analyze": ("analysis",),
-    "Prune": ("pruning",),
-    "Push": ("hub",),
-    "Plots": ("plotting",),
-}
-OTHER = "Other"
 
 
 def cell(text: str) -> str:
@@ -55,27 +34,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A table of Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-# Messages
-
-
-def place(message: Message) -> str:
-    """The heading under which a message goes."""
-    room = message.module.split(".")[0]
-    return next((heading for heading, rooms in PLACES.items() if room in rooms), OTHER)
-
-
-def message_tables() -> str:
-    """All messages, each with the class of its error and what to do."""
-    found: dict[str, list[list[str]]] = {heading: [] for heading in (*PLACES, OTHER)}
-    for message in messages():
-        wrong, fix = message.parts
-        row = [cell(wrong), f"`{message.error}`", fix if "](" in fix else cell(fix)]
-        if row not in found[place(message)]:
-            found[place(message)].append(row)
-    header = ["message", "class", "what to do"]
-    return "\n".join(f"### {heading}\n\n{table(header, rows)}" for heading, rows in found.items() if rows)
 
 
 # Options
@@ -128,7 +86,7 @@ def verb_options() -> str:
     texts = []
     for verb in VERBS:
         parser = argparse.ArgumentParser()
-        verb.add_arguments(parser)
+        importlib.import_module(f"hf_featreuse.commands.{verb.name}").add_arguments(parser)
         texts.append(f"### `featreuse {verb.name}`\n\n{verb.description}\n\n{parser_options(parser)}")
     return "\n".join(texts)
 
@@ -167,20 +125,9 @@ def options_page() -> str:
     return OPTIONS.format(method=method_options(), example=example_options(), verbs=verb_options())
 
 
-def with_messages(page: str) -> str:
-    """The page on troubleshooting with a new table of messages."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{message_tables()}\n{END}{after}"
-
-
 def pages() -> dict[Path, str]:
     """Each generated file with its text."""
-    troubleshooting = DOCS / "troubleshooting.md"
-    return {
-        DOCS / "options.md": options_page(),
-        troubleshooting: with_messages(troubleshooting.read_text(encoding="utf-8")),
-    }
+    return {DOCS / "options.md": options_page()}
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ import pytest
 import torch
 from forked_runs import context, warm_forkserver
 from killed_run import CASES, STEPS, train_to_the_end
-from test_resume import TIMES
-from training_runs import same_bits
+from training_runs import same_bits, without_times
 
 from hf_featreuse.checkpoints.completeness import newest_whole
 
@@ -69,10 +68,6 @@ def kill_at_random(folder: Path, case: str, chance: random.Random, awaited: str 
     process.join()
     seen += lines(receiving)
     return (seen or ["0 start"])[-1] if process.exitcode == -signal.SIGKILL else None
-
-
-def without_times(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in history]
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:

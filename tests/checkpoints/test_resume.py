@@ -8,13 +8,12 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, batch, build, examples
 from torch import nn
-from training_runs import RecordingTrainer, config, options, same_bits, state_of, train, with_dropout
+from training_runs import TIMES, RecordingTrainer, config, options, same_bits, state_of, train, with_dropout
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_featreuse import FeatureReuseTrainer
 
 STEPS = 6
-TIMES = ("runtime", "samples_per_second", "steps_per_second")
 
 
 def resumable(

@@ -14,8 +14,7 @@ import torch
 from distributed_runs import free_port
 from forked_runs import context, warm_forkserver
 from lost_rank_run import EARLIEST, train_rank
-from test_kill import without_times
-from training_runs import same_bits
+from training_runs import same_bits, without_times
 
 from hf_featreuse.checkpoints.completeness import newest_whole
 

@@ -12,7 +12,6 @@ import pytest
 from docs_blocks import PAGES, ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-from error_messages import IMPERATIVE, error_classes, messages
 from generated_pages import pages
 
 CONFIG = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
@@ -112,26 +111,6 @@ def test_every_file_that_a_page_links_to_exists(page):
 def test_generated_pages_are_up_to_date():
     for path, text in pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `python tools/generated_pages.py`."
-
-
-def test_every_error_message_says_what_to_do():
-    found = messages()
-    assert len(found) > 150
-    assert {message.error for message in found} == error_classes() - {"FeatureReuseError"}
-    for message in found:
-        wrong, mend = message.parts
-        assert len(wrong) > 10, message
-        assert len(mend) > 5, message
-
-
-def test_no_advice_is_for_a_message_that_is_gone():
-    from error_advice import ADVICE, MADE
-
-    found = messages()
-    assert set(ADVICE) == {
-        message.text for message in found if not message.maker and not IMPERATIVE.search(message.text)
-    }
-    assert set(MADE) == {message.maker.partition("(")[0] for message in found if message.maker}
 
 
 def test_the_advice_on_options_is_on_those_that_there_are():

@@ -16,8 +16,8 @@ from tiny_models import build, examples
 from training_runs import config
 from transformers import Trainer
 
+import hf_featreuse
 from hf_featreuse import FeatureReuseError, FeatureReuseTrainer, IncompatibleVersionError
-from hf_featreuse.trainer import private_names
 from hf_featreuse.trainer.private_names import (
     ATTRIBUTES,
     INSTALLED,
@@ -28,7 +28,7 @@ from hf_featreuse.trainer.private_names import (
     check_names,
 )
 
-PACKAGE = Path(private_names.__file__).parent
+PACKAGE = Path(hf_featreuse.__file__).parent
 SET_BEFORE_TRAINING = [name for name in ATTRIBUTES if name != "push_in_progress"]
 WITH_PARAMETERS = [name for name, parameters in METHODS.items() if parameters]
 

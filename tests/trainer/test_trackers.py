@@ -24,8 +24,8 @@ SCALARS = {
 # A process of its own: trackers read their settings from the environment when they are imported, and leave threads.
 PROGRAM = """
 import sys
-sys.path.insert(0, {tests!r})
-from test_tracking import tracked
+sys.path[:0] = {folders!r}
+from test_trackers import tracked
 tracked({folder!r}, {tracker!r})
 """
 
@@ -41,7 +41,8 @@ def tracked(folder, tracker):
 
 
 def in_a_process(tmp_path, tracker, **environment):
-    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path), tracker=tracker)
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    program = PROGRAM.format(folders=folders, folder=str(tmp_path), tracker=tracker)
     result = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **environment},
