@@ -36,7 +36,7 @@ PUBLIC_MODULES = {
                 "pruning",
                 "recipe.mixing",
             ),
-            *("small_models", "trainer.console", "trainer.step_log"),
+            *("recipe.mixing", "small_models", "trainer.console", "trainer.step_log"),
         )
     ),
 }

@@ -6,20 +6,19 @@ griffe knows neither, and shows the default from the signature anyway.
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 from typing import Any
 
 import griffe
 
-INIT = Path(__file__).parents[1] / "hf_featreuse" / "__init__.py"
-# Read, not imported: importing the package takes longer than building the site.
-EXPORTED = next(
-    ast.literal_eval(node.value)
-    for node in ast.parse(INIT.read_text(encoding="utf-8")).body
-    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-)
+API = Path(__file__).parents[1] / "docs" / "api"
+# Every name that has a place on an API page, by its last part.
+DOCUMENTED = {
+    path.rpartition(".")[2]: path
+    for page in sorted(API.glob("*.md"))
+    for path in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+}
 # `name (`type` or `other`, defaults to `x`): text`, as a line of "Args:".
 ARGUMENT = re.compile(r"^(\s+\w+) \((`.+?`(?: or `.+?`)*)(?:, (?:defaults to .+?|\*optional\*))?\):", re.MULTILINE)
 # `type`: text, as the first line of "Returns:" or "Yields:".
@@ -41,15 +40,12 @@ def adapt(text: str, path: str) -> str:
 
 
 def _reference(name: str, attribute: str, path: str) -> str:
-    """A link to where the API pages document the name: at the package, at the class or at the public module."""
-    _, module, *inside = path.split(".")
-    if name in EXPORTED:
-        home = "hf_featreuse"
-    elif len(inside) > 1 and inside[-2][0].isupper() and name.islower():  # Another method of the class.
-        home = f"hf_featreuse.{inside[-2]}" if inside[-2] in EXPORTED else f"hf_featreuse.{module}.{inside[-2]}"
-    else:
-        home = f"hf_featreuse.{module}"
-    return f"[`{name}{attribute}`][{home}.{name}{attribute}]"
+    """A link to where the API pages document a name: by itself, or as a method of the class that mentions it."""
+    owner = next((part for part in path.split(".") if part[0].isupper()), None)
+    target = DOCUMENTED.get(name)
+    if target is None and owner is not None and name.islower():
+        target = f"{DOCUMENTED.get(owner, owner)}.{name}"
+    return f"[`{name}{attribute}`][{target or name}{attribute}]"
 
 
 class TransformersDocstrings(griffe.Extension):

@@ -333,7 +333,7 @@ def test_target_that_matches_nothing():
 
 def test_picture_has_a_panel_for_what_is_known(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need the extra `examples`")
-    from hf_featreuse.plotting import plot_inspection
+    from hf_featreuse.inspection import plot_inspection
 
     report = inspect_model(build("resnet"))
     unknown = [dataclasses.replace(block, share_of_arithmetic=None) for block in report.blocks]
