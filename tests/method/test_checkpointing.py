@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_architectures import ARCHITECTURES, Architecture
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -27,6 +28,8 @@ from hf_featreuse import (
 
 DEPTH, FREEZE, VANILLA = StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE, StepKind.VANILLA
 NON_REENTRANT = {"use_reentrant": False}
+# Since 5.23 a layer of transformers that is checkpointed wraps the forward of its class.
+OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 DROPOUT = 0.2
 
 
@@ -227,8 +230,15 @@ def test_a_scaled_step_left_before_backward_is_an_error(case):
     model, reuse = build(case, True)
     with reuse.step(step_with(case.name, plan)):
         loss = loss_of(case, model)
-    with pytest.raises(CheckpointError):
+    if OLDER and not around_a_block(model, [block.name for block in reuse.blocks]):
+        # What runs again is inside of what is scaled, and not wrapped.
         loss.backward()
+        gradients = {name: value for name, value in state_of(model).items() if name.endswith(".grad")}
+        expected = taken(case, *build(case, True), plan)
+        assert different(gradients, {name: expected[name] for name in gradients}) == []
+    else:
+        with pytest.raises(CheckpointError):
+            loss.backward()
 
 
 # Reentrant checkpointing
