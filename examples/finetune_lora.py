@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
     PreTrainedModel,
     set_seed,
 )
+
+# Under its short name transformers 5.17 asks for torchvision, which it does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_featreuse import FeatureReuseConfig, FeatureReuseError, FeatureReuseTrainer, find_residual_blocks
 from hf_featreuse.data import (

@@ -17,13 +17,15 @@ from image_classification_checkpoints import start_anew
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedModel,
     Trainer,
     set_seed,
 )
+
+# Under its short name transformers 5.17 asks for torchvision, which it does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_featreuse import ConfigurationError, FeatureReuseConfig

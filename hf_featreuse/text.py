@@ -17,6 +17,13 @@ def first_few(names: Sequence[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
+def joined(names: Sequence[str], last: str = "and") -> str:
+    """The names as `a, b and c`, cut after six."""
+    if len(names) > 6:
+        return f"{', '.join(names[:6])}, ... ({len(names)} in all)"
+    return f" {last} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, as sentences in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -26,6 +33,12 @@ def one_line(error: BaseException) -> str:
 def first_sentence(error: BaseException) -> str:
     """The first sentence of what an error says."""
     return one_line(error).partition(". ")[0].rstrip(".") + "."
+
+
+def kind_and_text(error: BaseException, length: int = 200) -> str:
+    """The class of an error and the beginning of what it says, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:length]}" if text else type(error).__name__
 
 
 def common_prefix(names: Sequence[str]) -> str:

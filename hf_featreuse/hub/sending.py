@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from hf_featreuse.errors import HubError
 from hf_featreuse.hub.http_errors import TransportError
+from hf_featreuse.text import kind_and_text
 
 logger = logging.get_logger(__name__)
 
@@ -111,7 +112,7 @@ def _attempt(call: Callable[[], _Result], target: Target, folder: str | Path, wh
                 raise HubError(
                     f"{what} failed: {_reason(error)} Nothing in {folder} is lost: `{target.again(folder)}` pushes it."
                 ) from error
-            logger.warning(f"{what} failed ({_first_line(error)}); trying again in {wait:g} s.")
+            logger.warning(f"{what} failed ({kind_and_text(error)}); trying again in {wait:g} s.")
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
@@ -140,10 +141,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RevisionNotFoundError):
         return "there is no such revision. Pass a branch."
     if isinstance(error, TransportError) or status in _PASSING:
-        return f"the Hub does not answer ({_first_line(error)}). Wait until it does."
-    return f"{_first_line(error)}. Mend that."
-
-
-def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+        return f"the Hub does not answer ({kind_and_text(error)}). Wait until it does."
+    return f"{kind_and_text(error)}. Mend that."

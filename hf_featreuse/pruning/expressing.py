@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_featreuse.errors import BlockError
 from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.text import joined
 
 # Names under which configurations of transformers hold a number of layers, or a list with one for each stage.
 _DEPTH_OPTIONS = (
@@ -80,7 +81,7 @@ class Depth:
         if isinstance(found, str):
             raise BlockError(
                 f"The configuration of {self.model_class.__name__} cannot express the model without "
-                f"{_listed(names)}: {found}{self._hint(names)}"
+                f"{joined(names)}: {found}{self._hint(names)}"
             )
         return _changed(self.config, found)
 
@@ -96,7 +97,7 @@ class Depth:
 
     def _hint(self, names: Sequence[str]) -> str:
         partners = self.partners(names)
-        return f" It can without {_listed(partners, 'or')} as well." if partners else ""
+        return f" It can without {joined(partners, 'or')} as well." if partners else ""
 
     def _settings(self, names: Sequence[str]) -> dict[DepthOption, int] | str:
         """The values of the options that leave out these blocks, or why there are none."""
@@ -143,7 +144,7 @@ class Depth:
         if not setting:
             return " ".join([f"no option of it sets the length of {parent}.", *failures])
         if len(setting) > 1:
-            return f"several options, {_listed([str(option) for option in setting])}, share the layers of {parent}."
+            return f"several options, {joined([str(option) for option in setting])}, share the layers of {parent}."
         now = setting[0].read(options)
         likely = now - len(self.layers[parent]) + length
         for value in sorted(range(now), key=lambda value: (value != likely, -value)):
@@ -234,10 +235,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def _listed(names: Sequence[str], last: str = "and") -> str:
-    """`a, b and c`, cut after six."""
-    if len(names) > 6:
-        return f"{', '.join(names[:6])}, ... ({len(names)} in all)"
-    return f" {last} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

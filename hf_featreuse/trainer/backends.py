@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate import Accelerator
@@ -134,8 +134,3 @@ def send_active_gradients(wrapped: nn.Module, reuse: FeatureReuse) -> None:
 def plain_optimizer(optimizer: Any) -> Any:
     """The optimizer inside accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def names_without_state(state: dict[str, Any]) -> Sequence[str]:
-    """Names of the parameters whose optimizer state in a checkpoint is none of theirs."""
-    return state.get("without_state", [])

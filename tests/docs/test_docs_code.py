@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from transformers import HfArgumentParser, ViTForImageClassification, ViTImagePr
 import hf_featreuse
 from hf_featreuse import FeatureReuse, FeatureReuseConfig, FeatureReuseSchedule, cli, find_residual_blocks
 
-# Pages with tests of their own, which say what each block does.
-OWN_TESTS = {f"docs/{path.stem.removeprefix('test_docs_')}.md" for path in (ROOT / "tests").glob("test_docs_*.py")}
+# Pages that have their own tests, of what each block does.
+OWN_TESTS = {f"docs/{path.stem.removeprefix('test_docs_')}.md" for path in Path(__file__).parent.glob("test_docs_*.py")}
 PYTHON = sorted({block.page for block in BLOCKS if block.language == "python"} - OWN_TESTS)
 # Needs two processes, see below.
 DISTRIBUTED = "docs/engines.md"
@@ -253,5 +254,6 @@ def test_every_block_is_looked_at():
     languages = {block.language for block in BLOCKS}
     assert languages <= {"", "bash", "bibtex", "console", "python"}
     assert {"README.md", "docs/index.md", "docs/method.md", DISTRIBUTED} <= set(PYTHON)
+    assert {"docs/augmentation.md", "docs/subclassing.md"} <= OWN_TESTS
     assert len(COMMANDS) > 50
     assert len(RUN) >= 5
