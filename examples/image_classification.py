@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,9 +36,13 @@ from hf_featreuse.data import (
     ImageSplit,
     RandAugment,
     TrainTransform,
+    class_names,
+    class_notes,
     default_crop_scale,
     image_size,
     load_image_data,
+    open_classifier,
+    relabelled,
 )
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
 from hf_featreuse.trainer.step_log import StepLog
@@ -70,43 +74,71 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Featur
     return data
 
 
-def load_model(model_args: ModelArguments, data: ImageData) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Load a checkpoint with a head for the labels, or make a model from scratch, and its image processor."""
+def load_model(
+    model_args: ModelArguments, data: ImageData, trains: bool
+) -> tuple[ImageData, PreTrainedModel, BaseImageProcessor]:
+    """Load a checkpoint, or make a model from scratch, with its image processor, and the data with its class ids."""
     labels = data.label_names
     if model_args.model_name_or_path is None and model_args.config_name is None:
         model_type = model_args.model_type or "vit"
         first = next(iter(data.splits.values()))[0]["pixel_values"]
         size = model_args.image_size or min(max(first.shape[-2:]), 224)
         config = small_config(model_type, size, len(labels), labels, model_args.config_overrides)
-        return AutoModelForImageClassification.from_config(config), small_image_processor(config, size)
+        return data, AutoModelForImageClassification.from_config(config), small_image_processor(config, size)
     common = {
         "cache_dir": model_args.cache_dir,
         "revision": model_args.model_revision,
         "token": model_args.token,
         "trust_remote_code": model_args.trust_remote_code,
     }
-    source = model_args.model_name_or_path or model_args.config_name
+    source = str(model_args.model_name_or_path or model_args.config_name)
     try:
-        return load_pretrained(model_args, labels, str(source), common)
+        if model_args.model_name_or_path is not None and not trains:
+            return load_trained(model_args, data, source, common)
+        return load_pretrained(model_args, data, source, common)
     except OSError as error:
         raise ConfigurationError(f"`{source}` cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
+def load_trained(
+    model_args: ModelArguments, data: ImageData, source: str, common: dict[str, Any]
+) -> tuple[ImageData, PreTrainedModel, BaseImageProcessor]:
+    """Load a trained classifier to evaluate it as it is: the data takes its class ids, matched by name."""
+    opened = open_classifier(source, needs_processor=model_args.image_processor_name is None, **common)
+    processor: Any = opened.processor
+    if model_args.image_processor_name is not None:
+        processor = AutoImageProcessor.from_pretrained(model_args.image_processor_name, **common)
+    for note in class_notes(opened, data.label_names):
+        logger.warning(note)
+    return relabelled(data, opened), opened.model, processor
+
+
 def load_pretrained(
-    model_args: ModelArguments, labels: list[str], source: str, common: dict[str, Any]
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Load a checkpoint, or new weights for its config, with a head for the labels."""
+    model_args: ModelArguments, data: ImageData, source: str, common: dict[str, Any]
+) -> tuple[ImageData, PreTrainedModel, BaseImageProcessor]:
+    """Load a checkpoint, or new weights for its config, to train it with a head for the labels."""
+    name, overrides = model_args.config_name or source, parse_overrides(model_args.config_overrides)
+    labels = data.label_names
+    known = class_names(AutoConfig.from_pretrained(name, **common))
+    if model_args.model_name_or_path is not None and sorted(known) == sorted(labels):
+        # A head for these very classes keeps their order.
+        data = replace(
+            data,
+            splits={key: split.with_class_ids([known.index(n) for n in labels]) for key, split in data.splits.items()},
+            label_names=known,
+        )
+        labels = known
     config = AutoConfig.from_pretrained(
-        model_args.config_name or source,
+        name,
         num_labels=len(labels),
         label2id={label: index for index, label in enumerate(labels)},
         id2label=dict(enumerate(labels)),
-        **parse_overrides(model_args.config_overrides),
+        **overrides,
         **common,
     )
     processor = AutoImageProcessor.from_pretrained(model_args.image_processor_name or source, **common)
     if model_args.model_name_or_path is None:
-        return AutoModelForImageClassification.from_config(config), processor
+        return data, AutoModelForImageClassification.from_config(config), processor
     try:
         model = AutoModelForImageClassification.from_pretrained(
             source, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes, **common
@@ -116,9 +148,9 @@ def load_pretrained(
             raise
         raise ConfigurationError(
             f"The head of `{source}` is not for the {len(labels)} classes of the data. Pass "
-            "`--ignore_mismatched_sizes` to replace it by a new one."
+            "`--ignore_mismatched_sizes` to train a new one in its place."
         ) from None
-    return model, processor
+    return data, model, processor
 
 
 def add_transforms(
@@ -177,7 +209,7 @@ def set_up(model_args: ModelArguments, data_args: DataArguments, args: FeatureRe
     set_seed(args.seed)
     with args.main_process_first(desc="loading the data"):
         data = load_data(model_args, data_args, args)
-    model, processor = load_model(model_args, data)
+    data, model, processor = load_model(model_args, data, bool(args.do_train))
     if args.device.type == "cpu" and max(image_size(processor)) <= 16 and "OMP_NUM_THREADS" not in os.environ:
         # Operations on images this small are over before a second thread wakes up; on a busy machine waiting for it
         # made the run ten times longer.

@@ -1,5 +1,6 @@
 """Labelled images for training and evaluation: load, decode, transform, collate, and the policy on bad images."""
 
+from hf_featreuse.data.evaluation import OpenModel, class_names, class_notes, open_classifier, relabelled
 from hf_featreuse.data.image_split import ImageSplit
 from hf_featreuse.data.images import ImageCollator, decode_image, to_tensors
 from hf_featreuse.data.loading import ImageData, load_image_data
@@ -12,11 +13,16 @@ __all__ = [
     "ImageData",
     "ImageSplit",
     "ImageTransform",
+    "OpenModel",
     "RandAugment",
     "TrainTransform",
+    "class_names",
+    "class_notes",
     "decode_image",
     "default_crop_scale",
     "image_size",
     "load_image_data",
+    "open_classifier",
+    "relabelled",
     "to_tensors",
 ]

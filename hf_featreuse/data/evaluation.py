@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 # Under its short name transformers 5.17 asks for torchvision, which it does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -16,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from hf_featreuse.data.image_split import ImageSplit
 from hf_featreuse.data.images import ImageCollator
+from hf_featreuse.data.loading import ImageData
 from hf_featreuse.data.transforms import EvalTransform
 from hf_featreuse.errors import CheckpointError, ConfigurationError, DataError
 from hf_featreuse.text import first_few, first_sentence, one_line
@@ -36,17 +39,20 @@ class OpenModel:
     processor: BaseImageProcessor | None
 
 
-def open_classifier(name: str, *, needs_processor: bool = True) -> OpenModel:
+def open_classifier(name: str, *, needs_processor: bool = True, **options: Any) -> OpenModel:
     """Load a checkpoint with all its weights and its image processor.
 
     Args:
         name (`str`): a local folder, or an id on the Hub.
         needs_processor (`bool`, defaults to `True`): refuse a checkpoint without an image processor.
+        options (`dict[str, Any]`): further arguments of `from_pretrained`, such as `revision` and `token`; code of a
+            repository is run only with `trust_remote_code=True`.
 
     Raises:
         ConfigurationError: it is not an image classifier, or has no image processor.
         CheckpointError: weights are missing.
     """
+    options = {"trust_remote_code": False, **options}
     local = Path(name)
     if local.is_dir() and not (local / "config.json").is_file():
         raise ConfigurationError(
@@ -55,7 +61,7 @@ def open_classifier(name: str, *, needs_processor: bool = True) -> OpenModel:
         )
     try:
         model, loading = AutoModelForImageClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            name, dtype=torch.float32, output_loading_info=True, **options
         )
     except Exception as error:
         raise ConfigurationError(
@@ -71,7 +77,7 @@ def open_classifier(name: str, *, needs_processor: bool = True) -> OpenModel:
             "say nothing about a model: pass a checkpoint that was trained with its classification head."
         )
     try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(name, **options)
     except Exception as error:
         if not needs_processor:
             return OpenModel(name, model.eval(), None)
@@ -96,28 +102,27 @@ def evaluation_loader(
 
     The order is random, as CKA compares the images of a batch and data sets are often sorted by class.
     """
-    class_ids = torch.tensor(class_ids_of(opened, label_names))
     assert opened.processor is not None
-    collate = ImageCollator.from_processor(opened.processor)
     shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    relabelled = split.with_class_ids(class_ids_of(opened, label_names))
     return DataLoader(
-        split.with_transform(EvalTransform(opened.processor)),
+        relabelled.with_transform(EvalTransform(opened.processor)),
         batch_size=batch_size,
         sampler=shuffled[:max_samples].tolist(),
         num_workers=num_workers,
-        collate_fn=_Collate(collate, class_ids),
+        collate_fn=ImageCollator.from_processor(opened.processor),
     )
 
 
-class _Collate:
-    """Collate and give each label the id that the model has for it; a class, so that workers can be spawned."""
+def relabelled(data: ImageData, opened: OpenModel) -> ImageData:
+    """The same data with the class ids and the class names of a trained model.
 
-    def __init__(self, collate: ImageCollator, class_ids: torch.Tensor) -> None:
-        self.collate, self.class_ids = collate, class_ids
-
-    def __call__(self, features: list) -> dict[str, torch.Tensor]:
-        batch = self.collate(features)
-        return {**batch, "labels": self.class_ids[batch["labels"]]}
+    Raises:
+        DataError: the classes of model and data cannot be matched.
+    """
+    class_ids = class_ids_of(opened, data.label_names)
+    splits = {name: split.with_class_ids(class_ids) for name, split in data.splits.items()}
+    return dataclasses.replace(data, splits=splits, label_names=class_names(opened.model.config))
 
 
 def class_ids_of(opened: OpenModel, label_names: Sequence[str]) -> list[int]:
@@ -126,7 +131,7 @@ def class_ids_of(opened: OpenModel, label_names: Sequence[str]) -> list[int]:
     Raises:
         DataError: neither is possible.
     """
-    own = _class_names(opened)
+    own = class_names(opened.model.config)
     if len(set(own)) == len(own) and set(label_names) <= set(own):
         return [own.index(name) for name in label_names]
     if len(label_names) == len(own) and (_is_unnamed(own) or not set(own) & set(label_names)):
@@ -139,16 +144,16 @@ def class_ids_of(opened: OpenModel, label_names: Sequence[str]) -> list[int]:
 
 def class_notes(opened: OpenModel, label_names: Sequence[str]) -> list[str]:
     """What to know if the classes of model and data were matched by their order."""
-    own = _class_names(opened)
+    own = class_names(opened.model.config)
     if _is_unnamed(own) or set(label_names) <= set(own):
         return []
     names = f"{first_few(own)} and the data {first_few(label_names)}"
     return [f"The model calls its classes {names}; they were matched in this order."]
 
 
-def _class_names(opened: OpenModel) -> list[str]:
-    """Names of the model's classes, in the order of their ids."""
-    names = opened.model.config.id2label or {}
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """Names of a model's classes, in the order of their ids."""
+    names = config.id2label or {}
     return [name for _, name in sorted((int(index), str(name)) for index, name in names.items())]
 
 

@@ -106,6 +106,22 @@ class ImageSplit(torch.utils.data.Dataset):
         split._transform, split._epoch = transform, self._epoch.clone().share_memory_()
         return split
 
+    def with_class_ids(self, class_ids: Sequence[int]) -> "ImageSplit":
+        """Return the same split with other class ids.
+
+        Args:
+            class_ids: The new id of each class, in the order of the present ids.
+
+        Example:
+            >>> from hf_featreuse.data import load_image_data
+            >>> train = load_image_data().splits["train"]
+            >>> train[0]["labels"], train.with_class_ids(range(10, 20))[0]["labels"]
+            (1, 11)
+        """
+        split = copy.copy(self)
+        split.labels = np.asarray(class_ids, dtype=np.int64)[self.labels]
+        return split
+
     def set_epoch(self, epoch: int) -> None:
         """Tell random transforms the epoch; `FeatureReuseTrainer` calls this before every epoch, your own loop must.
 

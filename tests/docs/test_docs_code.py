@@ -22,7 +22,9 @@ import hf_featreuse
 from hf_featreuse import FeatureReuse, FeatureReuseConfig, FeatureReuseSchedule, cli, find_residual_blocks
 
 # Pages that have their own tests, of what each block does.
-OWN_TESTS = {f"docs/{path.stem.removeprefix('test_docs_')}.md" for path in Path(__file__).parent.glob("test_docs_*.py")}
+OWN_TESTS = {
+    f"docs/{path.stem.removeprefix('test_docs_')}.md" for path in Path(__file__).parent.glob("test_docs_*.py")
+}
 PYTHON = sorted({block.page for block in BLOCKS if block.language == "python"} - OWN_TESTS)
 # Needs two processes, see below.
 DISTRIBUTED = "docs/engines.md"
