@@ -93,7 +93,7 @@ def main() -> None:
     draw_step(
         below,
         "2. masked freeze",
-        f"everything runs; of the blocks only D = {{{names}}} trains, the others (grey) do not move by a bit",
+        f"everything runs; of the blocks only D = {{{names}}} trains, the others (grey) stay bitwise the same",
         skips=False,
         colour=ORANGE,
     )

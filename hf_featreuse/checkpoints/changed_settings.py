@@ -83,13 +83,29 @@ class PlanSource:
             return StepKind.VANILLA, {}
         return plan.kind, {self.blocks[index]: b"" for index in plan.dropped}
 
+    def survival(self, step: int) -> dict[str, float]:
+        """Survival probability by name of each block, if a step divides the increments of the kept ones by it."""
+        samples = {"batch_size": 1} if self.schedule.drop_granularity == "sample" else {}
+        survival = self.schedule.plan(step, **samples).survival if self.options.get("scale_kept") else None
+        # Rounded: a change that no step could notice is none.
+        return {} if survival is None else {name: round(p, 6) for name, p in zip(self.blocks, survival, strict=True)}
+
+    def describe(self, step: int) -> str:
+        """The plan of a step in words."""
+        survival = tuple(round(probability, 4) for probability in self.survival(step).values())
+        return _describe(self.plan(step)) + (f" with survival probabilities {_short(survival)}" if survival else "")
+
     def first_difference(self, other: PlanSource, steps: int) -> int | None:
         """The first of the steps 0..steps-1 that the two plan differently, or `None`."""
         if not self.changes(other, with_options=False):
             return None
-        # A sample's set follows from its position, not from how many there are.
-        other = replace(other, samples=self.samples)
-        return next((step for step in range(steps) if self.plan(step) != other.plan(step)), None)
+        # A sample's set follows from its position, not from how many there are; `check_scaling` compares scaling.
+        other = replace(other, samples=self.samples, options=self.options)
+        same = (
+            self.plan(step) == other.plan(step) and self.survival(step) == other.survival(step)
+            for step in range(steps)
+        )
+        return next((step for step, is_same in enumerate(same) if not is_same), None)
 
     def changes(self, now: PlanSource, *, with_options: bool = True) -> dict[str, tuple[Any, Any]]:
         """What was and is, by name, of all settings that differ."""
@@ -120,8 +136,8 @@ def check_plans(saved: PlanSource, now: PlanSource, steps: int) -> str | None:
     step = saved.first_difference(now, steps)
     if step is not None:
         raise ConfigurationError(
-            f"The settings passed plan step {step} as {_describe(now.plan(step))}, but the checkpoint was written "
-            f"after {steps} steps of which step {step} was {_describe(saved.plan(step))}. Saved: {before}. Passed: "
+            f"The settings passed plan step {step} as {now.describe(step)}, but the checkpoint was written "
+            f"after {steps} steps of which step {step} was {saved.describe(step)}. Saved: {before}. Passed: "
             f"{after}. Pass the saved settings to go on, or settings that differ only from step "
             f"{steps} on; to train anew from these weights, load them with `from_pretrained` and leave "
             "`resume_from_checkpoint` out."

@@ -56,9 +56,13 @@ def check_writable(run_folder: str | Path) -> None:
 
 
 def find_not_finite(model: nn.Module) -> str | None:
-    """The name of a weight that is NaN or infinite, in a sharded model in this rank's part; `None` if none is."""
+    """The name of a weight that is NaN or infinite, in a sharded model in this rank's part; `None` if none is.
+
+    Frozen parameters are left out: they do not change, and some are infinite on purpose, such as masks.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(local_part(parameter).isfinite().all()):
+        can_move = parameter.requires_grad and parameter.is_floating_point()
+        if can_move and not bool(local_part(parameter).isfinite().all()):
             return name
     return None
 

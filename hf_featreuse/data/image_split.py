@@ -115,8 +115,8 @@ class ImageSplit(torch.utils.data.Dataset):
         Example:
             >>> from hf_featreuse.data import load_image_data
             >>> train = load_image_data().splits["train"]
-            >>> train[0]["labels"], train.with_class_ids(range(10, 20))[0]["labels"]
-            (1, 11)
+            >>> train.with_class_ids(range(10, 20))[0]["labels"] - train[0]["labels"]
+            10
         """
         split = copy.copy(self)
         split.labels = np.asarray(class_ids, dtype=np.int64)[self.labels]

@@ -349,6 +349,8 @@ class FeatureReuseTrainer(ResumableTrainer):
     ) -> torch.Tensor:
         """Run forward and backward of a micro-batch as the plan of its optimizer step says."""
         if self.feature_reuse is None or self._step_log is None:
+            if not self.reuse_args.alternates:
+                return super().training_step(model, inputs, num_items_in_batch)
             raise StepError("`training_step` was called outside `train()`, which binds blocks and schedule. Call it.")
         step = self.state.global_step
         self._count_micro_batch(step)

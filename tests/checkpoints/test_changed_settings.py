@@ -204,3 +204,22 @@ def test_a_refusal_leaves_the_weights_of_the_checkpoint(folder: Path, tmp_path: 
         refused.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
     assert same_bits(state_of(refused.model), state_of(same.model))
     assert all(parameter.requires_grad for parameter in refused.model.parameters())
+
+
+def test_scaled_steps_whose_survival_changed_are_other_steps():
+    """A falling run that is to end later: its steps so far drew the same sets, with other divisors."""
+    names = ("a", "b")
+
+    def source(last_step: int, **options) -> PlanSource:
+        schedule = FeatureReuseSchedule(2, drop_rate=0.5, seed=0, last_step=last_step, drop_rate_over_time="falling")
+        return PlanSource(schedule, names, options={"scale_kept": True, **options})
+
+    saved, longer = source(1000), source(1100)
+    assert all(saved.plan(step) == longer.plan(step) for step in range(6))
+    # The first cycle has the full rates in both.
+    assert saved.first_difference(longer, steps=2) is None
+    assert saved.first_difference(longer, steps=6) == 2
+    with pytest.raises(ConfigurationError, match=r"step 2 as .* with survival probabilities \(0\.7505, 0\.5009\)"):
+        check_plans(saved, longer, 6)
+    unscaled = source(1000, scale_kept=False)
+    assert unscaled.first_difference(source(1100, scale_kept=False), steps=6) is None

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from test_resume import assert_same_run, resumable
-from tiny_models import examples
+from tiny_models import build, examples
 from training_runs import RecordingTrainer, traces, train
 
-from hf_featreuse import CheckpointError, StepError, StepKind
+from hf_featreuse import CheckpointError, StepError, StepKind, check_finite
 from hf_featreuse.checkpoints.completeness import newest_whole
 from hf_featreuse.trainer import resumable as resumable_module
 
@@ -236,3 +236,12 @@ def test_an_interrupt_during_a_save(method: str, tmp_path: Path, whole: Recordin
     broken_off(resumable("vit", tmp_path, kind=kind), KeyboardInterrupt, None, 2)
     assert "checkpoint-2" in said[0]
     goes_on(tmp_path, whole, 2)
+
+
+def test_a_frozen_parameter_may_be_infinite_on_purpose():
+    model = build("vit")
+    model.register_parameter("mask", torch.nn.Parameter(torch.full((2, 2), float("-inf")), requires_grad=False))
+    check_finite(model, step=1)
+    model.mask.requires_grad_(True)
+    with pytest.raises(StepError, match="`mask` is NaN or infinite"):
+        check_finite(model, step=1)

@@ -387,3 +387,22 @@ def test_exception_in_a_step_restores_everything_and_the_engine_goes_on(architec
         backward(model)
     assert plan.kind is kind
     assert snapshot(model) == before
+
+
+def test_weights_that_a_dropped_block_shares_with_an_active_one_accumulate():
+    """The gradient of the first micro-batch is not a stale one: the active block has it, too."""
+    model = build("vit")
+    blocks = find_residual_blocks(model)
+    blocks[0].module.mlp.fc1.weight = blocks[1].module.mlp.fc1.weight
+    schedule = FeatureReuseSchedule(len(blocks), drop_rate=0.5, drop_rate_schedule="uniform", masked_freeze_steps=0)
+    step = next(s for s in range(100) if 0 in schedule.plan(s).dropped and 1 not in schedule.plan(s).dropped)
+    reuse = FeatureReuse(model, blocks, schedule)
+    for seed in range(2):
+        with reuse.step(step):
+            model(**batch(seed=seed)).loss.backward()
+    assert blocks[1].module.mlp.fc1.weight.grad.abs().max() > 0
+    # One that no active part holds is still refused.
+    blocks[0].module.mlp.fc2.weight.grad = torch.zeros_like(blocks[0].module.mlp.fc2.weight)
+    with pytest.raises(StepError, match="holds a gradient from before"):
+        with reuse.step(step):
+            pass

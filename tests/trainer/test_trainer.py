@@ -310,3 +310,15 @@ def test_a_gradient_that_was_kept_from_the_step_before_is_refused(kind: str, tmp
     trainer = Keeping(build("vit"), arguments, train_dataset=examples())
     with pytest.raises(StepError, match=rf"this {kind} step .* `optimizer\.zero_grad\(set_to_none=True\)`"):
         trainer.train()
+
+
+def test_a_plain_training_step_runs_outside_of_train_as_in_trainer(tmp_path):
+    losses = []
+    for kind in (FeatureReuseTrainer, Trainer):
+        trainer = kind(build("vit"), config(tmp_path, drop_rate=0.0), train_dataset=examples(4))
+        trainer.current_gradient_accumulation_steps = 1  # Trainer itself needs it.
+        losses.append(trainer.training_step(trainer.model, batch()))
+    assert torch.equal(*losses)
+    trainer = FeatureReuseTrainer(build("vit"), config(tmp_path), train_dataset=examples(4))
+    with pytest.raises(StepError, match=r"outside `train\(\)`"):
+        trainer.training_step(trainer.model, batch())
