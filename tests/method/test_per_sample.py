@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from sample_checks import assert_same_gradients, gradients, masked, sample_schedule
+from sample_checks import assert_same_gradients, gradients, sample_schedule
+from scaling_reference import drop_path_around
 from tiny_architectures import SKIPPABLE, Architecture
 from tiny_models import WITHOUT_BATCH_NORM, build
 from torch import nn
@@ -82,7 +83,7 @@ def test_stochastic_depth_equals_masking(case):
     masks, inputs = random_masks(6, len(blocks)), case.batch(6)
     survival = [0.5 + 0.5 * index / len(blocks) for index in range(len(blocks))]
     for divisors in (None, survival):
-        with masked(blocks, masks, divisors or [1.0] * len(blocks)):
+        with drop_path_around(blocks, masks, divisors or [1.0] * len(blocks), case.branch):
             expected = model(**inputs).logits
             score(expected).sum().backward()
         wanted = gradients(model)

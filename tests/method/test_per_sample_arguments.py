@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from sample_checks import assert_same_gradients, gradients, masked, sample_schedule
+from sample_checks import assert_same_gradients, gradients, sample_schedule
+from scaling_reference import drop_path_around
 from test_per_sample import CPU, random_masks
 from tiny_models import build
 from torch import nn
@@ -45,7 +46,7 @@ def test_arguments_of_samples_are_taken_apart_and_shared_ones_are_not():
     assert {block.unbatched for block in blocks} == {frozenset({"extra.1.0", "shared"})}
     # As many samples as `shared` has rows.
     x, masks = torch.randn(4, 4, generator=generator), random_masks(4, 3)
-    with masked(blocks, masks, [1.0] * 3):
+    with drop_path_around(blocks, masks, [1.0] * 3):
         expected = model(x, shared)
         expected.square().sum().backward()
     wanted = gradients(model)

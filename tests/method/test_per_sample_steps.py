@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from sample_checks import assert_same_gradients, gradients, masked, sample_schedule
+from sample_checks import assert_same_gradients, gradients, sample_schedule
+from scaling_reference import drop_path_around
 from tiny_models import WITHOUT_BATCH_NORM, build, examples
 from training_runs import RecordingTrainer, config, train, with_dropout
 
@@ -90,7 +91,7 @@ def test_kept_samples_are_scaled_by_the_rate_of_the_block(scale_kept: bool):
         logits = model(**tiny_models.batch(8)).logits
     # Rates of 0.15, 0.3, 0.45 and 0.6, rounded to sixteenths.
     survival = [14 / 16, 11 / 16, 9 / 16, 6 / 16] if scale_kept else [1.0] * 4
-    with torch.no_grad(), masked(blocks, plan.sample_masks, survival):
+    with torch.no_grad(), drop_path_around(blocks, plan.sample_masks, survival):
         torch.testing.assert_close(logits, model(**tiny_models.batch(8)).logits, rtol=1e-5, atol=1e-5)
 
 

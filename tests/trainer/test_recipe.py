@@ -143,12 +143,12 @@ def test_options_that_a_search_changes_between_runs_are_taken_up(tmp_path):
 
     class Sees(FeatureReuseTrainer):
         def evaluate(self, *args, **kwargs):
-            expected = watches[-1].expected if self.recipe_args.ema_decay else None
+            expected = watches[-1].expected if self.recipe.options.ema_decay else None
             found = None if self.weight_average is None else self.weight_average.state_dict()
             if expected is not None:
                 for name, tensor in found.items():
                     torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
-            seen.append((found is None, self._mixer and self._mixer.mixup_alpha, self.compute_loss_func is own))
+            seen.append((found is None, self.recipe.mixer and self.recipe.mixer.mixup_alpha, self.compute_loss_func is own))
             return super().evaluate(*args, **kwargs)
 
     class Watch(TrainerCallback):
