@@ -148,7 +148,8 @@ def test_options_that_a_search_changes_between_runs_are_taken_up(tmp_path):
             if expected is not None:
                 for name, tensor in found.items():
                     torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
-            seen.append((found is None, self.recipe.mixer and self.recipe.mixer.mixup_alpha, self.compute_loss_func is own))
+            alpha = self.recipe.mixer and self.recipe.mixer.mixup_alpha
+            seen.append((found is None, alpha, self.compute_loss_func is own))
             return super().evaluate(*args, **kwargs)
 
     class Watch(TrainerCallback):
