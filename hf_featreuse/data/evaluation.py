@@ -30,7 +30,7 @@ class OpenModel:
 
     Args:
         name (`str`): as the user gave it.
-        model (`PreTrainedModel`): on the CPU, in float32.
+        model (`PreTrainedModel`): on the CPU.
         processor (`BaseImageProcessor`, *optional*): resizes and normalises its images.
     """
 
@@ -45,8 +45,8 @@ def open_classifier(name: str, *, needs_processor: bool = True, **options: Any) 
     Args:
         name (`str`): a local folder, or an id on the Hub.
         needs_processor (`bool`, defaults to `True`): refuse a checkpoint without an image processor.
-        options (`dict[str, Any]`): further arguments of `from_pretrained`, such as `revision` and `token`; code of a
-            repository is run only with `trust_remote_code=True`.
+        options (`dict[str, Any]`): further arguments of `from_pretrained`, such as `revision`, `token` and `dtype`
+            (float32 by default); code of a repository is run only with `trust_remote_code=True`.
 
     Raises:
         ConfigurationError: it is not an image classifier, or has no image processor.
@@ -61,7 +61,7 @@ def open_classifier(name: str, *, needs_processor: bool = True, **options: Any) 
         )
     try:
         model, loading = AutoModelForImageClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **options
+            name, output_loading_info=True, **{"dtype": torch.float32, **options}
         )
     except Exception as error:
         raise ConfigurationError(
@@ -77,7 +77,9 @@ def open_classifier(name: str, *, needs_processor: bool = True, **options: Any) 
             "say nothing about a model: pass a checkpoint that was trained with its classification head."
         )
     try:
-        processor = AutoImageProcessor.from_pretrained(name, **options)
+        processor = AutoImageProcessor.from_pretrained(
+            name, **{key: value for key, value in options.items() if key != "dtype"}
+        )
     except Exception as error:
         if not needs_processor:
             return OpenModel(name, model.eval(), None)

@@ -1,6 +1,6 @@
 """One split of labelled images as a `torch.utils.data.Dataset`, with the policy on images that cannot be decoded.
 
-A split remembers the row each image has in its source, so that augmentation depends on the image alone and an image
+A split remembers the row each image has in its source, so that augmentation depends only on the image and an image
 that cannot be decoded is named.
 """
 
@@ -28,25 +28,24 @@ _CHECK_CHUNK = 64  # images a thread decodes at a time when looking for bad ones
 class ImageSplit(torch.utils.data.Dataset):
     """Images and labels of one split, decoded when asked for.
 
-    Items are `{"pixel_values": uint8 tensor of shape (3, height, width), "labels": int}`. As this is no
-    `datasets.Dataset`, Trainer's `remove_unused_columns` leaves it alone.
+    Items are `{"pixel_values": uint8 tensor of shape (3, height, width), "labels": int}`. As this is not a
+    `datasets.Dataset`, Trainer's `remove_unused_columns` does not change it.
 
     Args:
-        images: A `datasets.Dataset` whose only column holds `datasets.Image(decode=False)`.
-        rows: Row numbers in `images` that make up the split, int64 of shape (n,).
-        labels: Class ids in the order of `rows`, int64 of shape (n,).
-        name: What messages call the split: its name in the source, such as `"train"`.
-        source: What messages call the source, such as `"data set 'beans'"`.
-        transform: An `ImageTransform`, or a function from an RGB PIL image
-            to a uint8 tensor. Default: none.
+        images (`datasets.Dataset`): its only column holds `datasets.Image(decode=False)`.
+        rows (`numpy.ndarray`): row numbers in `images` that make up the split, int64 of shape (n,).
+        labels (`numpy.ndarray`): class ids in the order of `rows`, int64 of shape (n,).
+        name (`str`): what messages call the split: its name in the source, such as `"train"`.
+        source (`str`): what messages call the source, such as `"data set 'beans'"`.
+        transform (`Callable`, *optional*): an `ImageTransform`, or a function from an RGB PIL image to a uint8 tensor.
 
     Attributes:
-        rows: As passed.
-        labels: As passed.
-        num_skipped: How many images `skip_bad_images` left out.
+        rows (`numpy.ndarray`): as passed.
+        labels (`numpy.ndarray`): as passed.
+        num_skipped (`int`): how many images `skip_bad_images` left out.
 
     Raises:
-        BadImageError: When an item is read whose image cannot be decoded.
+        BadImageError: an item is read whose image cannot be decoded.
 
     Example:
         >>> from hf_featreuse.data import load_image_data
@@ -93,7 +92,7 @@ class ImageSplit(torch.utils.data.Dataset):
         """Return the same split with a transform in place of its own.
 
         Args:
-            transform: As in the constructor; `None` for none.
+            transform (`Callable`, *optional*): as in the constructor; `None` for none.
 
         Example:
             >>> from hf_featreuse.data import load_image_data
@@ -110,7 +109,7 @@ class ImageSplit(torch.utils.data.Dataset):
         """Return the same split with other class ids.
 
         Args:
-            class_ids: The new id of each class, in the order of the present ids.
+            class_ids (`Sequence[int]`): the new id of each class, in the order of the present ids.
 
         Example:
             >>> from hf_featreuse.data import load_image_data
@@ -128,7 +127,7 @@ class ImageSplit(torch.utils.data.Dataset):
         accelerate 1.15's data loaders call it too, but not with several processes, nor in the epoch of a resume.
 
         Args:
-            epoch: Number of the epoch, from 0.
+            epoch (`int`): number of the epoch, from 0.
         """
         self._epoch.fill_(epoch)
 
@@ -138,7 +137,7 @@ class ImageSplit(torch.utils.data.Dataset):
         Progress is shown by a bar; `datasets.disable_progress_bars()` turns it off.
 
         Raises:
-            DataError: No image is left.
+            DataError: no image is left.
         """
         chunks = [range(i, min(i + _CHECK_CHUNK, len(self))) for i in range(0, len(self), _CHECK_CHUNK)]
         bad: dict[int, str] = {}
@@ -176,7 +175,7 @@ class ImageSplit(torch.utils.data.Dataset):
             ) from None
 
     def _describe(self, row: int, stored: dict[str, Any], error: Exception) -> str:
-        """Name an image by its file where it has one, and by its row."""
+        """Name an image by its file if it has one, and by its row."""
         where = f"row {row} of split '{self._name}' of {self._source}"
         file = f"{stored['path']} ({where})" if stored["path"] and stored["bytes"] is None else f"the image in {where}"
         reason = "it is no image file" if isinstance(error, Image.UnidentifiedImageError) else str(error)

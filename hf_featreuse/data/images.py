@@ -22,15 +22,15 @@ def decode_image(source: Mapping[str, Any]) -> Image.Image:
     Face pipelines do at inference.
 
     Args:
-        source: What a `datasets.Image(decode=False)` column holds: `{"bytes": bytes | None, "path": str | None}`.
-            The bytes win; without them the file at the path is read.
+        source (`Mapping[str, Any]`): what a `datasets.Image(decode=False)` column holds,
+            `{"bytes": bytes | None, "path": str | None}`. The file at the path is read only if there are no bytes.
 
     Returns:
-        A PIL image of mode `RGB`.
+        `PIL.Image.Image`: of mode `RGB`.
 
     Raises:
-        Exception: Whatever Pillow raises for a missing, corrupt, truncated or oversized file;
-            `ImageSplit` turns it into a `BadImageError` that names the image.
+        Exception: whatever Pillow raises for a missing, corrupt, truncated or oversized file; `ImageSplit` turns it
+            into a `BadImageError` that names the image.
 
     Example:
         >>> import io
@@ -70,10 +70,10 @@ def to_tensors(images: Sequence[Image.Image]) -> list[torch.Tensor]:
     """Copy RGB images into tensors.
 
     Args:
-        images: PIL images of mode `RGB`, at least one; their sizes may differ.
+        images (`Sequence[PIL.Image.Image]`): of mode `RGB`, at least one; their sizes may differ.
 
     Returns:
-        A uint8 tensor of shape (3, height, width) for each image.
+        `list[torch.Tensor]`: for each image, uint8 of shape (3, height, width).
 
     Example:
         >>> from PIL import Image
@@ -103,14 +103,14 @@ class ImageCollator:
     """Stack uint8 images into a batch and normalise the whole batch at once: `(x * rescale_factor - mean) / std`.
 
     Args:
-        mean: Mean of each channel, in units of the rescaled values.
-        std: Standard deviation of each channel, in the same units; not zero.
-        rescale_factor: Factor applied to the 8-bit values first. Default `1 / 255`.
-        flip_channels: Whether to turn RGB into BGR at the end, as MobileViT wants. Default `False`.
+        mean (`Sequence[float]`): mean of each channel, in units of the rescaled values.
+        std (`Sequence[float]`): standard deviation of each channel, in the same units; not zero.
+        rescale_factor (`float`, defaults to `1 / 255`): factor applied to the 8-bit values first.
+        flip_channels (`bool`, defaults to `False`): whether to turn RGB into BGR at the end, as MobileViT needs.
 
     Raises:
-        DataError: `mean` and `std` have not three values each, or `std` holds a zero; when called: the images differ
-            in size.
+        DataError: `mean` and `std` do not have three values each, or `std` holds a zero; when called: the images
+            differ in size.
 
     Example:
         >>> import torch
@@ -140,10 +140,10 @@ class ImageCollator:
         """Build the collator that equals a processor's rescaling and normalisation, within 1e-6.
 
         Args:
-            processor: An image processor of transformers; `do_rescale`, `do_normalize` and channel flips are honoured.
+            processor (`BaseImageProcessor`): its `do_rescale`, `do_normalize` and channel flips are honoured.
 
         Raises:
-            DataError: What the processor does to pixel values is not one line for each channel.
+            DataError: what the processor does to pixel values is not a linear function for each channel.
 
         Example:
             >>> from transformers import ViTImageProcessorPil
@@ -189,10 +189,12 @@ class ImageCollator:
         """Collate items of an `ImageSplit`.
 
         Args:
-            features: Items with `pixel_values`, uint8 of shape (3, height, width), and `labels`, an integer.
+            features (`Sequence[Mapping[str, Any]]`): items with `pixel_values`, uint8 of shape (3, height, width), and
+                `labels`, an integer.
 
         Returns:
-            `pixel_values`, float32 of shape (batch, 3, height, width), and `labels`, int64 of shape (batch,).
+            `dict[str, torch.Tensor]`: `pixel_values`, float32 of shape (batch, 3, height, width), and `labels`, int64
+                of shape (batch,).
         """
         shapes = {tuple(feature["pixel_values"].shape) for feature in features}
         if len(shapes) > 1:

@@ -40,9 +40,11 @@ class ImageData:
     """What [`load_image_data`] returns.
 
     Attributes:
-        splits: The splits asked for that exist, by name: `"train"`, `"validation"`, `"test"`.
-        label_names: Name of each class, in the order of the class ids.
-        name: Name for a model card: that on the Hub, `"scikit-learn digits"`, or `None` for local data.
+        splits (`dict[str, ImageSplit]`): the requested splits that exist, by name: `"train"`, `"validation"` or
+            `"test"`.
+        label_names (`list[str]`): name of each class, in the order of the class ids.
+        name (`str`, *optional*): name for a model card: that on the Hub, `"scikit-learn digits"`, or `None` for local
+            data.
 
     Example:
         >>> from hf_featreuse.data import load_image_data
@@ -81,32 +83,36 @@ def load_image_data(
     validation split; without one, part of the training split is.
 
     Args:
-        dataset_name: Name on the Hub, or a local folder: whatever `datasets.load_dataset` takes, or `save_to_disk`
-            wrote. Default: none.
-        dataset_config_name: Configuration of the data set. Default: its default.
-        train_dir: Folder with one folder of images for each class. Default: none.
-        validation_dir: The same for validation. Default: none.
-        train_val_split: Fraction of the training rows, in (0, 1), to validate on if the data has no such split;
-            `None` or 0 for no validation then. Default `0.15`.
-        max_train_samples: Number of training images to keep, drawn by `seed`. Default: all.
-        max_eval_samples: The same for validation and test, each. Default: all.
-        image_column_name: Column of the images. Default: `image`, else the only one of type `Image`.
-        label_column_name: Column of the labels. Default: `label`, `labels`, else the only one of type `ClassLabel`.
-            Class labels, integers and strings are understood.
-        cache_dir: Where downloads are kept. Default: the cache of `datasets`.
-        token: Token for private data sets, `True` for the stored one. Default: the stored one where there is one.
-        trust_remote_code: Without effect: `datasets` no longer runs code. Accepted for command lines that pass it.
-        seed: Non-negative integer that decides every split and selection. Default `42`.
-        skip_bad_images: Whether to decode all images of `splits` now and leave out those that fail, with one logged
-            warning. Default `False`: the first bad image read raises `BadImageError`.
-        splits: Which of `"train"`, `"validation"`, `"test"` to return. Default: the first two.
+        dataset_name (`str`, *optional*): name on the Hub, or a local folder: whatever `datasets.load_dataset` takes,
+            or `save_to_disk` wrote.
+        dataset_config_name (`str`, *optional*): configuration of the data set; by default its default one.
+        train_dir (`str`, *optional*): folder with one folder of images for each class.
+        validation_dir (`str`, *optional*): the same for validation.
+        train_val_split (`float`, defaults to 0.15): fraction of the training rows, in (0, 1), to validate on if the
+            data has no such split; `None` or 0 means no validation then.
+        max_train_samples (`int`, *optional*): number of training images to keep, drawn by `seed`; by default all.
+        max_eval_samples (`int`, *optional*): the same for validation and test, each.
+        image_column_name (`str`, *optional*): column of the images; by default `image`, else the only one of type
+            `Image`.
+        label_column_name (`str`, *optional*): column of the labels, which are class labels, integers or strings; by
+            default `label`, `labels`, else the only one of type `ClassLabel`.
+        cache_dir (`str`, *optional*): where downloads are kept; by default the cache of `datasets`.
+        token (`str` or `bool`, *optional*): token for private data sets, `True` for the stored one; by default the
+            stored one if there is one.
+        trust_remote_code (`bool`, defaults to `False`): has no effect: `datasets` no longer runs code. Accepted for
+            command lines that pass it.
+        seed (`int`, defaults to 42): non-negative; decides every split and selection.
+        skip_bad_images (`bool`, defaults to `False`): whether to decode all images of `splits` now and leave out those
+            that fail, with one logged warning; otherwise the first bad image read raises `BadImageError`.
+        splits (`Sequence[str]`, defaults to `("train", "validation")`): which of `"train"`, `"validation"`, `"test"`
+            to return.
 
     Returns:
-        [`ImageData`], with those of `splits` that exist.
+        `ImageData`: with those of `splits` that exist.
 
     Raises:
-        DataError: A folder, data set, split or column is missing, a split is empty, a label is missing or unknown, an
-            argument lies outside its range, or every image is bad.
+        DataError: a folder, data set, split or column is missing, a split is empty, a label is missing or unknown, an
+            argument is out of range, or every image is bad.
 
     Example:
         >>> from hf_featreuse.data import load_image_data

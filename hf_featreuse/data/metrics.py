@@ -29,13 +29,14 @@ class TopKAccuracy(evaluate.Metric):
     of -100 are left out. It works in `evaluate.combine` and with several processes.
 
     Args:
-        k: How many classes count, at least 1. Default `5`.
-        config_name: Name of the folder for temporary files. Default `"top<k>"`.
-        **options: Further options of `evaluate.Metric`, such as `keep_in_memory`, `num_process`, `process_id` and
-            `experiment_id`.
+        k (`int`, defaults to 5): how many classes count, at least 1.
+        config_name (`str`, *optional*): name of the folder for temporary files; by default `"top<k>"`.
+        options (`dict[str, Any]`): further options of `evaluate.Metric`, such as `keep_in_memory`, `num_process`,
+            `process_id` and `experiment_id`.
 
     Returns:
-        From `compute`: `{"accuracy": float}` for `k=1`, else `{"top<k>_accuracy": float}`, in [0, 1].
+        `dict[str, float]`: from `compute`, `{"accuracy": float}` for `k=1`, else `{"top<k>_accuracy": float}`, in
+            [0, 1].
 
     Raises:
         DataError: `k` is below 1; on `compute`: no sample has a label.
@@ -75,12 +76,13 @@ def rank_top_k(logits: Any, labels: torch.Tensor | None = None, k: int = 5) -> t
     It runs where the logits are and does not wait for the device.
 
     Args:
-        logits: Tensor of shape (batch, classes), or a tuple or list that starts with it.
-        labels: Ignored; Trainer passes them.
-        k: How many ids to keep. Default `5`.
+        logits (`torch.Tensor` or `tuple` or `list`): of shape (batch, classes), or a tuple or list that starts with
+            such a tensor.
+        labels (`torch.Tensor`, *optional*): ignored; Trainer passes them.
+        k (`int`, defaults to 5): how many ids to keep.
 
     Returns:
-        int64 tensor of shape (batch, min(k, classes)), best class first.
+        `torch.Tensor`: int64 of shape (batch, min(k, classes)), best class first.
 
     Example:
         >>> import torch
@@ -98,10 +100,11 @@ def build_compute_metrics(ks: Sequence[int] = (1, 5)) -> Callable[[EvalPredictio
     Pass it with `preprocess_logits_for_metrics=rank_top_k` to keep only ranked ids; plain logits are ranked here.
 
     Args:
-        ks: Each k to report. Default `(1, 5)`.
+        ks (`Sequence[int]`, defaults to `(1, 5)`): each k to report.
 
     Returns:
-        A function from `EvalPrediction` to `{"accuracy": float, "top5_accuracy": float}`.
+        `Callable[[EvalPrediction], dict[str, float]]`: for the default `ks`, it returns
+            `{"accuracy": float, "top5_accuracy": float}`.
 
     Raises:
         DataError: `ks` is empty or holds a number below 1; when called: no sample has a label.

@@ -71,15 +71,14 @@ class RandAugment:
     """Apply a few operations, drawn from fourteen, to each training image, all at one magnitude.
 
     Args:
-        num_ops: Operations an image, at least 1. Default `2`.
-        magnitude: Strength, from 0 to 30. Default `9`.
-        seed: Non-negative integer below 2**64. Default `0`.
+        num_ops (`int`, defaults to 2): operations per image, at least 1.
+        magnitude (`int`, defaults to 9): strength, from 0 to 30.
+        seed (`int`, defaults to 0): from 0 to 2**64 - 1.
 
     Raises:
-        DataError: An argument lies outside its range.
+        DataError: an argument is out of range.
 
-    Source:
-        Cubuk et al. 2019, arXiv 1909.13719; the operations and their greatest levels are those of torchvision.
+    Source: Cubuk et al. 2019 (arXiv 1909.13719); the operations and their greatest levels are those of torchvision.
 
     Example:
         >>> import numpy as np
@@ -127,8 +126,8 @@ def apply_operation(image: Image.Image, name: str, level: float) -> Image.Image:
     """Apply one operation to an RGB image.
 
     Args:
-        image: A PIL image of mode `RGB`.
-        name: One of `OPERATIONS`.
-        level: Degrees for `rotate`, bits taken away for `posterize`, a fraction for all others.
+        image (`PIL.Image.Image`): of mode `RGB`.
+        name (`str`): one of `OPERATIONS`.
+        level (`float`): degrees for `rotate`, bits removed for `posterize`, a fraction for all others.
     """
     return _OPERATIONS[name][0](image, level)

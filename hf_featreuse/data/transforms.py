@@ -28,7 +28,7 @@ _DRAWS = 2 * _ATTEMPTS + 4  # per image: areas, aspect ratios, top, left, flip, 
 class ImageTransform:
     """Base of the transforms: an RGB image in, a uint8 tensor of shape (3, height, width) out.
 
-    A subclass defines `__call__`; it may define `batch` where a whole batch can be done faster.
+    A subclass defines `__call__`; it may define `batch` if a whole batch can be done faster.
 
     Example:
         >>> import numpy as np
@@ -58,11 +58,11 @@ def default_crop_scale(size: tuple[int, int]) -> tuple[float, float]:
     image, so small images keep at least 60 %.
 
     Args:
-        size: Height and width of the training images, in pixels.
+        size (`tuple[int, int]`): height and width of the training images, in pixels.
 
     Returns:
-        Smallest and largest fraction of the area: `(0.08, 1.0)` if the shorter edge has 128 pixels or more, else
-        `(0.6, 1.0)`.
+        `tuple[float, float]`: smallest and largest fraction of the area, `(0.08, 1.0)` if the shorter edge has 128
+            pixels or more, else `(0.6, 1.0)`.
 
     Example:
         >>> from hf_featreuse.data import default_crop_scale
@@ -73,26 +73,27 @@ def default_crop_scale(size: tuple[int, int]) -> tuple[float, float]:
 
 
 class TrainTransform(ImageTransform):
-    """Crop a random part of an image, resize it and flip it at random, as a function of (seed, epoch, row) alone.
+    """Crop a random part of an image, resize it and flip it at random, as a function of only (seed, epoch, row).
 
     The random numbers of an image come from NumPy's counter-based Philox, keyed by the seed, its counter set to
     (row, epoch). No global generator is read or moved.
 
     Args:
-        size: Height and width of the result, in pixels.
-        scale: Smallest and largest part of the area to keep, both in (0, 1]. Default `(0.08, 1.0)`.
-        ratio: Smallest and largest width / height of the part, drawn log-uniformly. Default `(3/4, 4/3)`.
-        flip: Probability of a horizontal flip, in [0, 1]. Default `0.5`.
-        seed: Non-negative integer below 2**64. Default `0`.
-        resample: Pillow's filter. Default bilinear.
-        augment: Further augmentation, applied last. Default: none.
+        size (`tuple[int, int]`): height and width of the result, in pixels.
+        scale (`tuple[float, float]`, defaults to `(0.08, 1.0)`): smallest and largest part of the area to keep, both
+            in (0, 1].
+        ratio (`tuple[float, float]`, defaults to `(3 / 4, 4 / 3)`): smallest and largest width / height of the part,
+            drawn log-uniformly.
+        flip (`float`, defaults to 0.5): probability of a horizontal flip, in [0, 1].
+        seed (`int`, defaults to 0): from 0 to 2**64 - 1.
+        resample (`Resampling`, defaults to `Resampling.BILINEAR`): Pillow's filter.
+        augment (`RandAugment`, *optional*): further augmentation, applied last.
 
     Raises:
-        DataError: An argument lies outside its range.
+        DataError: an argument is out of range.
 
-    Source:
-        The sampling rule is that of the "Inception crop" (Szegedy et al. 2015, arXiv 1409.4842), with torchvision's
-        ten attempts and central fallback.
+    Source: the sampling rule is that of the "Inception crop", Szegedy et al. 2015 (arXiv 1409.4842), with
+    torchvision's ten attempts and central fallback.
 
     Example:
         >>> import torch
@@ -186,18 +187,18 @@ def _between(draws: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 class EvalTransform(ImageTransform):
-    """Resize and crop as a Hugging Face image processor does, bit for bit, without its rescaling and normalisation.
+    """Resize and crop as a Hugging Face image processor does, bit-identical, without its rescaling and normalisation.
 
     Fixed sizes, `shortest_edge`, centre crops and ConvNeXt's `crop_pct` are done by Pillow directly. The result is
-    compared with the processor's own on two images of noise when the transform is made; where they differ (padding,
-    torchvision's filters, rules of its own) the processor itself is called for each image, which is slower, and the
-    log says so once. Padding by a processor is then black before normalisation, not zero after it.
+    compared with the processor's own on two images of noise when the transform is made; if they differ (padding,
+    torchvision's filters, its own rules) the processor itself is called for each image, which is slower and is logged
+    once. Padding by a processor is then black before normalisation, not zero after it.
 
     Args:
-        processor: An image processor of transformers, such as `AutoImageProcessor.from_pretrained` returns.
+        processor (`BaseImageProcessor`): such as `AutoImageProcessor.from_pretrained` returns.
 
     Raises:
-        DataError: The processor returns something other than one uint8 image of three channels.
+        DataError: the processor returns something other than one uint8 image of three channels.
 
     Example:
         >>> from PIL import Image
@@ -219,7 +220,7 @@ class EvalTransform(ImageTransform):
             logger.warning("%s has settings of its own: images are resized by calling it one by one, slower.", name)
 
     def __call__(self, image: Image.Image, row: int = 0, epoch: int = 0) -> torch.Tensor:
-        """Transform one RGB image; `row` and `epoch` play no part. See [`ImageTransform`]."""
+        """Transform one RGB image; `row` and `epoch` are ignored. See [`ImageTransform`]."""
         return to_tensors([self._resize(image)])[0] if self._direct else _by_processor(self.processor, image)
 
     def batch(self, images: Sequence[Image.Image], rows: np.ndarray, epoch: int) -> list[torch.Tensor]:
@@ -229,7 +230,7 @@ class EvalTransform(ImageTransform):
         return [_by_processor(self.processor, image) for image in images]
 
     def _equals_processor(self, image: Image.Image) -> bool:
-        """Say whether Pillow alone gives what the processor gives for this image."""
+        """Say whether Pillow by itself gives what the processor gives for this image."""
         size = self._settings.get("size") or {}
         if self._settings.get("do_resize") and set(size) not in ({"height", "width"}, {"shortest_edge"}):
             return False
@@ -279,13 +280,13 @@ def image_size(processor: BaseImageProcessor) -> tuple[int, int]:
     """Find the size of the images that a processor hands to the model.
 
     Args:
-        processor: An image processor of transformers.
+        processor (`BaseImageProcessor`): image processor of transformers.
 
     Returns:
-        Height and width in pixels; for `shortest_edge` without a crop, those of a square image.
+        `tuple[int, int]`: height and width in pixels; for `shortest_edge` without a crop, those of a square image.
 
     Raises:
-        DataError: The processor neither resizes nor crops, and names no size.
+        DataError: the processor neither resizes nor crops, and names no size.
 
     Example:
         >>> from transformers import ViTImageProcessorPil

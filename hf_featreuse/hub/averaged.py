@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import safetensors
-from transformers import AutoModelForImageClassification
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from hf_featreuse.checkpoints.weights import load_weights
+from hf_featreuse.data.evaluation import open_classifier
 from hf_featreuse.errors import CheckpointError, ConfigurationError
 from hf_featreuse.recipe.weight_average import AVERAGE_FILE, WeightAverage
 
@@ -28,9 +28,7 @@ def save_averaged(checkpoint: Path, folder: str | Path) -> list[Path]:
             f"with `max_steps` at its own step first; or delete {AVERAGE_FILE} to push the weights as they train."
         )
     try:
-        model = AutoModelForImageClassification.from_pretrained(
-            checkpoint, local_files_only=True, trust_remote_code=False
-        )
+        model = open_classifier(str(checkpoint), needs_processor=False, local_files_only=True, dtype="auto").model
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"The model in {checkpoint} cannot be loaded to give it the weights of {AVERAGE_FILE}: "
