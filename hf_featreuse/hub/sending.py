@@ -142,4 +142,4 @@ def _reason(error: Exception) -> str:
         return "there is no such revision. Pass a branch."
     if isinstance(error, TransportError) or status in _PASSING:
         return f"the Hub does not answer ({kind_and_text(error)}). Wait until it does."
-    return f"{kind_and_text(error)}. Mend that."
+    return f"{kind_and_text(error)}. Fix that first."

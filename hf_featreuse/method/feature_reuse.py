@@ -191,10 +191,11 @@ class FeatureReuse:
     def _contexts(self, plan: StepPlan) -> Iterator[contextlib.AbstractContextManager[None]]:
         """What is open during a step."""
         if plan.kind is StepKind.STOCHASTIC_DEPTH:
-            # A parameter shared with a part that trains may hold the gradient of an earlier micro-batch.
-            active = {id(p) for index in self._active_parts(plan) for p in self._parameters[index]}
-            dropped = (p for index in plan.dropped for p in self._parameters[index])
-            self._check_gradients(plan, [p for p in dropped if id(p) not in active])
+            held = [p for index in plan.dropped for p in self._parameters[index] if p.grad is not None]
+            if held:
+                # A parameter shared with a part that trains may hold the gradient of an earlier micro-batch.
+                active = {id(p) for index in self._active_parts(plan) for p in self._parameters[index]}
+                self._check_gradients(plan, [p for p in held if id(p) not in active])
             yield self._skip(plan)
         elif plan.kind is StepKind.MASKED_FREEZE:
             parameters, norms = self._frozen(plan)

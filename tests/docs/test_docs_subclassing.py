@@ -119,7 +119,7 @@ def test_blocks_chosen_by_gradient(tmp_path, monkeypatch, caplog):
     smallest = min(range(4), key=schedule.norms.__getitem__)
     free = next(step for step in range(12, 99) if schedule.plan(step).kind is not StepKind.VANILLA)
     assert schedule.plan(free).dropped == (smallest,)
-    # With the default, the page says, nothing is scaled either, and one warning says so.
+    # With the default, the page says, nothing is scaled either, with one warning.
     args = QuietConfig(str(tmp_path / "default"), max_steps=6)
     names["GradientTrainer"](build("vit"), args, train_dataset=examples()).train()
     assert caplog.text.count("have no `survival`") == 1
