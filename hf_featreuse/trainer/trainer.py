@@ -39,6 +39,7 @@ from hf_featreuse.recipe.weight_average import WeightAverage
 from hf_featreuse.trainer import backends
 from hf_featreuse.trainer.arguments import FeatureReuseArguments, RecipeArguments
 from hf_featreuse.trainer.console import ConsoleCallback
+from hf_featreuse.trainer.inactive_parameters import InactiveParameters
 from hf_featreuse.trainer.recipe import FollowWeights, Recipe
 from hf_featreuse.trainer.resumable import ResumableTrainer
 from hf_featreuse.trainer.step_log import StepLog
@@ -161,6 +162,8 @@ class FeatureReuseTrainer(ResumableTrainer):
         self._take_up_recipe()
         # Before all others: what a tracker logs at the end of training is the model that was evaluated.
         self.callback_handler.callbacks.insert(0, FollowWeights(lambda: self.recipe))
+        was_skipped = lambda: self.accelerator.optimizer_step_was_skipped  # noqa: E731
+        self.callback_handler.callbacks.insert(0, InactiveParameters(lambda: self.step_kind, was_skipped))
         self.add_callback(SchedulePicture(self))
         self.add_callback(ConsoleCallback(self))
 

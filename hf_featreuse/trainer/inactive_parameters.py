@@ -1,0 +1,121 @@
+"""Check that the optimizer leaves alone what has no gradient, by what it does in the first steps of a run.
+
+Dropped and frozen blocks have no gradient (`grad` is None), and every optimizer of torch skips such parameters. An
+optimizer that puts a zero in the place of the absent gradient moves them by momentum and weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import TrainerCallback
+
+from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.method.schedule import StepKind
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class InactiveParameters(TrainerCallback):
+    """Raises an error if the optimizer moves a parameter without a gradient, or its state.
+
+    Weights and optimizer state are compared around the optimizer step, for each kind of step and each parameter group,
+    until one step had a learning rate above 0 and a parameter without a gradient that an earlier step had trained:
+    momentum moves nothing before, and a warm-up starts at 0. Nothing is compared after that. Steps that the gradient
+    scaler skips do not count.
+
+    Args:
+        step_kind (`Callable`): gives the kind of the step whose gradients are there now.
+        was_skipped (`Callable`): tells whether the last optimizer step was skipped.
+
+    Raises:
+        ConfigurationError: after the first optimizer step that moved such a parameter or its state.
+    """
+
+    def __init__(self, step_kind: Callable[[], StepKind | None], was_skipped: Callable[[], bool]) -> None:
+        self._step_kind, self._was_skipped = step_kind, was_skipped
+        self._forget()
+
+    def _forget(self) -> None:
+        # By id: parameters that an optimizer step of this run has trained.
+        self._trained: set[int] = set()
+        # Kinds of step and indices of parameter groups that need no further comparison.
+        self._passed: set[tuple[StepKind, int]] = set()
+        self._before: dict[int, tuple[list[nn.Parameter], list[torch.Tensor]]] = {}
+        self._active: set[int] = set()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin again: the optimizer may be another one."""
+        self._forget()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Note what must not move."""
+        kind, self._before, self._active = self._step_kind(), {}, set()
+        if kind is None or (kind is StepKind.VANILLA and self._passed):
+            return
+        for index, group in enumerate(optimizer.param_groups):
+            if (kind, index) in self._passed:
+                continue
+            without = [p for p in group["params"] if p.grad is None and p.requires_grad]
+            self._active |= {id(p) for p in group["params"] if p.grad is not None}
+            if without and kind is not StepKind.VANILLA:
+                self._before[index] = without, [_digest(p, optimizer) for p in without]
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Compare it with what is there now."""
+        if self._was_skipped():
+            return
+        kind = self._step_kind()
+        for index, (without, before) in self._before.items():
+            after = [_digest(parameter, optimizer) for parameter in without]
+            if not all(torch.equal(was, now) for was, now in zip(before, after, strict=True)):
+                raise _error(optimizer, kind)
+            learns = float(optimizer.param_groups[index].get("lr", 1.0)) > 0
+            if kind is not None and learns and any(id(parameter) in self._trained for parameter in without):
+                self._passed.add((kind, index))
+        self._trained |= self._active
+        self._before = {}
+
+
+def _error(optimizer: Any, kind: StepKind | None) -> ConfigurationError:
+    plain = type(getattr(optimizer, "optimizer", optimizer))
+    step = "an optimizer step" if kind is None else f"a {kind.value} step"
+    return ConfigurationError(
+        f"The optimizer {plain.__module__}.{plain.__qualname__} cannot be used with feature reuse: in {step} it "
+        "changed parameters that had no gradient, or their optimizer state. It treats an absent gradient as zero, so "
+        "momentum and weight decay move blocks that are dropped or frozen. Pass an optimizer that skips parameters "
+        'whose `grad` is None, as those of torch do, for instance `optim="adamw_torch"`. Plain training, with '
+        "`stochastic_depth_steps=0` and `masked_freeze_steps=0`, takes any."
+    )
+
+
+def _digest(parameter: nn.Parameter, optimizer: Any) -> torch.Tensor:
+    """A sum over the bits of each tensor of a parameter and its optimizer state; a copy would take as much memory."""
+    values = [parameter, *_values(optimizer.state.get(parameter, {}))]
+    sums = [_bits(value) if isinstance(value, torch.Tensor) else torch.tensor(hash(value)) for value in values]
+    return torch.stack([total.to(sums[0].device) for total in sums])
+
+
+def _values(state: Any) -> Iterator[Any]:
+    """Tensors and numbers of a nested optimizer state."""
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, (list, tuple)):
+        for value in state:
+            yield from _values(value)
+    elif isinstance(state, (torch.Tensor, int, float)):
+        yield state
+
+
+@torch.no_grad()
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor's bits, read as integers, on its device."""
+    if is_traceable_wrapper_subclass(tensor):  # Sharded or quantized: what lies on this device.
+        return sum((_bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]), torch.tensor(0))
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.detach().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
