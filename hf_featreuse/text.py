@@ -24,9 +24,22 @@ def joined(names: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
+def printable(text: str, keep: str = "") -> str:
+    """The text with escapes for what a terminal would obey: control and direction characters, broken UTF-8."""
+    return "".join(
+        character if character.isprintable() or character in keep else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def flat(text: object) -> str:
+    """A text in one line that is safe to print."""
+    return printable(" ".join(str(text).split()))
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, as sentences in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = flat(error) or type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
@@ -37,7 +50,7 @@ def first_sentence(error: BaseException) -> str:
 
 def kind_and_text(error: BaseException, length: int = 200) -> str:
     """The class of an error and the beginning of what it says, in one line."""
-    text = " ".join(str(error).split())
+    text = flat(error)
     return f"{type(error).__name__}: {text[:length]}" if text else type(error).__name__
 
 

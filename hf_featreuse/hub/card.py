@@ -17,9 +17,12 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.hub.card_text import MEANINGS, SNIPPETS, TEMPLATE, method_tags, method_text
+from hf_featreuse.hub.markdown import markdown_code, markdown_text, python_string
+from hf_featreuse.text import flat
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("transformers", "torch", "datasets", "huggingface_hub")
@@ -43,6 +46,7 @@ def build_model_card(
     training: Mapping[str, object],
     adapter: str | None = None,
     from_pretrained: bool = True,
+    has_processor: bool = True,
 ) -> ModelCard:
     """Build the model card of a trained image classifier, with metadata that the Hub reads.
 
@@ -69,6 +73,10 @@ def build_model_card(
         adapter (`str`, *optional*): type of the PEFT adapter, such as `"LORA"`, where the weights are an adapter's.
         from_pretrained (`bool`, defaults to `True`): whether transformers loads the model, or the adapter's base; of
             other modules the card shows how to load the weights.
+        has_processor (`bool`, defaults to `True`): whether an image processor lies beside the model. `pipeline` needs
+            it, so without one the card shows how to load the model alone.
+
+    Names and values are quoted: Markdown, HTML and line ends in them mean themselves.
 
     Returns:
         `ModelCard`: its text is `str(card)`; `card.save("README.md")` writes it.
@@ -89,11 +97,11 @@ def build_model_card(
         >>> card.data.pipeline_tag, "from scratch" in card.text
         ('image-classification', True)
     """
-    name = PurePath(model_name.replace("\\", "/")).name if _is_path(model_name) else model_name.strip()
+    name = flat(PurePath(model_name.replace("\\", "/")).name if _is_path(model_name) else model_name)
     if not name:
         raise ConfigurationError(f"`model_name={model_name!r}` names no model. Pass a name or Hub id.")
     base_id = base_model if base_model and is_hub_id(base_model) else None
-    dataset = dataset_name if dataset_name and not _is_local(dataset_name) else None
+    dataset = flat(dataset_name) if dataset_name and not _is_local(dataset_name) else None
     results = _results(metrics)
     eval_results = _eval_results(results, dataset, dataset_split)
     data = ModelCardData(
@@ -101,32 +109,45 @@ def build_model_card(
         datasets=[dataset] if dataset and _is_hub_dataset(dataset) else None,
         eval_results=eval_results,
         library_name="peft" if adapter else "transformers" if from_pretrained else None,
-        license=license,
+        license=flat(license) if license else None,
         metrics=["accuracy"] if "accuracy" in results else None,
         model_name=name.split("/")[-1] if eval_results else None,
         pipeline_tag="image-classification",
         tags=[*method_tags(settings), *_adapter_tags(adapter, base_id, from_pretrained)],
     )
-    snippet, note = SNIPPETS[adapter is not None, from_pretrained]
-    snippet = snippet.format(name=name, base=base_id or "the base model's folder", architecture=architecture)
+    snippet, note = SNIPPETS[adapter is not None, from_pretrained, has_processor]
+    snippet = snippet.format(
+        name=python_string(name),
+        base=python_string(base_id or "the base model's folder"),
+        # Code, unlike all else here.
+        architecture=architecture if architecture.isidentifier() else "Model",
+    )
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        title=name.split("/")[-1],
+        title=markdown_text(name.split("/")[-1]),
         summary=_summary(architecture, adapter, _origin(base_model, base_id), dataset_name, settings is not None),
         snippet=snippet,
         snippet_note=note,
-        results=[(_METRIC_NAMES.get(key, _cell(key)), _metric_text(key, value)) for key, value in results.items()],
+        results=[(_METRIC_NAMES.get(key) or markdown_text(key), _metric_text(key, v)) for key, v in results.items()],
         results_intro=_results_intro(dataset_name, dataset_split),
         plot=_plot_link(plot_file),
         method=method_text(settings, len(block_names)),
-        settings=[(key, _cell(value), MEANINGS.get(key, "")) for key, value in (settings or {}).items()],
+        settings=[
+            (markdown_code(key, in_table=True), _cell(value), MEANINGS.get(key, ""))
+            for key, value in (settings or {}).items()
+        ],
         block_names=list(block_names),
-        block_list=", ".join(f"`{block}`" for block in block_names),
-        training=[(key, _cell(value)) for key, value in training.items()],
+        block_list=", ".join(map(markdown_code, block_names)),
+        training=[(markdown_code(key, in_table=True), _cell(value)) for key, value in training.items()],
         versions=_versions(adapter) if settings is not None else [],
         package_version=_own_version(),
     )
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether an image processor lies in a folder."""
+    return any((folder / name).is_file() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME))
 
 
 def is_hub_id(name: str) -> bool:
@@ -156,7 +177,11 @@ def _dataset_text(dataset: str | None) -> str:
         return "data that is not named here"
     if _is_local(dataset):
         return "a local data set"
-    return f"[{dataset}](https://huggingface.co/datasets/{dataset})" if _is_hub_dataset(dataset) else dataset
+    return (
+        f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+        if _is_hub_dataset(dataset)
+        else markdown_text(dataset)
+    )
 
 
 def _origin(base_model: str | None, base_id: str | None) -> str:
@@ -168,18 +193,21 @@ def _origin(base_model: str | None, base_id: str | None) -> str:
 
 def _summary(architecture: str, adapter: str | None, origin: str, dataset: str | None, recorded: bool) -> str:
     """Say what was trained, from what and on what; or what it is, where that was not recorded."""
-    what = f"{adapter} adapter for an image classifier" if adapter else "image classifier"
+    what = f"{markdown_text(adapter)} adapter for an image classifier" if adapter else "image classifier"
+    kind = markdown_code(architecture)
     article = "An" if what[0] in "aeiouAEIOU" else "A"
     if not recorded:
-        return f"{article} {what} (`{architecture}`)."
-    return f"{article} {what} (`{architecture}`), {origin} on {_dataset_text(dataset)} with `hf_featreuse`."
+        return f"{article} {what} ({kind})."
+    return (
+        f"{article} {what} ({kind}), {origin} on {_dataset_text(dataset)} with `hf_featreuse`."
+    )
 
 
 def _adapter_tags(adapter: str | None, base_id: str | None, from_pretrained: bool) -> list[str]:
     """The tags that PEFT gives an adapter."""
     if adapter is None:
         return []
-    tags = [adapter.lower(), *(["transformers"] if from_pretrained else [])]
+    tags = [flat(adapter).lower(), *(["transformers"] if from_pretrained else [])]
     return [*tags, *([f"base_model:adapter:{base_id}"] if base_id else [])]
 
 
@@ -207,9 +235,9 @@ def _eval_results(results: Mapping[str, float], dataset: str | None, split: str 
             # An identifier; a data set from elsewhere has none, so its name is made one.
             dataset_type=re.sub(r"[^\w./-]+", "-", dataset),
             dataset_name=dataset,
-            dataset_split=split,
-            metric_type=key,
-            metric_name=_METRIC_NAMES.get(key, key),
+            dataset_split=flat(split) if split else None,
+            metric_type=flat(key),
+            metric_name=_METRIC_NAMES.get(key, flat(key)),
             metric_value=value,
         )
         for key, value in results.items()
@@ -219,7 +247,7 @@ def _eval_results(results: Mapping[str, float], dataset: str | None, split: str 
 
 def _results_intro(dataset: str | None, split: str | None) -> str:
     """Say what the results were measured on."""
-    where = f"the `{split}` split of {_dataset_text(dataset)}" if split else _dataset_text(dataset)
+    where = f"the {markdown_code(split)} split of {_dataset_text(dataset)}" if split else _dataset_text(dataset)
     return f"Measured with the whole network on {where}."
 
 
@@ -240,8 +268,7 @@ def _cell(value: object) -> str:
     """Show a value in a cell of a table."""
     if value is None:
         return "none given"
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return markdown_text(f"{value:g}" if isinstance(value, float) else value)
 
 
 def _own_version() -> str:

@@ -29,10 +29,15 @@ MEANINGS = {
 _SNIPPET = """from PIL import Image
 from transformers import pipeline
 
-repository = "{name}"
+repository = {name}
 classifier = pipeline("image-classification", model=repository)
 image = Image.new("RGB", (64, 64))  # or your own: Image.open("photo.jpg").convert("RGB")
 print(classifier(image))"""
+
+_MODEL_SNIPPET = """from transformers import AutoModelForImageClassification
+
+repository = {name}
+model = AutoModelForImageClassification.from_pretrained(repository)"""
 
 # An adapter's repository holds the labels in its config.json, and only the weights of the adapter and the new head.
 _ADAPTER_SNIPPET = """import torch
@@ -40,41 +45,62 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-repository = "{name}"
+repository = {name}
 config = AutoConfig.from_pretrained(repository)
-model = AutoModelForImageClassification.from_pretrained("{base}", config=config, ignore_mismatched_sizes=True)
+model = AutoModelForImageClassification.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)
 model = PeftModel.from_pretrained(model, repository).eval()
 image = Image.new("RGB", (64, 64))  # or your own: Image.open("photo.jpg").convert("RGB")
 inputs = AutoImageProcessor.from_pretrained(repository)(image, return_tensors="pt")
 with torch.no_grad():
     print(config.id2label[model(**inputs).logits.argmax(-1).item()])"""
 
+_ADAPTED_MODEL_SNIPPET = """from peft import PeftModel
+from transformers import AutoConfig, AutoModelForImageClassification
+
+repository = {name}
+config = AutoConfig.from_pretrained(repository)
+model = AutoModelForImageClassification.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(model, repository).eval()"""
+
 # Of a module that transformers does not know, its user brings the code.
 _MODULE_SNIPPET = """from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
-repository = "{name}"
+repository = {name}
 model = {architecture}()  # made as it was for training, by its own code
 model.load_state_dict(load_file(hf_hub_download(repository, "model.safetensors")))
 model.eval()"""
 
 _MODULE_ADAPTER_SNIPPET = """from peft import PeftModel
 
-repository = "{name}"
+repository = {name}
 model = {architecture}()  # made as it was for training, by its own code and with the weights it had then
 model = PeftModel.from_pretrained(model, repository).eval()"""
 
 _WHERE = "`repository` is an id on the Hub, or a folder with its files."
 _NO_PACKAGE = "The package it was trained with is not needed to run it."
-# Snippet and what to know of it, by whether the weights are an adapter's, and whether transformers loads the model.
+_UNPREPARED = "There is no image processor: prepare images as for training."
+# Snippet and what to know of it, by whether the weights are an adapter's, whether transformers loads the model, and
+# whether there is an image processor.
 SNIPPETS = {
-    (False, True): (_SNIPPET, f"{_WHERE} It is a plain transformers model. {_NO_PACKAGE}"),
-    (True, True): (
+    (False, True, True): (_SNIPPET, f"{_WHERE} It is a plain transformers model. {_NO_PACKAGE}"),
+    (False, True, False): (_MODEL_SNIPPET, f"{_WHERE} It is a plain transformers model. {_UNPREPARED} {_NO_PACKAGE}"),
+    (True, True, True): (
         _ADAPTER_SNIPPET,
         f"{_WHERE} The base model's weights and PEFT are needed, too. {_NO_PACKAGE}",
     ),
-    (False, False): (_MODULE_SNIPPET, f"`repository` is an id on the Hub. {_NO_PACKAGE}"),
-    (True, False): (_MODULE_ADAPTER_SNIPPET, f"{_WHERE} PEFT is needed, too. {_NO_PACKAGE}"),
+    (True, True, False): (
+        _ADAPTED_MODEL_SNIPPET,
+        f"{_WHERE} The base model's weights and PEFT are needed, too. {_UNPREPARED} {_NO_PACKAGE}",
+    ),
+    **{
+        (False, False, either): (_MODULE_SNIPPET, f"`repository` is an id on the Hub. {_NO_PACKAGE}")
+        for either in (True, False)
+    },
+    **{
+        (True, False, either): (_MODULE_ADAPTER_SNIPPET, f"{_WHERE} PEFT is needed, too. {_NO_PACKAGE}")
+        for either in (True, False)
+    },
 }
 
 TEMPLATE = """---
@@ -115,7 +141,7 @@ No evaluation was recorded.
 | setting | value | meaning |
 |---|---|---|
 {% for name, value, meaning in settings -%}
-| `{{ name }}` | {{ value }} | {{ meaning }} |
+| {{ name }} | {{ value }} | {{ meaning }} |
 {% endfor %}
 {%- endif %}
 {%- if block_names %}
@@ -130,7 +156,7 @@ No evaluation was recorded.
 | hyperparameter | value |
 |---|---|
 {% for name, value in training -%}
-| `{{ name }}` | {{ value }} |
+| {{ name }} | {{ value }} |
 {% endfor %}
 {%- else %}
 No hyperparameters were recorded.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from transformers.utils import logging
 
 from hf_featreuse.checkpoints.weights import is_adapter
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.hub.card import build_model_card, is_hub_id
-from hf_featreuse.hub.http_errors import HTTPError
+from hf_featreuse.hub.card import build_model_card, has_processor, is_hub_id
+from hf_featreuse.hub.limits import limited_requests
 from hf_featreuse.hub.sending import CARD_FILE
 from hf_featreuse.method.fsdp import unsharded_class
 from hf_featreuse.method.schedule import FeatureReuseSchedule
@@ -33,6 +34,8 @@ _LISTED_ARGUMENTS = (
 # Listed if they are in use.
 _LISTED_IF_SET = ("label_smoothing_factor", "mixup_alpha", "cutmix_alpha", "ema_decay")
 _LICENCE_TIMEOUT_SECONDS = 5.0
+# An identifier, as the Hub's metadata has it.
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _IN_CARD = ("finetuned_from", "dataset", "license", "tags", "model_name")
 # Further arguments of `Trainer.create_model_card`.
 _WITHOUT_PLACE = ("language", "tasks", "dataset_tags", "dataset_args")
@@ -126,6 +129,7 @@ def write_run_card(
         | {"processes": run.processes, "mixed_precision": values["mixed_precision"], **steps},
         adapter=adapter,
         from_pretrained=isinstance(model, PreTrainedModel),
+        has_processor=has_processor(folder),
     )
     of_model: Sequence[str] = (model.model_tags or ()) if isinstance(model, PreTrainedModel) else ()
     given = [tags] if isinstance(tags, str) else tags or ()
@@ -163,7 +167,9 @@ def licence_of(model_id: str) -> str | None:
     if is_offline_mode():
         return None
     try:
-        tags = HfApi().model_info(model_id, timeout=_LICENCE_TIMEOUT_SECONDS).tags or []
-    except (HTTPError, OSError, ValueError):
+        with limited_requests():
+            tags = HfApi().model_info(model_id, timeout=_LICENCE_TIMEOUT_SECONDS).tags or []
+    except Exception:  # Of the connection, or of a client that cannot read the answer.
         return None
-    return next((tag.removeprefix("license:") for tag in tags if tag.startswith("license:")), None)
+    found = (tag.removeprefix("license:") for tag in tags if isinstance(tag, str) and tag.startswith("license:"))
+    return next((licence for licence in found if _LICENCE.fullmatch(licence)), None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,9 +21,11 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import logging
 
-from hf_featreuse.errors import HubError
-from hf_featreuse.hub.http_errors import TransportError
-from hf_featreuse.text import kind_and_text
+from hf_featreuse.errors import ConfigurationError, HubError
+from hf_featreuse.hub.http_errors import HTTPStatusError, TransportError
+from hf_featreuse.hub.limits import RefusedAnswer, limited_requests
+from hf_featreuse.hub.tokens import check_stored_token, clean_token, redacted
+from hf_featreuse.text import flat, kind_and_text, printable
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +35,9 @@ _Result = TypeVar("_Result")
 _WAITS = (1.0, 4.0)
 CARD_FILE = "README.md"
 _PASSING = (408, 429, 500, 502, 503, 504)
+_MOST_WORDS = 400
+# What git allows in the name of a branch, and no leading dash, which is an option.
+_BRANCH = re.compile(r"(?![-/.])(?!.*(\.\.|//|@\{|[/.]$|\.lock$))[^\s\x00-\x20\x7f~^:?*\[\\]+")
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,24 @@ class Target:
         revision (`str`, *optional*): branch; the main one by default.
         private (`bool`, *optional*): visibility of a repository that is made; the owner's default where `None`.
         token (`str`, *optional*): the stored one by default.
+
+    Raises:
+        ConfigurationError: the token or the revision is none.
     """
 
     repo_id: str
     revision: str | None = None
     private: bool | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.token, str):
+            object.__setattr__(self, "token", clean_token(self.token))
+        if self.revision is not None and _BRANCH.fullmatch(self.revision) is None:
+            raise ConfigurationError(
+                f"`revision={printable(self.revision)!r}` (--revision) is not the name of a branch. Pass one such as "
+                "`main` or `v1`."
+            )
 
     def again(self, folder: str | Path) -> str:
         """The command that pushes a folder here; a checkpoint of a run has no card yet."""
@@ -67,6 +86,10 @@ def make_repository(api: HfApi, target: Target, folder: str | Path) -> str:
 
     def make() -> str:
         url = api.create_repo(target.repo_id, token=target.token, private=target.private, exist_ok=True)
+        owner, _, name = target.repo_id.rpartition("/")
+        made_owner, _, made_name = url.repo_id.rpartition("/")
+        if made_name.lower() != name.lower() or (owner and made_owner.lower() != owner.lower()):
+            raise RefusedAnswer(f"the repository {url.repo_id} was made instead")
         if target.revision is not None and target.revision != "main":
             api.create_branch(url.repo_id, branch=target.revision, token=target.token, exist_ok=True)
         return url.repo_id
@@ -95,51 +118,92 @@ def send(
     def commit() -> CommitInfo:
         # A client's operations are used up by an attempt.
         operations = [CommitOperationAdd(path, str(f) if isinstance(f, Path) else f) for path, f in files.items()]
-        return api.create_commit(
+        info = api.create_commit(
             target.repo_id, operations, commit_message=message, token=target.token, revision=target.revision
         )
+        if not all(isinstance(word, str) and word for word in (info.commit_url, info.oid)):
+            raise RefusedAnswer("an answer that names no commit")
+        return info
 
     return _attempt(commit, target, folder, f'The push "{message}" to {target.repo_id}')
 
 
 def _attempt(call: Callable[[], _Result], target: Target, folder: str | Path, what: str) -> _Result:
     """Call, and call again after failures that pass."""
+    if target.token is None:
+        check_stored_token()
     for wait in (*_WAITS, None):
         try:
-            return call()
+            with limited_requests():
+                return call()
         except Exception as error:  # Whatever it is, the user must be told how to push again.
             if wait is None or not _passes(error):
-                raise HubError(
+                told = (
                     f"{what} failed: {_reason(error)} Nothing in {folder} is lost: `{target.again(folder)}` pushes it."
-                ) from error
-            logger.warning(f"{what} failed ({kind_and_text(error)}); trying again in {wait:g} s.")
+                )
+                whole = "".join(traceback.format_exception(error))
+                # A traceback prints the causes of an error too.
+                cause = error if redacted(whole, target.token) == whole else None
+                raise HubError(printable(redacted(told, target.token))) from cause
+            told = f"{what} failed ({kind_and_text(error)}); trying again in {wait:g} s."
+            logger.warning(printable(redacted(told, target.token)))
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
 
+def _status(error: BaseException | None) -> int | None:
+    """The status of the answer that an error, or what it was raised from, is about."""
+    while error is not None:
+        if isinstance(error, (HTTPStatusError, HfHubHTTPError)):
+            return error.response.status_code
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _passes(error: Exception) -> bool:
     """Whether a later attempt may succeed."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in _PASSING
-    return isinstance(error, TransportError)
+    return isinstance(error, TransportError) or (not isinstance(error, RefusedAnswer) and _status(error) in _PASSING)
+
+
+def _words(error: Exception) -> str:
+    """What the server said of its refusal, as a sentence; empty if it said nothing."""
+    said = flat(error.server_message or "") if isinstance(error, HfHubHTTPError) else ""
+    # A gateway sends a page.
+    return f' The Hub says: "{said[:_MOST_WORDS]}".' if said and not said.startswith("<") else ""
 
 
 def _reason(error: Exception) -> str:
     """Say what went wrong and what to do, before the push is repeated."""
+    status, words = _status(error), _words(error)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it."
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token. Run `hf auth login`, or set HF_TOKEN."
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, RevisionNotFoundError):
+        return f"there is no such revision.{words} Pass a branch."
     if status == 401 or isinstance(error, RepositoryNotFoundError):
         return (
-            "the Hub does not accept the token, or there is no such repository for it. Log in with `hf auth login`, "
-            "or set HF_TOKEN to a token that may write."
+            f"the Hub does not accept the token, or there is no such repository for it.{words} Log in with `hf auth "
+            "login`, or set HF_TOKEN to a token that may write."
         )
     if status == 403:
-        return "the token may not write there. Use a token with write access, or a namespace of your own."
-    if isinstance(error, RevisionNotFoundError):
-        return "there is no such revision. Pass a branch."
+        return (
+            f"the token may not write there.{words} Use a token with write access, or a namespace of your own; if the "
+            "Hub names a quota, free space first."
+        )
+    if isinstance(error, RefusedAnswer):
+        return f"the Hub's answer is refused: {flat(error)}. Check HF_ENDPOINT and your proxy, or wait."
     if isinstance(error, TransportError) or status in _PASSING:
-        return f"the Hub does not answer ({kind_and_text(error)}). Wait until it does."
-    return f"{kind_and_text(error)}. Fix that first."
+        return f"the Hub does not answer ({_shown(error, status)}).{words} Wait until it does."
+    if status is not None and status >= 400:
+        return f"the Hub refuses it ({_shown(error, status)}).{words} Fix that first."
+    if isinstance(error, OSError) or "Invalid metadata in README.md" in str(error):
+        return f"{kind_and_text(error)}. Fix that first."
+    return (
+        f"the Hub's answer is not what its client expects ({kind_and_text(error)}). Check HF_ENDPOINT and your proxy."
+    )
+
+
+def _shown(error: Exception, status: int | None) -> str:
+    """The status of an answer, else the error."""
+    return kind_and_text(error) if status is None else f"status {status}"

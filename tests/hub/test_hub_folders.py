@@ -167,8 +167,9 @@ def test_without_a_network_the_error_says_so_and_how_to_push_again(tmp_path):
 
 
 def test_the_command_to_push_again_fits_a_shell_and_hides_the_token():
-    target = Target("ada/x", "v 1", True, "hf_secret")
-    assert target.again("my run") == "featreuse push 'my run' ada/x --revision 'v 1' --private"
+    target = Target("ada/x", "v(1)", True, "hf_secret")
+    assert target.again("my run") == "featreuse push 'my run' ada/x --revision 'v(1)' --private"
+    assert "hf_secret" not in repr(target)
     assert Target("ada/x", private=False).again("run") == "featreuse push run ada/x --public"
     assert Target("ada/x").again("run") == "featreuse push run ada/x"
 
