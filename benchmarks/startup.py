@@ -16,6 +16,8 @@ import sys
 LINES = (
     "--help",
     "inspect --help",
+    "evaluate --help",
+    "predict --help",
     "analyze --help",
     "prune --help",
     "push --help",

@@ -1,7 +1,8 @@
 """The console command `featreuse`: a table of verbs; each has a module of its name in `hf_featreuse.commands`.
 
 Results go to stdout. What went wrong goes to stderr, in one line, and the exit code is 1; argparse's own complaints
-exit with 2.
+exit with 2. What either holds of file names, models and servers is escaped where a terminal would obey it. An error
+that nobody foresaw is one line too; `python -X dev -m hf_featreuse ...` shows where it happened.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
-from hf_featreuse.errors import FeatureReuseError
+from hf_featreuse.errors import ConfigurationError, FeatureReuseError
+from hf_featreuse.text import flat, kind_and_text, printable
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,19 @@ VERBS = (
         description="Show the residual blocks of an image classifier in forward order, with their parameters, their "
         "share of the arithmetic of a step and their survival probability; the expected cost of each kind of step "
         "against a vanilla step; and which modules cannot be skipped, and why. Reads the configuration alone.",
+    ),
+    Verb(
+        name="evaluate",
+        summary="report accuracy by class, calibration and mistakes of a trained model",
+        description="Evaluate a trained image classifier on labelled images: accuracy with its 95 % interval, "
+        "precision, recall and F1 of each class, confusion matrix, calibration, and the most confident mistakes. "
+        "Writes evaluation.json, plots and one self-contained index.html to a folder.",
+    ),
+    Verb(
+        name="predict",
+        summary="classify image files and write the predictions to a file",
+        description="Classify image files, and the images in folders, with a trained image classifier, and write one "
+        "row per image to a CSV, JSON lines or Parquet file. Files that cannot be decoded are named and left out.",
     ),
     Verb(
         name="analyze",
@@ -82,24 +98,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser(arguments).parse_args(arguments)
     try:
+        _check_words(options)
         with _quiet():
             text = options.run(options)
     except (FeatureReuseError, OSError) as error:
-        print(f"featreuse: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _fail(flat(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        return _fail("stopped by Ctrl-C.", code=130)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        return _fail(
+            f"an error that was not foreseen: {kind_and_text(error)}. `python -X dev -m hf_featreuse` with the same "
+            "arguments shows where."
+        )
     try:
-        print(text, flush=True)
+        print(_encodable(printable(text, keep="\n")), flush=True)
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; Python would complain of the rest once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
+def _check_words(options: argparse.Namespace) -> None:
+    """Refuse empty arguments, which a shell makes of variables that are not set: as a path one is the folder here."""
+    for name, value in vars(options).items():
+        for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and (not word.strip() or "\0" in word):
+                raise ConfigurationError(
+                    f"`{name}={word!r}` is {'empty' if not word.strip() else 'not a text'}. Pass a value, or leave it "
+                    "out."
+                )
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"featreuse: {message}", file=sys.stderr)
+    return code
+
+
+def _encodable(text: str) -> str:
+    """The text with escapes for what the encoding of stdout lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints quote no control characters."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(flat(message))
+
+
 def _parser(named: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with the arguments of those verbs that are named: what they import takes time."""
-    parser = argparse.ArgumentParser(
-        prog="featreuse", description="Train residual image classifiers whose layers reuse features."
-    )
+    parser = _Parser(prog="featreuse", description="Train residual image classifiers whose layers reuse features.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for verb in VERBS:
         verb_parser = verbs.add_parser(

@@ -30,6 +30,7 @@ PUBLIC_MODULES = {
                 "checkpoints",
                 "data",
                 "data.metrics",
+                "evaluation",
                 "hub",
                 "inspection",
                 "plotting",

@@ -1,0 +1,87 @@
+"""The verb `featreuse evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+
+from hf_featreuse.commands.data_options import (
+    add_data_arguments,
+    add_device_arguments,
+    check_least,
+    chosen_device,
+    load_data,
+    progress_bars,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the verb's parser its arguments."""
+    parser.add_argument("model", metavar="MODEL", help="a local checkpoint folder of an image classifier, or a Hub id")
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--max_samples",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="most images to take, drawn by the seed; by default all",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="images per batch")
+    parser.add_argument("--num_mistakes", type=int, default=24, help="mistakes to show; 0 for none")
+    parser.add_argument("--output_dir", default="outputs/evaluation", metavar="DIR", help="folder for the report")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="replace the report in a folder that is not empty"
+    )
+    add_device_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> str:
+    """Evaluate the model, write the report, and give it as text."""
+    from PIL import Image
+    from torch import nn
+
+    from hf_featreuse.data.evaluation import class_names, class_notes, evaluation_loader, open_classifier
+    from hf_featreuse.evaluation import evaluate_model, write_evaluation
+    from hf_featreuse.plotting.report_folder import check_output_dir
+
+    check_least(options, batch_size=1, num_workers=0, num_mistakes=0, seed=0)
+    if "max_samples" in options:
+        check_least(options, max_samples=1)
+    device = chosen_device(options)
+    check_output_dir(options.output_dir, options.overwrite_output_dir)
+    with progress_bars(not options.disable_tqdm):
+        data = load_data(options)
+        split = data.splits[options.split]
+        opened = open_classifier(options.model)
+        loader = evaluation_loader(
+            opened,
+            split,
+            data.label_names,
+            batch_size=options.batch_size,
+            max_samples=getattr(options, "max_samples", len(split)),
+            seed=options.seed,
+            num_workers=options.num_workers,
+        )
+        nn.Module.to(opened.model, device)
+        evaluation = evaluate_model(
+            opened.model,
+            loader,
+            class_names(opened.model.config),
+            num_mistakes=options.num_mistakes,
+            name=opened.name,
+            notes=class_notes(opened, data.label_names),
+            disable_tqdm=options.disable_tqdm,
+        )
+    about = {
+        "data": options.data if data.name is None else data.name,
+        "split": options.split,
+        "images": evaluation.accuracy.total,
+    }
+    originals, order = split.with_transform(None), list(loader.sampler)
+
+    def image(index: int) -> Image.Image:
+        pixels = originals[order[index]]["pixel_values"]
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+    page = write_evaluation(
+        evaluation, options.output_dir, image=image, data=about, overwrite=options.overwrite_output_dir
+    )
+    return f"{evaluation}\n\nReport: {page}"

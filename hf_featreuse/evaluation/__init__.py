@@ -1,0 +1,16 @@
+"""Evaluate trained classifiers and use them: accuracy by class, calibration, mistakes, predictions for files."""
+
+from hf_featreuse.evaluation.evaluating import evaluate_model
+from hf_featreuse.evaluation.page import write_evaluation
+from hf_featreuse.evaluation.predicting import predict_files
+from hf_featreuse.evaluation.results import CalibrationBin, ClassScores, Evaluation, Mistake
+
+__all__ = [
+    "CalibrationBin",
+    "ClassScores",
+    "Evaluation",
+    "Mistake",
+    "evaluate_model",
+    "predict_files",
+    "write_evaluation",
+]

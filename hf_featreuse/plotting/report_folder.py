@@ -1,0 +1,53 @@
+"""A folder that takes the files of a report: all of them or none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.plotting.figure import empty_figure
+
+PAGE_FILE = "index.html"
+
+
+def check_output_dir(output_dir: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuse a folder that cannot take a report, before anything is computed; nothing is left behind.
+
+    Raises:
+        ConfigurationError: the folder is not empty or cannot be written, or matplotlib is missing.
+    """
+    empty_figure(1)
+    folder = Path(output_dir)
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            raise ConfigurationError(
+                f"`output_dir={str(folder)!r}` (--output_dir) is not empty. Pass another folder, or `overwrite=True` "
+                "(--overwrite_output_dir) to replace the report in it."
+            )
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            with all_or_none(folder, keep=False):
+                pass
+        finally:
+            for path in missing:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+    except OSError as error:
+        raise ConfigurationError(
+            f"`output_dir={str(folder)!r}` (--output_dir) cannot be written: {error.strerror}. Pass another folder."
+        ) from None
+
+
+@contextlib.contextmanager
+def all_or_none(folder: Path, keep: bool = True) -> Iterator[Path]:
+    """A folder to write into, whose files move to `folder` at the end unless something fails; the page moves last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
+        yield Path(temporary)
+        if keep:
+            for file in sorted(Path(temporary).iterdir(), key=lambda path: path.name == PAGE_FILE):
+                os.replace(file, folder / file.name)
