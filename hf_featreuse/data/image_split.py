@@ -19,6 +19,7 @@ from PIL import Image
 from hf_featreuse.data.images import decode_image, to_tensors
 from hf_featreuse.data.transforms import ImageTransform
 from hf_featreuse.errors import BadImageError, DataError
+from hf_featreuse.text import one_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -177,9 +178,11 @@ class ImageSplit(torch.utils.data.Dataset):
     def _describe(self, row: int, stored: dict[str, Any], error: Exception) -> str:
         """Name an image by its file if it has one, and by its row."""
         where = f"row {row} of split '{self._name}' of {self._source}"
-        file = f"{stored['path']} ({where})" if stored["path"] and stored["bytes"] is None else f"the image in {where}"
-        reason = "it is no image file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        return f"{file}: {type(error).__name__ if not reason else reason}"
+        path = printable(stored["path"] or "")
+        file = f"{path} ({where})" if path and stored["bytes"] is None else f"the image in {where}"
+        if isinstance(error, Image.UnidentifiedImageError):
+            return f"{file}: it is not a JPEG, PNG, WebP, BMP, GIF or TIFF file"
+        return f"{file}: {one_line(error).rstrip('.')}"
 
     def _failures(self, positions: range) -> dict[int, str]:
         """Try to decode the images at some positions; return those that fail, described."""

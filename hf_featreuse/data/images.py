@@ -3,23 +3,39 @@
 The work per image stays in 8 bits; floats appear only in `ImageCollator`.
 """
 
+import contextlib
 import io
+import os
+import stat
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from transformers import BaseImageProcessor
 
 from hf_featreuse.errors import DataError
 
+# Others are not tried: Pillow would start Ghostscript for EPS, and its readers of rare formats are less tested.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ZEROS = bytes(64)
+
 
 def decode_image(source: Mapping[str, Any]) -> Image.Image:
-    """Decode one image completely, upright and in RGB.
+    """Decode one JPEG, PNG, WebP, BMP, GIF or TIFF image completely, upright and in RGB.
 
-    The EXIF orientation is applied. 16-bit grey is scaled to 8 bits, not clipped. Transparency is dropped, as Hugging
-    Face pipelines do at inference.
+    Of several frames or pages the first is taken. The EXIF orientation is applied if it can be read. 16-bit grey is
+    scaled to 8 bits, not clipped. Transparency is dropped, as Hugging Face pipelines do at inference.
 
     Args:
         source (`Mapping[str, Any]`): what a `datasets.Image(decode=False)` column holds,
@@ -45,11 +61,44 @@ def decode_image(source: Mapping[str, Any]) -> Image.Image:
     data, path = source["bytes"], source["path"]
     if data is None and path is None:
         raise ValueError("the row holds no image")
-    with Image.open(path if data is None else io.BytesIO(data)) as image:
-        image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+    with _open_regular(path) if data is None else io.BytesIO(data) as file:
+        with Image.open(file, formats=FORMATS) as image:
+            image.load()
+            _check_end(file, image.format)
+            orientation = None
+            with contextlib.suppress(
+                Exception
+            ):  # of broken EXIF data, that of a camera or an editor, the pixels are good
+                orientation = image.getexif().get(ExifTags.Base.Orientation)
+            if isinstance(orientation, int) and orientation in _UPRIGHT:
+                return _to_rgb(image.transpose(_UPRIGHT[orientation]))
+            return _to_rgb(image)
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    """Open a file, but neither wait for a pipe nor read from a device."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is not a regular file")
+    return open(path, "rb")
+
+
+def _check_end(file: IO[bytes], image_format: str | None) -> None:
+    """Refuse a JPEG file whose copy was cut short and filled up with zeros: decoders turn these into pixels."""
+    if image_format not in ("JPEG", "MPO") or file.seek(0, os.SEEK_END) < len(_ZEROS):
+        return
+    file.seek(-len(_ZEROS), os.SEEK_END)
+    if file.read() == _ZEROS:
+        file.seek(0)
+        if b"\xff\xd9" not in _scan_data(file.read()):
+            raise ValueError("its end is missing: the file is filled up with zeros")
+
+
+def _scan_data(jpeg: bytes) -> bytes:
+    """What follows the header of a JPEG file, whose segments may hold a thumbnail with an end of its own."""
+    position = 2
+    while position + 4 <= len(jpeg) and jpeg[position] == 0xFF and jpeg[position + 1] != 0xDA:
+        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
+    return jpeg[position:]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -58,6 +107,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.float64)  # astype: `I;16B` is not in native byte order
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError(f"its values, from {wide.min():.0f} to {wide.max():.0f}, do not fit 16 bits")
         return Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range to convert from")

@@ -14,7 +14,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from hf_featreuse.data.columns import (
@@ -27,7 +26,9 @@ from hf_featreuse.data.columns import (
     label_column,
 )
 from hf_featreuse.data.image_split import ImageSplit
+from hf_featreuse.data.sources import check_stored_paths, load_source
 from hf_featreuse.errors import DataError
+from hf_featreuse.text import first_few, printable
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +84,14 @@ def load_image_data(
     validation split; without one, part of the training split is.
 
     Args:
-        dataset_name (`str`, *optional*): name on the Hub, or a local folder: whatever `datasets.load_dataset` takes,
-            or `save_to_disk` wrote.
+        dataset_name (`str`, *optional*): name on the Hub, or a local folder: of images, of Parquet or Arrow files, or
+            what `save_to_disk` wrote. In a folder of images, a folder called train, validation or test (or training,
+            valid, val, dev, testing, eval, evaluation) that holds class folders is a split, and the folder that
+            directly holds an image is its class; file names decide nothing. A file `metadata.csv`, `.jsonl` or
+            `.parquet` with a column `file_name` describes the images of its folder in place of class folders.
         dataset_config_name (`str`, *optional*): configuration of the data set; by default its default one.
-        train_dir (`str`, *optional*): folder with one folder of images for each class.
+        train_dir (`str`, *optional*): folder with one folder of images for each class. What is left out of it, such
+            as files that are not images, is named in a logged warning.
         validation_dir (`str`, *optional*): the same for validation.
         train_val_split (`float`, defaults to 0.15): fraction of the training rows, in (0, 1), to validate on if the
             data has no such split; `None` or 0 means no validation then.
@@ -125,10 +130,11 @@ def load_image_data(
         logger.warning("trust_remote_code has no effect: the datasets library no longer runs code of data sets.")
     if dataset_name is None and train_dir is None and validation_dir is None:
         raw, parts = _load_digits(seed)
-        name, source = _DIGITS, _DIGITS
+        name, source, allowed = _DIGITS, _DIGITS, None
     else:
-        raw, source = _load_source(
-            dataset_name, dataset_config_name, train_dir, validation_dir, cache_dir=cache_dir, token=token
+        _check_folders(dataset_name, train_dir, validation_dir)
+        raw, source, allowed = load_source(
+            dataset_name, dataset_config_name, train_dir, validation_dir, splits, cache_dir=cache_dir, token=token
         )
         name = None if dataset_name is None or os.path.isdir(dataset_name) else dataset_name
         parts = _split_rows(raw, source, train_val_split, seed)
@@ -146,6 +152,8 @@ def load_image_data(
     check_splits({raw_name: raw[raw_name] for raw_name in sorted(used)}, features, images_in, labels_in, source)
     values = {raw_name: column_values(raw[raw_name], labels_in) for raw_name in used | {reference}}
     labels = Labels(features[labels_in], values[reference], labels_in, source)
+    ids = {part: labels.encode(values[raw_name], rows, raw_name) for part, (raw_name, rows) in parts.items()}
+    _warn_of_untrained(ids, labels.names, source)
 
     result = {}
     for part, (raw_name, rows) in parts.items():
@@ -157,10 +165,11 @@ def load_image_data(
             logger.warning("%s=%d, but split '%s' has %d images: all are taken.", flag, limit, part, len(rows))
         if limit is not None:
             stream = 1 + ("train", "validation", "test").index(part)
-            rows = np.random.default_rng([seed, stream]).permutation(rows)[:limit]
+            drawn = np.random.default_rng([seed, stream]).permutation(len(rows))[:limit]
+            rows, ids[part] = rows[drawn], ids[part][drawn]
         images = images_only(raw[raw_name], images_in)
-        ids = labels.encode(values[raw_name], rows, raw_name)
-        split = ImageSplit(images, rows, ids, raw_name, source)
+        check_stored_paths(images, allowed, source)
+        split = ImageSplit(images, rows, ids[part], raw_name, source)
         result[part] = split.without_bad_images() if skip_bad_images else split
     return ImageData(result, labels.names, name)
 
@@ -179,6 +188,34 @@ def _check_arguments(
     known = ("train", "validation", "test")
     if isinstance(splits, str) or not splits or not set(splits) <= set(known):
         raise DataError(f"splits={splits!r} must be a sequence of names among {known}.")
+
+
+def _warn_of_untrained(ids: Mapping[str, np.ndarray], names: Sequence[str], source: str) -> None:
+    """Name the classes that occur in evaluation and in no training image: the model cannot learn them."""
+    if "train" not in ids:
+        return
+    for part in ids.keys() - {"train"}:
+        missing = np.setdiff1d(ids[part], ids["train"]).tolist()
+        if missing:
+            shown = printable(first_few([names[int(index)] for index in missing]))
+            logger.warning(
+                "No training image of %s has the class %s, which the %s images have: the model cannot learn it.",
+                *(source, shown, part),
+            )
+
+
+def _check_folders(dataset_name: str | None, train_dir: str | None, validation_dir: str | None) -> None:
+    """Refuse folders beside a named data set, and what is not a folder."""
+    folders = {"train_dir": train_dir, "validation_dir": validation_dir}
+    folders = {flag: folder for flag, folder in folders.items() if folder is not None}
+    if dataset_name is not None and folders:
+        raise DataError(
+            f"Both dataset_name={dataset_name!r} and {', '.join(f'{flag}={f!r}' for flag, f in folders.items())} were "
+            "passed. Pass the one or the other."
+        )
+    for flag, folder in folders.items():
+        if not os.path.isdir(folder):
+            raise DataError(f"{flag}={folder!r} (--{flag}) is not a directory. Pass a folder of class folders.")
 
 
 def _load_digits(seed: int) -> tuple[dict[str, datasets.Dataset], dict[str, tuple[str, np.ndarray]]]:
@@ -204,44 +241,6 @@ def _load_digits(seed: int) -> tuple[dict[str, datasets.Dataset], dict[str, tupl
     halves = train_test_split(rows, test_size=360, stratify=digits.target, random_state=seed % 2**32)
     train, validation = (("train", np.asarray(half)) for half in halves)
     return {"train": dataset}, {"train": train, "validation": validation}
-
-
-def _load_source(
-    dataset_name: str | None,
-    config_name: str | None,
-    train_dir: str | None,
-    validation_dir: str | None,
-    **options: Any,
-) -> tuple[dict[str, datasets.Dataset], str]:
-    """Load every split of a named data set or of image folders; return them with a name for messages."""
-    folders = {"train": train_dir, "validation": validation_dir}
-    folders = {split: folder for split, folder in folders.items() if folder is not None}
-    if dataset_name is not None and folders:
-        raise DataError(
-            f"Both dataset_name={dataset_name!r} and {', '.join(f'{s}_dir={f!r}' for s, f in folders.items())} were "
-            "passed. Pass the one or the other."
-        )
-    for split, folder in folders.items():
-        if not os.path.isdir(folder):
-            raise DataError(f"{split}_dir={folder!r} (--{split}_dir) is no folder.")
-    source = f"data set '{dataset_name}'" if dataset_name is not None else f"folders {folders}"
-    try:
-        if dataset_name is None:
-            files = {split: os.path.join(folder, "**") for split, folder in folders.items()}
-            loaded = datasets.load_dataset("imagefolder", data_files=files, **options)
-        elif any(os.path.isfile(os.path.join(dataset_name, f)) for f in ("dataset_dict.json", "state.json")):
-            loaded = datasets.load_from_disk(dataset_name)
-        else:
-            loaded = datasets.load_dataset(dataset_name, config_name, **options)
-    except (OSError, ValueError, RuntimeError, IndexError, DatasetsError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        # What datasets says of a split without rows, from files and from `save_to_disk`.
-        empty = " Is a split empty?" if "no data" in reason or isinstance(error, IndexError) else ""
-        raise DataError(f"Cannot load {source}: {reason}{empty}") from error
-    if isinstance(loaded, datasets.Dataset):
-        loaded = {"train": loaded}
-    raw = {str(split): dataset for split, dataset in loaded.items()}
-    return raw, source
 
 
 def _split_rows(

@@ -4,7 +4,6 @@ Augmentation is a function of (seed, epoch, row) through a counter-based generat
 of randomness cannot move it. Resizing is Pillow's; torchvision is never needed.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +17,6 @@ from transformers import BaseImageProcessor
 from hf_featreuse.data.images import to_tensors
 from hf_featreuse.data.rand_augment import RandAugment
 from hf_featreuse.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 10  # tries to fit a crop before the central one is taken, as in torchvision
 _DRAWS = 2 * _ATTEMPTS + 4  # per image: areas, aspect ratios, top, left, flip, one unused; whole Philox blocks of 4
@@ -191,8 +188,8 @@ class EvalTransform(ImageTransform):
 
     Fixed sizes, `shortest_edge`, centre crops and ConvNeXt's `crop_pct` are done by Pillow directly. The result is
     compared with the processor's own on two images of noise when the transform is made; if they differ (padding,
-    torchvision's filters, its own rules) the processor itself is called for each image, which is slower and is logged
-    once. Padding by a processor is then black before normalisation, not zero after it.
+    torchvision's filters, its own rules), the processor itself is called for each image. Padding by a processor is
+    then black before normalisation, not zero after it.
 
     Args:
         processor (`BaseImageProcessor`): such as `AutoImageProcessor.from_pretrained` returns.
@@ -215,9 +212,6 @@ class EvalTransform(ImageTransform):
         noise = np.random.Generator(np.random.Philox(0))
         probes = [Image.fromarray(noise.integers(0, 256, shape, np.uint8)) for shape in ((61, 97, 3), (600, 450, 3))]
         self._direct = all(self._equals_processor(probe) for probe in probes)
-        if not self._direct:
-            name = type(processor).__name__
-            logger.warning("%s has settings of its own: images are resized by calling it one by one, slower.", name)
 
     def __call__(self, image: Image.Image, row: int = 0, epoch: int = 0) -> torch.Tensor:
         """Transform one RGB image; `row` and `epoch` are ignored. See [`ImageTransform`]."""

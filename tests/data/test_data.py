@@ -90,6 +90,60 @@ def test_a_corrupt_file_of_a_folder_is_named_or_left_out(tmp_path):
     assert (len(list(split)), split.num_skipped) == (5, 1)
 
 
+def test_rows_that_name_files_outside_the_folder_are_refused(tmp_path):
+    """A Parquet file of a stranger could otherwise have any image of the machine read, or a pipe waited for."""
+    outside = write_images(tmp_path / "outside", {"cat": 2})
+    stored = [{"bytes": None, "path": f"{outside}/cat/{i}.png"} for i in range(2)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
+    (tmp_path / "data").mkdir()
+    rows = datasets.Dataset.from_dict({"image": stored, "label": [0, 1]}, features=features)
+    rows.to_parquet(str(tmp_path / "data" / "train.parquet"))
+    options = {"cache_dir": str(tmp_path / "cache"), "train_val_split": None}
+    with pytest.raises(DataError, match=r"names the file '.*/outside/cat/0.png', which is outside it"):
+        load_image_data(str(tmp_path / "data"), **options)
+    write_images(tmp_path / "data" / "images", {"cat": 2})
+    inside = [{"bytes": None, "path": f"{tmp_path}/data/images/cat/{i}.png"} for i in range(2)]
+    rows = datasets.Dataset.from_dict({"image": inside, "label": [0, 1]}, features=features)
+    rows.to_parquet(str(tmp_path / "data" / "train.parquet"))
+    assert reds(load_image_data(str(tmp_path / "data"), **options).splits["train"]) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "place", ["https://example.org/x.parquet", "hf://datasets/a/b/x.parquet", "../x.parquet", "/x.parquet", "z::x.zip"]
+)
+def test_a_data_card_that_names_files_outside_the_folder_is_refused(tmp_path, name, place):
+    table(2).to_parquet(str(tmp_path / "train.parquet"))
+    header = (
+        f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [train.parquet, '{place}']\n"
+    )
+    (tmp_path / name).write_text(f"---\n{header}---\n" if name.endswith(".md") else header)
+    with pytest.raises(DataError, match=rf"{name}` of data set .* under `configs`, which is not inside the folder"):
+        load_image_data(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_data_card_of_the_folder_itself_is_followed(tmp_path):
+    table(4).to_parquet(str(tmp_path / "part.parquet"))
+    header = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: part.parquet\n"
+    (tmp_path / "README.md").write_text(f"---\n{header}---\n")
+    assert len(load_image_data(str(tmp_path), cache_dir=str(tmp_path / "c"), train_val_split=0).splits["train"]) == 4
+
+
+def test_tables_that_datasets_assigns_to_no_split_are_named(tmp_path, caplog):
+    for name in ("view_train", "rest"):
+        table(4).to_parquet(str(tmp_path / f"{name}.parquet"))
+    data = load_image_data(str(tmp_path), cache_dir=str(tmp_path / "cache"), train_val_split=None)
+    assert len(data.splits["train"]) == 4
+    assert f"Left out of {tmp_path}: 1 that `datasets` assigns to no split: rest.parquet." in caplog.text
+
+
+def test_a_folder_of_tables_whose_path_is_a_pattern_is_refused(tmp_path):
+    (tmp_path / "c*d").mkdir()
+    table(4).to_parquet(str(tmp_path / "c*d" / "train.parquet"))
+    with pytest.raises(DataError, match=r"takes for a pattern or a URL. Rename the folder"):
+        load_image_data(str(tmp_path / "c*d"), cache_dir=str(tmp_path / "cache"))
+
+
 def test_a_local_folder_of_parquet_is_loaded_and_has_no_hub_name(tmp_path):
     (tmp_path / "data").mkdir()
     table().to_parquet(str(tmp_path / "data" / "train.parquet"))
@@ -112,7 +166,7 @@ def test_a_single_saved_data_set_is_the_training_split(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_dir": "no/such/folder"}, r"train_dir='no/such/folder' \(--train_dir\) is no folder"),
+        ({"train_dir": "no/such/folder"}, r"train_dir='no/such/folder' \(--train_dir\) is not a directory"),
         ({"validation_dir": "gone"}, "validation_dir='gone'"),
         ({"dataset_name": "x", "train_dir": "y"}, "dataset_name='x' and train_dir='y'"),
         ({"train_val_split": 1.0}, "train_val_split=1.0"),
@@ -139,8 +193,10 @@ def test_a_missing_data_set_keeps_its_cause(tmp_path):
 
 def test_an_empty_folder_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"Cannot load folders \{'train': .*empty"):
-        load_image_data(train_dir=str(tmp_path / "empty"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"empty` holds no images.*named after the class"):
+        load_image_data(train_dir=str(tmp_path / "empty"))
+    with pytest.raises(DataError, match=r"empty' holds no images and no Parquet or Arrow files"):
+        load_image_data(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("empty", ["train", "validation"])
@@ -290,10 +346,11 @@ def test_integers_and_strings_become_classes(tmp_path, values, kind, names, ids)
     assert loaded.splits["train"].labels.tolist() == ids
 
 
-def test_a_class_absent_from_training_is_fine_for_class_labels(tmp_path):
+def test_a_class_absent_from_training_is_named(tmp_path, caplog):
     data = load_image_data(saved(tmp_path, train=table(3, labels=[0, 0, 0]), validation=table(2, labels=[1, 0])))
     assert data.splits["validation"].labels.tolist() == [1, 0]
     assert data.label_names == ["no", "yes"]
+    assert "has the class yes, which the validation images have: the model cannot learn it" in caplog.text
 
 
 def test_a_string_absent_from_training_is_an_error(tmp_path):

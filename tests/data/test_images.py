@@ -1,11 +1,12 @@
 """Decoding to RGB, copying into tensors, normalising batches."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import (
     CLIPImageProcessorPil,
     ConvNextImageProcessorPil,
@@ -90,6 +91,64 @@ def test_exif_orientation_is_applied(format):
     assert decoded.size == (8, 16)
     assert decoded.getpixel((4, 2))[0] > 250
     assert decoded.getpixel((4, 13))[0] < 5
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0XXXXyyyy", b"Exif\0\0II*\0\xff\xff\xff\xff", b"?"])
+def test_broken_exif_data_is_ignored(format, exif):
+    image = noise(16, 8)
+    decoded = decode_image(stored(image, format, exif=exif, **({"lossless": True} if format == "WEBP" else {})))
+    assert decoded.size == (8, 16)
+    assert format == "JPEG" or np.array_equal(np.asarray(decoded), np.asarray(image))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+def test_an_orientation_that_means_nothing_is_ignored(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert decode_image(stored(noise(16, 8), "JPEG", exif=exif)).size == (8, 16)
+
+
+def test_every_orientation_turns_the_image_upright():
+    """Against Pillow's own rule, which also rewrites EXIF data and so fails where these are broken."""
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        source = stored(noise(16, 8), "PNG", exif=exif)
+        wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(source["bytes"])))
+        assert np.array_equal(np.asarray(decode_image(source)), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("format", ["EPS", "PPM", "TGA", "ICO", "PCX", "JPEG2000", "PDF"])
+def test_other_formats_are_not_tried(format):
+    with pytest.raises(UnidentifiedImageError):
+        decode_image(stored(noise(16, 16), format))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path, kind):
+    path = tmp_path / "x.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="not a regular file"):
+        decode_image({"bytes": None, "path": str(path)})
+
+
+def test_a_jpeg_that_is_filled_up_with_zeros_is_refused():
+    data = stored(noise(64, 64), "JPEG")["bytes"]
+    with pytest.raises(ValueError, match="filled up with zeros"):
+        decode_image({"bytes": data[: len(data) // 2] + bytes(len(data) // 2), "path": None})
+    assert decode_image({"bytes": data + bytes(512), "path": None}).size == (64, 64)  # padded behind its end
+
+
+def test_integers_beyond_16_bits_are_refused_not_clipped():
+    wide = Image.fromarray(np.array([[0, 70000]], np.int32))
+    with pytest.raises(ValueError, match="from 0 to 70000, do not fit 16 bits"):
+        decode_image(stored(wide, "TIFF"))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
