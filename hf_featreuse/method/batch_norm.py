@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hf_featreuse.method.class_swap import same_named_subclass
+from hf_featreuse.method.class_swap import bound_class, set_class
 
 
 @contextlib.contextmanager
@@ -41,17 +41,16 @@ def count_batches_once(norms: Sequence[_NormBase]) -> Iterator[None]:
     classes = [type(norm) for norm in norms]
     try:
         for norm, plain in zip(norms, classes, strict=True):
-            # Past `nn.Module.__setattr__`, which looks through parameters and buffers first.
-            object.__setattr__(norm, "__class__", _subclass(plain))
+            set_class(norm, _counting_class(plain))
         yield
     finally:
         for norm, plain in zip(norms, classes, strict=True):
-            object.__setattr__(norm, "__class__", plain)
+            set_class(norm, plain)
 
 
 @functools.cache
-def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module class, of the same name, whose buffers stay as they are in calls inside a backward.
+def _counting_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The bound class of a module class whose buffers stay as they are in calls inside a backward.
 
     A class, unlike a function set on the layer, also serves its replicas.
     """
@@ -68,8 +67,9 @@ def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
         finally:
             self.__dict__["_buffers"] = moving
 
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        # Copies and pickles made inside are of the plain class, without which pickle would not find them either.
-        return object.__new__, (plain,), self.__dict__
+    return bound_class(plain, {"__call__": __call__})
 
-    return same_named_subclass(plain, {"__call__": __call__, "__reduce_ex__": __reduce_ex__})
+
+def norm_layers(modules: Iterable[nn.Module]) -> list[_NormBase]:
+    """The normalisation layers among the modules whose running statistics move in training."""
+    return [module for module in modules if isinstance(module, _NormBase) and module.track_running_stats]

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 import functools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_featreuse.errors import StepError
 from hf_featreuse.method.blocks import ResidualBlock
@@ -24,9 +27,14 @@ Rule = Callable[[Callable, tuple, Mapping[str, Any]], Any]
 # "__call__" is outside of module hooks and activation checkpointing, "forward" inside.
 Method = Literal["__call__", "forward"]
 
-_RULE = "_feature_reuse_rule"
-_DIVISOR = "_feature_reuse_divisor"
-_subclasses: dict[tuple[type[nn.Module], Method], type[nn.Module]] = {}
+# Attributes of bound instances begin like this, and are left out of copies.
+_OURS = "_feature_reuse_"
+_RULE = f"{_OURS}rule"
+_DIVISOR = f"{_OURS}divisor"
+# Attributes of the instance that are put aside while it is bound.
+_ASIDE = f"{_OURS}aside"
+# The class that each bound class stands for.
+_plain: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 @contextlib.contextmanager
@@ -36,29 +44,27 @@ def bind_rules(rules: Sequence[tuple[ResidualBlock, Rule]], method: Method) -> I
     Raises:
         StepError: a block is bound already.
     """
-    bound: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
+    bound: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
         for block, rule in rules:
-            module = block.module
-            if _RULE in module.__dict__:
+            module, attributes = block.module, block.module.__dict__
+            if _RULE in attributes:
                 raise StepError(f"Block {block.name} is being skipped or scaled already; leave that context first.")
-            # A forward set on the instance, as by a library that patches it, would hide the subclass's.
-            patched = (
-                {"forward": module.__dict__.pop("forward")}
-                if "forward" in module.__dict__ and method == "forward"
-                else {}
-            )
             plain = type(module)
-            bound.append((module, plain, patched))
-            call = patched.get(method) or functools.partial(getattr(plain, method), module)
-            module.__dict__[_RULE] = functools.partial(rule, call)
-            module.__class__ = _subclass(plain, method)
+            bound.append((module, plain))
+            call = types.MethodType(getattr(plain, method), module)
+            # A forward set on the instance, as by a library that patches it, would hide the subclass's.
+            if method == "forward" and "forward" in attributes:
+                call = attributes.pop("forward")
+                attributes[_ASIDE] = {"forward": call}
+            attributes[_RULE] = functools.partial(rule, call)
+            set_class(module, _rule_class(plain, method))
         yield
     finally:
-        for module, plain, patched in reversed(bound):
-            module.__class__ = plain
+        for module, plain in reversed(bound):
+            set_class(module, plain)
             module.__dict__.pop(_RULE, None)
-            module.__dict__.update(patched)
+            module.__dict__.update(module.__dict__.pop(_ASIDE, {}))
 
 
 @contextlib.contextmanager
@@ -75,70 +81,98 @@ def divide_outputs(divisors: Sequence[tuple[nn.Module, torch.Tensor]]) -> Iterat
                 raise StepError(f"A {plain.__name__} is being scaled already; leave that context first.")
             bound.append((module, plain))
             module.__dict__[_DIVISOR] = divisor
-            module.__class__ = _dividing_subclass(plain)
+            set_class(module, _dividing_class(plain))
         yield
     finally:
         for module, plain in reversed(bound):
-            module.__class__ = plain
+            set_class(module, plain)
             module.__dict__.pop(_DIVISOR, None)
 
 
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of a module past `nn.Module.__setattr__`, which looks through parameters and buffers first."""
+    object.__setattr__(module, "__class__", cls)
+
+
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as it is while no rule is bound."""
-    return type(module).__bases__[0] if _RULE in module.__dict__ else type(module)
+    """The class of a module as it is while nothing is bound."""
+    return _plain.get(type(module), type(module))
 
 
-def _subclass(plain: type[nn.Module], method: Method) -> type[nn.Module]:
-    """The subclass of a module class, of the same name, whose method asks the instance's rule."""
-    if (plain, method) in _subclasses:
-        return _subclasses[plain, method]
+@functools.cache
+def _rule_class(plain: type[nn.Module], method: Method) -> type[nn.Module]:
+    """The bound class of a module class whose method asks the instance's rule."""
 
     @functools.wraps(getattr(plain, method))
     def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__[_RULE](args, kwargs)
 
-    subclass = _subclasses[plain, method] = _copied_as_plain(plain, method, bound, _RULE)
-    return subclass
+    if method == "forward" and issubclass(plain, GradientCheckpointingLayer):
+        # Since transformers 5.23 only the forward that this base class wrapped last is checkpointed.
+        wrapped = type(plain.__name__, (GradientCheckpointingLayer,), {"forward": bound})
+        return bound_class(plain, {"forward": wrapped.forward})
+    return bound_class(plain, {method: bound})
 
 
 @functools.cache
-def _dividing_subclass(plain: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module class, of the same name, whose output is divided by a tensor of the instance."""
+def _dividing_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The bound class of a module class whose output is divided by a tensor of the instance."""
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return plain.__call__(self, *args, **kwargs) / self.__dict__[_DIVISOR]
 
-    return _copied_as_plain(plain, "__call__", __call__, _DIVISOR)
+    return bound_class(plain, {"__call__": __call__})
 
 
-def _copied_as_plain(plain: type[nn.Module], method: Method, function: Callable, attribute: str) -> type[nn.Module]:
-    """A subclass with another method, whose copies and pickles are of the plain class and lack an attribute."""
+class _Quiet(nn.Module):
+    """First base of bound classes, so that no `__init_subclass__` of a module's class runs: it may register them."""
 
-    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        value = self.__dict__.pop(attribute)
-        self.__class__ = plain
-        try:
-            return copy.deepcopy(self, memo)
-        finally:
-            self.__class__ = subclass
-            self.__dict__[attribute] = value
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
 
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        value = self.__dict__.pop(attribute)
-        try:
-            # Leaves out what the class does not pickle, such as the compiled call of a module.
-            state = self.__getstate__()
-        finally:
-            self.__dict__[attribute] = value
-        # Not `copyreg.__newobj__`: pickle insists that its class is the instance's own.
-        return object.__new__, (plain,), state
 
-    methods = {method: function, "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}
-    subclass = same_named_subclass(plain, methods)
+def bound_class(plain: type[nn.Module], members: Mapping[str, Any]) -> type[nn.Module]:
+    """A subclass with these members that goes by the name of its parent, as FSDP's wrap policy and reprs expect.
+
+    Copies and pickles of its instances are of the plain class. Keep it: each call makes another one.
+    """
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    copied = {"__deepcopy__": _deepcopy, "__reduce_ex__": _reduce_ex}
+    bases = (plain,) if plain in _plain else (_Quiet, plain)
+    # Past the metaclass, which may register classes too.
+    subclass = type.__new__(type(plain), plain.__name__, bases, {**names, **copied, **members})
+    _plain[subclass] = _plain.get(plain, plain)
     return subclass
 
 
-def same_named_subclass(plain: type[nn.Module], methods: Mapping[str, Any]) -> type[nn.Module]:
-    """A subclass with these methods that goes by the name of its parent, as FSDP's wrap policy and reprs expect."""
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (plain,), {**names, **methods})
+@contextlib.contextmanager
+def _as_plain(module: nn.Module) -> Iterator[None]:
+    """Make a bound module what it is while nothing is bound, until the exit."""
+    bound, attributes = type(module), module.__dict__
+    ours = {name: attributes.pop(name) for name in list(attributes) if name.startswith(_OURS)}
+    aside = ours.get(_ASIDE, {})
+    attributes.update(aside)
+    set_class(module, plain_class(module))
+    try:
+        yield
+    finally:
+        set_class(module, bound)
+        for name in aside:
+            del attributes[name]
+        attributes.update(ours)
+
+
+def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    with _as_plain(module):
+        return copy.deepcopy(module, memo)
+
+
+def _reduce_ex(module: nn.Module, protocol: Any) -> Any:
+    with _as_plain(module):
+        reduced: Any = module.__reduce_ex__(protocol)
+        if isinstance(reduced, str):
+            return reduced
+        # A class that gives its attributes themselves would get ours again at the exit.
+        function, *parts = (dict(part) if part is module.__dict__ else part for part in reduced)
+    # Not `copyreg.__newobj__`: pickle insists that its class is the instance's own.
+    return (object.__new__ if function is vars(copyreg)["__newobj__"] else function, *parts)

@@ -13,10 +13,12 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
-from hf_featreuse.method.batch_norm import count_batches_once
+from hf_featreuse.method.batch_norm import count_batches_once, norm_layers
 from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_scalable
-from hf_featreuse.method.freezing import FrozenBatchNorm, freeze, norm_layers, own_parameters, trunk_modules
+from hf_featreuse.method.freezing import FrozenBatchNorm, batch_norms, freeze, own_parameters, trunk_modules
+from hf_featreuse.method.frozen_buffers import FrozenBuffers
 from hf_featreuse.method.fsdp import ready_shards, sharded_modules
+from hf_featreuse.method.late_backward import backward_inside
 from hf_featreuse.method.per_sample import check_per_sample, skip_samples, train_samples
 from hf_featreuse.method.schedule import (
     VANILLA_PLAN,
@@ -44,12 +46,14 @@ class FeatureReuse:
         train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): in masked-freeze steps, train the whole trunk
             too, only what follows the last block, or nothing but D. `True` means `"all"`, `False` means `"none"`.
         frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
-            layers normalise in masked-freeze steps; their running statistics do not change either way.
+            layers normalise in masked-freeze steps; their running statistics do not change either way. Other buffers
+            of frozen modules, such as those of InstanceNorm and spectral norm, are restored at the end of the step.
         allow_inexact_skip (`bool`, defaults to `False`): take blocks too whose shortcut is not a bitwise identity.
 
     Attributes:
         current_plan (`StepPlan`, *optional*): the plan of the step that is open now.
-        trunk_trains (`bool`): whether any parameter outside the blocks requires gradients.
+        trunk_trains (`bool`): whether any parameter outside the blocks requires gradients now; inside a step, when it
+            was entered.
 
     Raises:
         BlockError: a block is not part of the model, inexact, inside another, or holds nothing that trains; the
@@ -89,6 +93,7 @@ class FeatureReuse:
         allow_inexact_skip: bool = False,
     ) -> None:
         _check_blocks(model, blocks, schedule)
+        _check_window(schedule)
         if schedule.alternates:
             check_checkpointing(model)
             if not allow_inexact_skip:
@@ -106,9 +111,9 @@ class FeatureReuse:
         self.allow_inexact_skip = allow_inexact_skip
         self.current_plan: StepPlan | None = None
         self._warned = False
+        # The last step that was left, and the versions that one weight of each part had then.
+        self._left: tuple[int, list[int]] | None = None
         self._read_parameters()
-        trunk = [parameter for part in self._parameters[len(self.blocks) :] for parameter in part]
-        self.trunk_trains = any(parameter.requires_grad for parameter in trunk)
 
     def _read_parameters(self) -> None:
         """Walk the modules once, which keeps the work of a step to a few attribute writes a parameter."""
@@ -116,11 +121,20 @@ class FeatureReuse:
         parts += trunk_modules(self.model, self.blocks)
         self._sharded = sharded_modules(self.model)
         self._parameters = [list(own_parameters(part)) for part in parts]
-        self._norms = [norm_layers(part) for part in parts]
-        self._all_norms = [norm for norms in self._norms for norm in norms]
+        self._batch_norms = [batch_norms(part) for part in parts]
+        self._norms = [norm for part in parts for norm in norm_layers(part)]
+        self._buffers = FrozenBuffers(parts)
+        self._trunk = [parameter for part in self._parameters[len(self.blocks) :] for parameter in part]
         self._trainable = {id(p) for part in self._parameters for p in part if p.requires_grad}
         held = ((module, name, p) for part in parts for module in part for name, p in module._parameters.items())
         self._witness = next(((module, name, p) for module, name, p in held if p is not None), None)
+
+    @property
+    def trunk_trains(self) -> bool:
+        # Inside a masked-freeze step the trunk may be frozen for the step alone.
+        if self.current_plan is None:
+            self._trunk_trains = any(parameter.requires_grad for parameter in self._trunk)
+        return self._trunk_trains
 
     def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
         """Give the plan of an optimizer step: the schedule's, except where it would leave nothing to train.
@@ -170,14 +184,15 @@ class FeatureReuse:
         plan = self.plan(global_step, batch_size=batch_size, position=position)
         self._follow_shards()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(count_batches_once(self._all_norms))
-            for context in self._contexts(plan):
+            stack.enter_context(count_batches_once(self._norms))
+            for context in self._contexts(plan, global_step):
                 stack.enter_context(context)
             self.current_plan = plan
             try:
                 yield plan
             finally:
                 self.current_plan = None
+                self._left = global_step, self._versions()
 
     def _follow_shards(self) -> None:
         """Take up the parameters that the model holds now: sharding it replaces them."""
@@ -188,18 +203,29 @@ class FeatureReuse:
                 self._read_parameters()
                 ready_shards(self._sharded)
 
-    def _contexts(self, plan: StepPlan) -> Iterator[contextlib.AbstractContextManager[None]]:
+    def _versions(self) -> list[int]:
+        """A version number of one weight of each part, which an optimizer step changes."""
+        return [parameters[-1]._version for parameters in self._parameters if parameters]
+
+    def _contexts(self, plan: StepPlan, global_step: int) -> Iterator[contextlib.AbstractContextManager[None]]:
         """What is open during a step."""
+        if plan.kind is not StepKind.VANILLA:
+            yield backward_inside(self.model, f"step({global_step})")
         if plan.kind is StepKind.STOCHASTIC_DEPTH:
             held = [p for index in plan.dropped for p in self._parameters[index] if p.grad is not None]
             if held:
                 # A parameter shared with a part that trains may hold the gradient of an earlier micro-batch.
                 active = {id(p) for index in self._active_parts(plan) for p in self._parameters[index]}
-                self._check_gradients(plan, [p for p in held if id(p) not in active])
+                self._check_gradients(plan, global_step, [p for p in held if id(p) not in active])
             yield self._skip(plan)
         elif plan.kind is StepKind.MASKED_FREEZE:
-            parameters, norms = self._frozen(plan)
-            self._check_gradients(plan, parameters)
+            # If every sample has its own set, any block may train, and is frozen sample by sample.
+            active = self._active_parts(plan)
+            frozen = [index for index in range(len(self._parameters)) if index not in active]
+            parameters = self._frozen_parameters(frozen)
+            self._check_gradients(plan, global_step, parameters)
+            yield self._buffers.kept(frozen)
+            norms = [norm for index in frozen for norm in self._batch_norms[index]]
             yield freeze(parameters, norms, self.frozen_batch_norm)
             if plan.sample_masks is not None:
                 yield train_samples(
@@ -261,24 +287,28 @@ class FeatureReuse:
         blocks = everything - {body, body + 1} if plan.sample_masks is not None else dropped
         return blocks | {"all": {body, body + 1}, "head": {body + 1}, "none": set()}[self.train_trunk]
 
-    def _frozen(self, plan: StepPlan) -> tuple[list[nn.Parameter], list]:
-        """Parameters and normalisation layers that are frozen in a masked-freeze step."""
-        # If every sample has its own set, any block may train, and is frozen sample by sample.
-        training = self._active_parts(plan)
-        resting = [index for index in range(len(self._parameters)) if index not in training]
+    def _frozen_parameters(self, frozen: list[int]) -> list[nn.Parameter]:
+        """The parameters that are frozen in a masked-freeze step: of the frozen parts, which no other part shares."""
         # A parameter shared with a part that trains, trains.
-        active = {id(p) for index in training for p in self._parameters[index]}
-        parameters = [p for i in resting for p in self._parameters[i] if p.requires_grad and id(p) not in active]
-        return parameters, [norm for index in resting for norm in self._norms[index]]
+        active = {id(p) for index, part in enumerate(self._parameters) if index not in frozen for p in part}
+        return [p for index in frozen for p in self._parameters[index] if p.requires_grad and id(p) not in active]
 
-    def _check_gradients(self, plan: StepPlan, inactive: list[nn.Parameter]) -> None:
+    def _check_gradients(self, plan: StepPlan, global_step: int, inactive: list[nn.Parameter]) -> None:
         stale = next((parameter for parameter in inactive if parameter.grad is not None), None)
-        if stale is not None:
-            name = next(name for name, parameter in self.model.named_parameters() if parameter is stale)
-            raise StepError(
-                f"`{name}` must not move in this {plan.kind.value} step but holds a gradient from before, which the "
-                "optimizer would apply. Call `optimizer.zero_grad(set_to_none=True)` after every optimizer step."
+        if stale is None:
+            return
+        name = next(name for name, parameter in self.model.named_parameters() if parameter is stale)
+        cause = ""
+        if self._left is not None and self._left[0] != global_step and self._left[1] == self._versions():
+            cause = (
+                f"No weight has changed since `step({self._left[0]})`. If {global_step} is the index of a "
+                "micro-batch, pass the number of optimizer steps taken, as in `step(index // accumulation_steps)`; "
+                "else call `optimizer.step()` first. "
             )
+        raise StepError(
+            f"`{name}` must not move in this {plan.kind.value} step but holds a gradient from before, which the "
+            f"optimizer would apply. {cause}Call `optimizer.zero_grad(set_to_none=True)` after every optimizer step."
+        )
 
 
 def check_checkpointing(model: nn.Module) -> None:
@@ -295,7 +325,26 @@ def check_checkpointing(model: nn.Module) -> None:
             )
 
 
+def _check_window(schedule: FeatureReuseSchedule) -> None:
+    """Warn if the window is too short for one cycle, so that some kinds of step never come."""
+    if not schedule.alternates or schedule.last_step is None:
+        return
+    steps = max(schedule.last_step - schedule.first_step + 1, 0)
+    if steps < schedule.steps_per_cycle:
+        logger.warning(
+            f"The window from `first_step={schedule.first_step}` to `last_step={schedule.last_step}` has {steps} "
+            f"optimizer steps and holds no cycle of {schedule.steps_per_cycle}, so not all kinds of step take place. "
+            "Widen the window, or shorten the cycle."
+        )
+
+
 def _check_blocks(model: nn.Module, blocks: Sequence[ResidualBlock], schedule: FeatureReuseSchedule) -> None:
+    if not blocks and schedule.alternates:
+        raise BlockError(
+            f"`blocks` is empty, but the schedule drops blocks, of which it expects {schedule.num_blocks}. Pass "
+            "`trainable_blocks(model, find_residual_blocks(model))` and a schedule for as many, or train plainly with "
+            "`FeatureReuseSchedule(0, drop_rate=0)`."
+        )
     if len(blocks) != schedule.num_blocks:
         raise BlockError(
             f"The schedule is for {schedule.num_blocks} blocks, but {len(blocks)} were passed. Build it with "

@@ -10,15 +10,17 @@ Sources: masked freeze, arXiv 2411.09475 (abstract); the closest precedent is fr
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Literal
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_featreuse.errors import BlockError
 from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.method.class_swap import bound_class, set_class
+from hf_featreuse.method.frozen_buffers import FrozenBuffers
 from hf_featreuse.method.schedule import TrainTrunk, trunk_option
 
 FrozenBatchNorm = Literal["batch", "inference"]
@@ -35,8 +37,9 @@ def train_only(
 ) -> Iterator[None]:
     """Let only some blocks train in every backward inside the context.
 
-    Parameters that required no gradient before never thaw. The running statistics of frozen BatchNorm layers rest; a
-    `model.train()` inside changes nothing about that. On exit every `requires_grad` and every layer is as before.
+    Parameters that required no gradient before never thaw. The running statistics of frozen BatchNorm layers do not
+    change, whether `model.train()` is called inside or not; other buffers of frozen modules are restored at the exit.
+    On exit every `requires_grad` and every layer is as before.
 
     Args:
         model (`torch.nn.Module`): the model.
@@ -81,46 +84,52 @@ def train_only(
         )
     # A parameter shared with a block that trains, trains.
     parameters = [p for p in own_parameters(frozen) if p.requires_grad and id(p) not in active]
-    with freeze(parameters, norm_layers(frozen), frozen_batch_norm):
+    buffers = FrozenBuffers([frozen])
+    with freeze(parameters, batch_norms(frozen), frozen_batch_norm), buffers.kept([0]):
         yield
 
 
 @contextlib.contextmanager
 def freeze(
-    parameters: Sequence[nn.Parameter], norms: Sequence[_NormBase], frozen_batch_norm: FrozenBatchNorm = "batch"
+    parameters: Sequence[nn.Parameter], norms: Sequence[_BatchNorm], frozen_batch_norm: FrozenBatchNorm = "batch"
 ) -> Iterator[None]:
     """Freeze parameters that require gradients now, and running statistics that move now, until the exit."""
-    inference = [norm for norm in norms if norm.training] if frozen_batch_norm == "inference" else []
-    moving = norms if frozen_batch_norm == "batch" else []
+    classes = [type(norm) for norm in norms]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
-        for norm in moving:
-            # In training mode this flag alone decides whether the statistics move, and `train()` does not touch it.
-            norm.track_running_stats = False
-        for norm in inference:
-            norm.eval()
-            # `model.train()`, which Trainer calls in every step, would undo that.
-            norm.__dict__["train"] = partial(_stay, norm)
+        for norm, plain in zip(norms, classes, strict=True):
+            set_class(norm, _frozen_class(plain, frozen_batch_norm))
         yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        for norm in moving:
-            norm.track_running_stats = True
-        for norm in inference:
-            norm.__dict__.pop("train", None)
-            norm.train()
+        for norm, plain in zip(norms, classes, strict=True):
+            set_class(norm, plain)
 
 
-def _stay(norm: _NormBase, _mode: bool = True) -> _NormBase:
-    """What `norm.train()` does while the layer is held in inference mode."""
-    return norm
+@functools.cache
+def _frozen_class(plain: type[nn.Module], frozen_batch_norm: FrozenBatchNorm) -> type[nn.Module]:
+    """The class of a frozen BatchNorm layer.
+
+    In training `track_running_stats` alone decides whether the statistics move; with `training` off they are used. The
+    layer's own attributes stay what they are, so that `model.train()`, which Trainer calls in every step, and copies
+    made meanwhile change nothing.
+    """
+    name = "track_running_stats" if frozen_batch_norm == "batch" else "training"
+
+    def get(_norm: nn.Module) -> bool:
+        return False
+
+    def keep(norm: nn.Module, value: bool) -> None:
+        norm.__dict__[name] = value
+
+    return bound_class(plain, {name: property(get, keep)})
 
 
-def norm_layers(modules: Iterable[nn.Module]) -> list[_NormBase]:
-    """The normalisation layers among the modules whose running statistics move in training."""
-    return [module for module in modules if isinstance(module, _NormBase) and module.track_running_stats]
+def batch_norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
+    """The BatchNorm layers among the modules whose running statistics move in training."""
+    return [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
 def trunk_modules(model: nn.Module, all_blocks: Sequence[ResidualBlock]) -> tuple[list[nn.Module], list[nn.Module]]:

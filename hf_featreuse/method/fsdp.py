@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from hf_featreuse.method.class_swap import plain_class
+
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The modules of a model that FSDP2 shards as a unit each, the outermost first; none for a plain model."""
@@ -23,7 +25,7 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 def unsharded_class(module: nn.Module) -> type:
     """The class of a module before FSDP2 gave it one of its own, such as `FSDPViTForImageClassification`."""
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+    return next(cls for cls in plain_class(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def ready_shards(modules: Sequence[FSDPModule]) -> None:

@@ -10,7 +10,8 @@ from transformers import EfficientNetConfig, EfficientNetForImageClassification
 from transformers.optimization import Adafactor
 
 from hf_featreuse import BlockError, ResidualBlock, find_residual_blocks, train_only
-from hf_featreuse.method.freezing import norm_layers, trunk_modules
+from hf_featreuse.method.class_swap import plain_class
+from hf_featreuse.method.freezing import batch_norms, trunk_modules
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -314,7 +315,7 @@ def test_evaluation_inside_uses_the_running_statistics():
 
 def test_layers_that_the_user_set_apart_stay_so():
     model = build("resnet")
-    layers = norm_layers(model.modules())
+    layers = batch_norms(model.modules())
     layers[0].track_running_stats = False
     with train_only(model, find_residual_blocks(model)[:1]):
         backward(model, batch())
@@ -334,8 +335,9 @@ def test_everything_is_restored_at_exit(architecture, fails):
     try:
         with train_only(model, blocks[:2]):
             assert snapshot(model)["requires_grad"] != before["requires_grad"]
-            for key in ("keys", "classes", "hooks", "modes"):
+            for key in ("keys", "attributes", "hooks", "modes"):
                 assert snapshot(model)[key] == before[key], key
+            assert [plain_class(module) for module in model.modules()] == before["classes"]
             if fails:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:

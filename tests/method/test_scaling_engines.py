@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from sample_checks import assert_same_gradients, gradients
 from scaling_reference import drop_path_around
@@ -149,32 +148,39 @@ def test_checkpointing_changes_no_gradient(kind, where, granularity):
     assert not any(torch.allclose(unscaled[name], gradient) for name, gradient in expected.items())
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("where", ["nowhere", *PLACES])
 @pytest.mark.parametrize("kind", [Around, Branch])
-def test_leaving_the_step_before_backward_is_an_error_if_it_would_change_a_gradient(kind, where):
-    if kind is Around and where == "inside a block":
-        # What divides is outside of what runs again.
-        found, expected = (net_gradients(kind, where, "batch", hold=hold) for hold in (False, True))
-        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
-    else:
-        with pytest.raises(CheckpointError):
-            net_gradients(kind, where, "batch", hold=False)
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_backward_after_the_step_was_left_is_an_error(kind, where, granularity):
+    with pytest.raises(StepError, match=r"Backward ran after `step\(0\)` was left"):
+        net_gradients(kind, where, granularity, hold=False)
 
 
-OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
-INSIDE = pytest.mark.skipif(OLDER, reason="before transformers 5.23 ViT checkpoints inside of what is scaled")
-
-
-@pytest.mark.parametrize("name", ["swin", pytest.param("vit", marks=INSIDE)])
-def test_leaving_the_step_before_backward_is_an_error_in_a_model_of_transformers(name):
-    """Swin checkpoints its stages; ViT each block, from inside, for whose class the forward is wrapped once more."""
-    model = build(name)
+def test_leaving_a_scaled_forward_before_backward_shows_where_a_model_checkpoints_its_stages():
+    model = build("swin")
     model.activation_checkpointing_enable({"use_reentrant": False})
     blocks = find_residual_blocks(model)
     with skip_blocks([], kept=blocks, survival=[0.5] * len(blocks)):
-        loss = loss_of(name, model)
+        loss = loss_of("swin", model)
     with pytest.raises(CheckpointError):
         loss.backward()
+
+
+def test_leaving_a_scaled_forward_before_backward_changes_nothing_where_a_model_checkpoints_inside_its_blocks():
+    """What is scaled is outside of what runs again."""
+    found = []
+    for hold in (True, False):
+        model = build("vit")
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        blocks = find_residual_blocks(model)
+        with skip_blocks([], kept=blocks, survival=[0.5] * len(blocks)):
+            loss = loss_of("vit", model)
+            if hold:
+                loss.backward()
+        if not hold:
+            loss.backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
 
 
 # Adapters
