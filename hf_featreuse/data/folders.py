@@ -279,6 +279,10 @@ def _read_metadata(
         raise DataError(
             f"`{where}` cannot be read: {one_line(error)} Repair it, or move it away to take class folders as classes."
         ) from error
+    if not table.num_rows:
+        raise DataError(
+            f"`{where}` has no rows. Add one for each image, or move it away to take class folders as classes."
+        )
     names = table.column_names
     images = {c: c[: -len("_file_name")] or "image" for c in names if c == "file_name" or c.endswith("_file_name")}
     columns = [images.get(column, column) for column in names]

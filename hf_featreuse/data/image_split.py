@@ -181,7 +181,7 @@ class ImageSplit(torch.utils.data.Dataset):
         path = printable(stored["path"] or "")
         file = f"{path} ({where})" if path and stored["bytes"] is None else f"the image in {where}"
         if isinstance(error, Image.UnidentifiedImageError):
-            return f"{file}: it is not a JPEG, PNG, WebP, BMP, GIF or TIFF file"
+            return f"{file}: it is damaged, or not a JPEG, PNG, WebP, BMP, GIF or TIFF file"
         return f"{file}: {one_line(error).rstrip('.')}"
 
     def _failures(self, positions: range) -> dict[int, str]:

@@ -99,7 +99,10 @@ def test_a_split_survives_pickling(digits):
 
 
 BAD = {
-    "not an image": ({"bytes": b"hello", "path": "a.png"}, "it is not a JPEG, PNG, WebP, BMP, GIF or TIFF file"),
+    "not an image": (
+        {"bytes": b"hello", "path": "a.png"},
+        "it is damaged, or not a JPEG, PNG, WebP, BMP, GIF or TIFF file",
+    ),
     "truncated": ({"bytes": png(3, 40)[:70], "path": None}, "truncated"),
     "null": (None, "the row holds no image"),
 }
@@ -132,7 +135,9 @@ def test_an_oversized_image_is_a_bad_image(monkeypatch):
 def test_the_message_survives_a_worker():
     split = split_of([{"bytes": png(0), "path": None}, {"bytes": b"hello", "path": None}])
     batch = iter(batches(split, 1))
-    with pytest.raises(BadImageError, match="row 1 of split 'train' of data set 'made up': it is not a JPEG"):
+    with pytest.raises(
+        BadImageError, match="row 1 of split 'train' of data set 'made up': it is damaged, or not a JPEG"
+    ):
         next(batch)
     assert list(batch) == []  # ends the worker at once
 
