@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     HfArgumentParser,
     PreTrainedModel,
@@ -28,8 +29,10 @@ from hf_featreuse.data import (
     EvalTransform,
     ImageCollator,
     TrainTransform,
+    class_names,
     default_crop_scale,
     image_size,
+    in_order_of,
     load_image_data,
 )
 from hf_featreuse.data.metrics import build_compute_metrics, rank_top_k
@@ -96,6 +99,8 @@ def run(argv: list[str]) -> None:
             splits=["train", "validation"],
         )
     processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
+    # A head for these very classes keeps their order.
+    data = in_order_of(data, class_names(AutoConfig.from_pretrained(arguments.model_name_or_path)))
     model = AutoModelForImageClassification.from_pretrained(
         arguments.model_name_or_path,
         num_labels=len(data.label_names),

@@ -1,6 +1,6 @@
 """Labelled images for training and evaluation: load, decode, transform, collate, and the policy on bad images."""
 
-from hf_featreuse.data.evaluation import OpenModel, class_names, class_notes, open_classifier, relabelled
+from hf_featreuse.data.evaluation import OpenModel, class_names, class_notes, in_order_of, open_classifier, relabelled
 from hf_featreuse.data.image_split import ImageSplit
 from hf_featreuse.data.images import ImageCollator, decode_image, to_tensors
 from hf_featreuse.data.loading import ImageData, load_image_data
@@ -21,6 +21,7 @@ __all__ = [
     "decode_image",
     "default_crop_scale",
     "image_size",
+    "in_order_of",
     "load_image_data",
     "open_classifier",
     "relabelled",

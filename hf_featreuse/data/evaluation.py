@@ -127,6 +127,21 @@ def relabelled(data: ImageData, opened: OpenModel) -> ImageData:
     return dataclasses.replace(data, splits=splits, label_names=class_names(opened.model.config))
 
 
+def in_order_of(data: ImageData, names: Sequence[str]) -> ImageData:
+    """The same data with its classes in the order of a checkpoint that is trained further, if they are the same ones.
+
+    Args:
+        data (`ImageData`): the data.
+        names (`Sequence[str]`): names of the checkpoint's classes, in the order of their ids. If the data has others,
+            it is returned as it is: the checkpoint gets a new head.
+    """
+    if sorted(names) != sorted(data.label_names) or len(set(names)) < len(names):
+        return data
+    class_ids = [list(names).index(name) for name in data.label_names]
+    splits = {part: split.with_class_ids(class_ids) for part, split in data.splits.items()}
+    return dataclasses.replace(data, splits=splits, label_names=list(names))
+
+
 def class_ids_of(opened: OpenModel, label_names: Sequence[str]) -> list[int]:
     """The model's id of each class of the data: by name if it knows all names, else in the same order.
 
