@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from hf_featreuse.data import (
     class_notes,
     default_crop_scale,
     image_size,
+    in_order_of,
     load_image_data,
     open_classifier,
     relabelled,
@@ -118,16 +119,10 @@ def load_pretrained(
 ) -> tuple[ImageData, PreTrainedModel, BaseImageProcessor]:
     """Load a checkpoint, or new weights for its config, to train it with a head for the labels."""
     name, overrides = model_args.config_name or source, parse_overrides(model_args.config_overrides)
-    labels = data.label_names
-    known = class_names(AutoConfig.from_pretrained(name, **common))
-    if model_args.model_name_or_path is not None and sorted(known) == sorted(labels):
+    if model_args.model_name_or_path is not None:
         # A head for these very classes keeps their order.
-        data = replace(
-            data,
-            splits={key: split.with_class_ids([known.index(n) for n in labels]) for key, split in data.splits.items()},
-            label_names=known,
-        )
-        labels = known
+        data = in_order_of(data, class_names(AutoConfig.from_pretrained(name, **common)))
+    labels = data.label_names
     config = AutoConfig.from_pretrained(
         name,
         num_labels=len(labels),
