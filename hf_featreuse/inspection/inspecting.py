@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from hf_featreuse.errors import FeatureReuseError
+from hf_featreuse.errors import BlockError, FeatureReuseError
 from hf_featreuse.inspection.expectation import expected_costs, step_shares
 from hf_featreuse.inspection.named_models import Inputs, open_model
 from hf_featreuse.inspection.others import not_skippable
 from hf_featreuse.inspection.report import BlockReport, ModelReport
-from hf_featreuse.method.blocks import ResidualBlock, find_and_choose, trainable_blocks, why_inexact
+from hf_featreuse.method.blocks import ResidualBlock, check_outputs, find_and_choose, trainable_blocks
 from hf_featreuse.method.cost import StepCosts, measure_step_costs
 from hf_featreuse.method.freezing import own_parameters, trunk_modules
 from hf_featreuse.method.schedule import (
@@ -93,7 +93,7 @@ def inspect_model(
     blocks = trainable_blocks(model, blocks)
     schedule = FeatureReuseSchedule(len(blocks), **cycle)
     step_costs = _step_costs(model, blocks, inputs, train_trunk, notes)
-    _note_inexact(blocks, notes)
+    _note_refused(blocks, notes)
     # If the user froze the whole trunk, a cycle that drops every block would train nothing: it is vanilla.
     trunk_trains = any(p.requires_grad for part in trunk_modules(model, blocks) for p in own_parameters(part))
     parameters = _count(model)
@@ -133,11 +133,16 @@ def _block_reports(
     return reports
 
 
-def _note_inexact(blocks: Sequence[ResidualBlock], notes: list[str]) -> None:
+def _note_refused(blocks: Sequence[ResidualBlock], notes: list[str]) -> None:
+    """Note what training will refuse."""
+    try:
+        check_outputs(blocks)
+    except BlockError as error:
+        notes.append(str(error))
     inexact = [block for block in blocks if not block.exact]
     if inexact:
         notes.append(
-            f"{len(inexact)} of {len(blocks)} blocks cannot be skipped exactly: {why_inexact(inexact[0])}. "
+            f"{len(inexact)} of {len(blocks)} blocks cannot be skipped exactly: {inexact[0].inexact}. "
             "Training refuses them, unless you leave them out with "
             "`target_blocks` or set `allow_inexact_skip=True`."
         )

@@ -1,23 +1,27 @@
 """Find the residual blocks of a model, by structure, in forward order.
 
 A module is a residual block when the graph of one forward shows its first output to be one of its input tensors plus
-something, and it stands in a list or sequence, or else among siblings of one class. Others can be named.
+something, and it stands in a list or sequence, or else among siblings of one class. Others can be named. Its shortcut
+is exact if it is the identity in that forward and in training mode.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_featreuse.errors import BlockError, ConfigurationError
+from hf_featreuse.method.batch_arguments import unbatched_in_a_larger_batch
 from hf_featreuse.method.dummy_forward import check_not_compiled
-from hf_featreuse.method.residual_graph import Call, Key, Trace, trace_calls
+from hf_featreuse.method.residual_graph import NOT_SHOWN, Call, Key, Trace, calls_in_training, trace_calls
 from hf_featreuse.method.targets import listed, no_match, target_entries
+
+_IN_TRAINING = "in training mode its shortcut changes its input, as dropout does"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +32,11 @@ class ResidualBlock:
         name (`str`): qualified name in the model, as in `model.named_modules()`.
         module (`torch.nn.Module`): the block.
         exact (`bool`): whether the graph shows the shortcut to be an identity to the bit, so that skipping equals a
-            zero branch. `False` where an activation follows the addition and changes the input again, such as GELU;
-            where only the first of two streams is seen to be kept; and for a block named in `target_blocks` that is
-            not seen to be its input plus something, as where the shortcut has a scale. That it computes input plus
-            branch is then the word of whoever named it.
+            zero branch. `False` if an activation follows the addition and changes the input again, such as GELU; if
+            the shortcut moves or scales values, or has dropout; if several inputs are added up in the output; if only
+            the first of two streams is seen to be kept; and for a block named in `target_blocks` that is not seen to
+            be its input plus something. That it computes input plus branch is then only your claim.
+        inexact (`str`): why it is not exact; empty if it is.
         activation (`str`, *optional*): name of the activation after the addition, such as `"Relu"`.
         position (`int`, *optional*): index of the residual stream among the positional arguments of the call.
         keyword (`str`, *optional*): its name, where the call passes it by keyword.
@@ -41,6 +46,9 @@ class ResidualBlock:
             not the batch, such as `"position_embeddings.0"` or `"1"`; what samples share when they are taken apart.
         passed_on (`tuple`, defaults to none): for each further output, position or keyword of the argument that it
             hands on, such as a second stream; `None` where it is made inside.
+        made_inside (`tuple[int, ...]`, defaults to none): indices of further outputs that only the block computes,
+            such as an auxiliary loss, in eval or training mode. Such a block cannot be skipped. Attention weights,
+            for which a skipped block returns `None`, are not among them.
         branch (`torch.nn.Module`, *optional*): part of the block whose output is added to its input, if an activation
             follows the addition; what a stochastic-depth step scales.
         followers (`tuple[torch.nn.Module, ...]`): modules with parameters of their own that the forward first calls
@@ -64,6 +72,8 @@ class ResidualBlock:
     num_calls: int = 1
     unbatched: frozenset[str] = frozenset()
     passed_on: tuple[Key | None, ...] = ()
+    inexact: str = field(default="", repr=False)
+    made_inside: tuple[int, ...] = ()
     branch: nn.Module | None = field(default=None, repr=False)
     followers: tuple[nn.Module, ...] = field(default=(), repr=False)
 
@@ -91,8 +101,8 @@ def find_residual_blocks(
 ) -> list[ResidualBlock]:
     """Find the skippable residual blocks of a model in the order in which the forward calls them.
 
-    Costs one forward of a small batch. Random state, buffers, gradients, modes and attributes stay as they are; no
-    loss is asked for.
+    Costs little more than one forward of a small batch. Random states, buffers, gradients, modes and attributes stay
+    as they are; no loss is asked for.
 
     Args:
         model (`torch.nn.Module`): an image classifier, bare or with PEFT adapters, on any device, the meta device
@@ -144,16 +154,25 @@ def find_and_choose(
     for names in (set(in_lists), alike):
         shown = [_block(name, modules[name], trace) for name, made in calls.items() if name in names and _shown(made)]
         found = found or _innermost(shown)
+    chosen = found
     if target_blocks is not None:
-        return found, _choose(found, modules, trace, target_blocks, type(model).__name__)
-    if not found:
+        chosen = _choose(found, modules, trace, target_blocks, type(model).__name__)
+    elif not found:
         raise BlockError(
             f"{type(model).__name__} has no residual block that can be skipped: no module in a list or sequence, or "
             "among siblings of one class, returns its input plus something of the same shape. Feature reuse needs a "
             "residual network, such as ViT, ConvNeXt or ResNet. If this is one, name its blocks in `target_blocks`; "
             "for plain training set `stochastic_depth_steps=0` and `masked_freeze_steps=0`."
         )
-    return found, found
+    names = {block.name: block.module for block in (*found, *chosen)}
+    in_training = calls_in_training(model, names, trace.arguments)
+    shared = unbatched_in_a_larger_batch(model, names, inputs)
+    found, chosen = (
+        [replace(block, unbatched=block.unbatched.union(shared.get(block.name, ()))) for block in part]
+        for part in (found, chosen)
+    )
+    looked = [[_looked_at_again(block, in_training.get(block.name, [])) for block in part] for part in (found, chosen)]
+    return looked[0], looked[1]
 
 
 def _parent(modules: Mapping[str, nn.Module], model: nn.Module, name: str) -> nn.Module:
@@ -182,13 +201,23 @@ def _shown(calls: list[Call]) -> bool:
     return bool(calls) and all(call.shown and call.key == calls[0].key for call in calls)
 
 
+def _looked_at_again(block: ResidualBlock, calls: list[Call]) -> ResidualBlock:
+    """The block with what its calls in training mode show."""
+    made_inside = tuple(sorted({*block.made_inside, *(index for call in calls for index in call.made_inside)}))
+    if not block.exact or all(call.shown and not call.inexact for call in calls):
+        return replace(block, made_inside=made_inside)
+    return replace(block, made_inside=made_inside, exact=False, inexact=_IN_TRAINING)
+
+
 def _block(name: str, module: nn.Module, trace: Trace) -> ResidualBlock:
     calls = trace.calls[name]
     first, ended = calls[0], calls[-1].ended
+    inexact = next((call.inexact for call in calls if call.inexact), "")
     return ResidualBlock(
         name=name,
         module=module,
-        exact=all(call.exact for call in calls),
+        exact=not inexact,
+        inexact=inexact,
         activation=first.activation if _shown(calls) else None,
         position=first.key if isinstance(first.key, int) else None,
         keyword=first.key if isinstance(first.key, str) else None,
@@ -196,6 +225,7 @@ def _block(name: str, module: nn.Module, trace: Trace) -> ResidualBlock:
         num_calls=len(calls),
         unbatched=frozenset().union(*(call.unbatched for call in calls)),
         passed_on=first.passed_on,
+        made_inside=tuple(sorted({index for call in calls for index in call.made_inside})),
         branch=first.branch if all(call.branch is first.branch for call in calls) else None,
         followers=tuple(
             other
@@ -276,13 +306,6 @@ def trainable_blocks(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[
     return trainable
 
 
-def why_inexact(block: ResidualBlock) -> str:
-    """What is known of a block that cannot be skipped exactly."""
-    if block.activation is not None:
-        return f"{block.activation} follows the addition and would change the input again"
-    return "the graph of a forward does not show all that it returns to be its input plus something"
-
-
 def check_exact(blocks: Sequence[ResidualBlock]) -> None:
     """Raise `BlockError` if skipping one of the blocks is not known to equal a zero residual branch."""
     inexact = [block for block in blocks if not block.exact]
@@ -290,8 +313,19 @@ def check_exact(blocks: Sequence[ResidualBlock]) -> None:
         mend = "Use an activation that keeps its own output, such as ReLU, leave" if inexact[0].activation else "Leave"
         raise BlockError(
             f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: "
-            f"{why_inexact(inexact[0])} ({len(inexact)} of {len(blocks)} blocks). {mend} these blocks "
+            f"{inexact[0].inexact or NOT_SHOWN} ({len(inexact)} of {len(blocks)} blocks). {mend} these blocks "
             "out with `target_blocks`, or set `allow_inexact_skip=True` to drop them all the same."
+        )
+
+
+def check_outputs(blocks: Sequence[ResidualBlock]) -> None:
+    """Raise `BlockError` if one of the blocks returns something that only it can compute."""
+    block = next((block for block in blocks if block.made_inside), None)
+    if block is not None:
+        raise BlockError(
+            f"Block {block.name} ({type(block.module).__name__}) cannot be skipped: only it computes output "
+            f"{block.made_inside[0]} of those it returns, counted from 0, such as an auxiliary loss or router logits, "
+            "which would be missing. Return `None` there, or leave the block out with `target_blocks`."
         )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -17,24 +19,36 @@ from hf_featreuse.errors import BlockError
 # Side of the dummy image, in pixels, for models whose config names no image size (ResNet): five halvings leave 2x2.
 _DEFAULT_IMAGE_SIZE = 64
 _DUMMY_SEQUENCE_LENGTH = 8
+_ATTRIBUTES_OF_MODULE = frozenset(vars(nn.Module()))
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode with gradients enabled, then restore modes, attributes, buffers and torch's RNG."""
+    """Put the model in eval mode with gradients enabled; then restore modes, attributes, buffers and random states."""
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
     # Caches that a model fills in eval mode, such as LeViT's of attention biases, would keep this graph, and may hold
     # one that has been run.
-    caches = [value for found in attributes for name, value in found.items() if type(value) is dict and name[0] != "_"]
+    caches = [
+        value
+        for found in attributes
+        for name, value in found.items()
+        if isinstance(value, dict) and name not in _ATTRIBUTES_OF_MODULE
+    ]
     cached = [dict(cache) for cache in caches]
     registered = [dict(module._buffers) for module in modules]
     contents = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     device = model_device(model)
     forked = [device] if device.type == "cuda" else []
     autocast_device = "cpu" if device.type == "meta" else device.type
+    states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(forked), torch.enable_grad(), torch.autocast(autocast_device, enabled=False):
+        with (
+            torch.random.fork_rng(forked),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(autocast_device, enabled=False),
+        ):
             for module in modules:
                 # accelerate leaves autocast around the forward of a model it has prepared.
                 if "_original_forward" in module.__dict__:
@@ -45,6 +59,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
     finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
         for module, attribute, buffers in zip(modules, attributes, registered, strict=True):
             # Swin, for one, shrinks its window for good when it meets a small input.
             module.__dict__.clear()
@@ -57,6 +73,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, version, content in contents:
                 if buffer._version != version:
+                    # Observers of quantization change shapes.
+                    if buffer.shape != content.shape:
+                        buffer.resize_(content.shape)
                     buffer.copy_(content)
 
 
@@ -69,6 +88,17 @@ def check_not_compiled(model: nn.Module, name: str = "") -> None:
                 "model as it was before `torch.compile` or `.compile()`, and compile its blocks with "
                 "`torch_compile=True` or `compile_blocks`."
             )
+
+
+def check_not_inference(model: nn.Module) -> None:
+    """Raise `BlockError` if the model was built inside `torch.inference_mode()`, which makes it unfit for training."""
+    held = (*model.named_parameters(), *model.named_buffers())
+    name = next((name for name, tensor in held if tensor.is_inference()), None)
+    if name is not None:
+        raise BlockError(
+            f"`{name}` of {type(model).__name__} is an inference tensor, which autograd cannot use. Build or load the "
+            "model, and move it to its device, outside `torch.inference_mode()`."
+        )
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -86,7 +116,7 @@ def own_drop_path_rate(model: nn.Module) -> float:
 def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -> tuple[tuple, dict[str, Any]]:
     """Arguments of a forward, from a batch, a tensor or the model's config; without labels unless it insists."""
     if isinstance(inputs, torch.Tensor):
-        return (inputs,), {}
+        return (_for_autograd(inputs),), {}
     batch = dummy_inputs(model) if inputs is None else inputs
     if not isinstance(batch, Mapping):
         raise BlockError(
@@ -95,7 +125,7 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | No
         )
     device, parameters = model_device(model), inspect.signature(model.forward).parameters
     moved = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        key: _for_autograd(value.to(device)) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
         if key not in ("labels", "label") or (key in parameters and parameters[key].default is inspect.Parameter.empty)
     }
@@ -103,6 +133,12 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | No
         # A cache of keys keeps what the blocks were given, and grows when they are run again.
         moved.setdefault("use_cache", False)
     return (), moved
+
+
+def _for_autograd(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of one made inside `torch.inference_mode()`, which no graph can hold."""
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
 
 
 def takes_dummy_inputs(model: nn.Module) -> bool:

@@ -2,37 +2,35 @@
 
 A module is residual where walking back from its first output in the autograd graph, through additions, views and casts
 only, arrives at one of its inputs. No table of classes is needed, so a new architecture needs no change here.
+
+That forward is in eval mode, where nothing is dropped by chance. Dropout on a shortcut and outputs of training alone
+show in a second look, at the blocks only; large ones run on the meta device then, which does no arithmetic.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_map_only
 
 from hf_featreuse.errors import BlockError
-from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
+from hf_featreuse.method.batch_arguments import named_tensors
+from hf_featreuse.method.dummy_forward import check_not_inference, model_inputs, own_drop_path_rate, undisturbed
+from hf_featreuse.method.graph_walk import Edge, comes_from_softmax, edge_of, find_branch, walk_back
 
-_ADDITIONS = ("Add", "Sub")
-_SAME_VALUES = (
-    "Alias", "Clone", "Contiguous", "Permute", "ReshapeAlias", "Squeeze", "ToCopy", "Transpose", "T", "UnsafeView",
-    "Unsqueeze", "View",
-)  # fmt: skip
-_ACTIVATIONS = (
-    "Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Mish", "PreluKernel", "Relu",
-    "Sigmoid", "Silu", "Softplus", "Tanh",
-)  # fmt: skip
-# Activations that leave their own output unchanged: after one of these, the shortcut is an identity to the bit.
-_IDEMPOTENT = ("Relu", "Hardtanh")
-_KEEPS_RANGE = (*_SAME_VALUES, "MaxPool2DWithIndices", "MaxPool2D")
+NOT_SHOWN = "the graph of a forward does not show all that it returns to be its input plus something"
 
-Edge = tuple[Any, int]
+# Parameters of a module that runs on its own device in less time than on the meta device.
+_SMALL = 1_000_000
+
 Key = int | str
+# Positional arguments and keyword arguments.
+Arguments = tuple[tuple, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,11 @@ class Call:
     Args:
         key (`int` or `str`, *optional*): position or keyword of the argument that can be the residual stream.
         shown (`bool`): whether the graph shows the first output to be that argument plus something.
-        exact (`bool`): whether it shows the shortcut to be an identity to the bit.
+        inexact (`str`): why it does not show the shortcut to be an identity to the bit; empty if it does.
         activation (`str`, *optional*): after the addition.
         num_outputs (`int`, *optional*): length of the tuple returned; `None` for a bare tensor.
         passed_on (`tuple`): for each further output, the key of the argument it hands on, or `None`.
+        made_inside (`tuple[int, ...]`): the further outputs that only the module computes, attention weights aside.
         reason (`str`): why no argument can be the stream.
         unbatched (`frozenset[str]`): paths of the tensors among the arguments whose first dimension is not the batch.
         branch (`torch.nn.Module`, *optional*): part of the module whose output is what is added to the stream, if an
@@ -64,10 +63,11 @@ class Call:
 
     key: Key | None = None
     shown: bool = False
-    exact: bool = False
+    inexact: str = NOT_SHOWN
     activation: str | None = None
     num_outputs: int | None = None
     passed_on: tuple[Key | None, ...] = ()
+    made_inside: tuple[int, ...] = ()
     reason: str = ""
     unbatched: frozenset[str] = frozenset()
     branch: nn.Module | None = None
@@ -81,16 +81,19 @@ class Trace:
     Args:
         calls (`dict[str, list[Call]]`): the calls of each traced module, in the order of the first call of each.
         first_called (`dict[torch.nn.Module, int]`): of each module that was called, how many calls came before.
+        arguments (`dict[str, list[Arguments]]`): of the calls, without their graph.
     """
 
     calls: dict[str, list[Call]]
     first_called: dict[nn.Module, int]
+    arguments: dict[str, list[Arguments]]
 
 
 def trace_calls(
     model: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any] | torch.Tensor | None
 ) -> Trace:
     """Trace the calls of some modules in one forward of the model."""
+    check_not_inference(model)
     args, kwargs = model_inputs(model, inputs)
     tracer = _Tracer(_batch_size(args, kwargs))
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
@@ -120,7 +123,65 @@ def trace_calls(
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return Trace(tracer.calls, tracer.first_called)
+    return Trace(tracer.calls, tracer.first_called, tracer.arguments)
+
+
+def calls_in_training(
+    model: nn.Module, modules: Mapping[str, nn.Module], arguments: Mapping[str, list[Arguments]]
+) -> dict[str, list[Call]]:
+    """Run some modules again in training mode and read their calls.
+
+    Left out is a module that fails in training mode, for instance as it wants more than one sample.
+    """
+    calls = {}
+    with undisturbed(model):
+        for name, module in modules.items():
+            for part in module.modules():
+                # Norms with statistics want more than one value per channel to train on.
+                part.training = not part._buffers
+                if "gradient_checkpointing" in part.__dict__:
+                    part.__dict__["gradient_checkpointing"] = False
+            # CvT's own drop path drops the sum, which is not our business.
+            masked = own_drop_path_rate(module) > 0
+            large = sum(parameter.numel() for parameter in module.parameters()) > _SMALL
+            for device in ("meta", None) if large else (None,):
+                try:
+                    made = [_run_again(module, call, device) for call in arguments[name]]
+                except Exception:
+                    continue
+                calls[name] = [_read(given, output, in_training=True, masked=masked) for given, output in made]
+                break
+    return calls
+
+
+class _Forward(nn.Module):
+    """A module without the hooks on its call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+def _run_again(module: nn.Module, call: Arguments, device: str | None) -> tuple[list[_Argument], Any]:
+    """The arguments and the output of a call on copies of the tensors, or on meta tensors of the same kind."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in copies:
+            same = torch.empty_like(tensor, device=device) if device else tensor.detach()
+            copies[id(tensor)] = same.requires_grad_(tensor.requires_grad).clone()
+        return copies[id(tensor)]
+
+    args, kwargs = tree_map_only(torch.Tensor, copied, call)
+    given = _arguments(args, kwargs)
+    if device is None:
+        return given, module.forward(*args, **kwargs)
+    held = (*module.named_parameters(prefix="module"), *module.named_buffers(prefix="module"))
+    state = {name: torch.empty_like(tensor, device=device) for name, tensor in held}
+    return given, torch.func.functional_call(_Forward(module), state, args, kwargs)
 
 
 class _Tracer:
@@ -130,6 +191,7 @@ class _Tracer:
         self.batch_size = batch_size
         self.open: dict[str, list[tuple[list[_Argument], int]]] = {}
         self.calls: dict[str, list[Call]] = {}
+        self.arguments: dict[str, list[Arguments]] = {}
         self.first_called: dict[nn.Module, int] = {}
         self.num_called = 0
         # Every module that returned so far, with the edge of its first output.
@@ -142,51 +204,55 @@ class _Tracer:
     def leave_any(self, module: nn.Module, _args: tuple, output: Any) -> None:
         # Read now: `hidden_states += residual` later moves the tensor to another edge.
         edge = get_gradient_edge(output) if _has_graph(output) else None
-        self.returned.append((module, None if edge is None else (edge.node, edge.output_nr)))
+        self.returned.append((module, None if edge is None else edge_of(edge)))
 
     def enter(self, name: str):
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             # Edges are read now: an addition in place later moves the tensor to another edge.
-            arguments = [
-                _Argument(key, value, get_gradient_edge(value) if _has_graph(value) else None)
-                for key, value in (*enumerate(args), *kwargs.items())
-            ]
-            self.open.setdefault(name, []).append((arguments, len(self.returned)))
+            self.open.setdefault(name, []).append((_arguments(args, kwargs), len(self.returned)))
             self.calls.setdefault(name, [])
+            self.arguments.setdefault(name, []).append(_without_graph(args, kwargs))
 
         return hook
 
     def leave(self, name: str):
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            shapes = ((path, tensor.shape[:1]) for path, tensor in _named_tensors(args, kwargs))
+            shapes = ((path, tensor.shape[:1]) for path, tensor in named_tensors(args, kwargs))
             unbatched = frozenset(path for path, first in shapes if first != (self.batch_size,))
             arguments, begun = self.open[name].pop()
             call = _read(arguments, output)
             if call.activation is not None:
-                call = replace(call, branch=_find_branch(arguments, call, output, self.returned[begun:]))
+                stream = next(argument.edge for argument in arguments if argument.key == call.key)
+                assert stream is not None
+                first = output if isinstance(output, torch.Tensor) else output[0]
+                branch = find_branch(get_gradient_edge(first), edge_of(stream), self.returned[begun:])
+                call = replace(call, branch=branch)
             self.calls[name].append(replace(call, unbatched=unbatched, ended=self.num_called))
 
         return hook
 
 
-def _named_tensors(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors among the arguments of a call, those inside tuples, lists and dictionaries too, by path."""
+def _arguments(args: tuple, kwargs: Mapping[str, Any]) -> list[_Argument]:
+    """The arguments of a call as they are now."""
+    return [
+        _Argument(key, value, get_gradient_edge(value) if _has_graph(value) else None)
+        for key, value in (*enumerate(args), *kwargs.items())
+    ]
 
-    def walk(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        if isinstance(value, torch.Tensor):
-            yield path, value
-        elif isinstance(value, (tuple, list, Mapping)):
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            for key, item in items:
-                yield from walk(f"{path}.{key}", item)
 
-    for key, value in (*enumerate(args), *kwargs.items()):
-        yield from walk(str(key), value)
+def _without_graph(args: tuple, kwargs: dict[str, Any]) -> Arguments:
+    """The arguments of a call, to run it again: those that had a graph require gradients, the same stay the same."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def detached(tensor: torch.Tensor) -> torch.Tensor:
+        return kept.setdefault(id(tensor), tensor.detach().requires_grad_(tensor.requires_grad))
+
+    return tree_map_only(torch.Tensor, detached, (args, kwargs))
 
 
 def _batch_size(args: tuple, kwargs: Mapping[str, Any]) -> int:
     """First dimension of the first input of a model."""
-    return next((tensor.shape[0] for _, tensor in _named_tensors(args, kwargs) if tensor.ndim), 1)
+    return next((tensor.shape[0] for _, tensor in named_tensors(args, kwargs) if tensor.ndim), 1)
 
 
 def _with_graph(value: Any) -> Any:
@@ -201,8 +267,12 @@ def _has_graph(value: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 
-def _read(arguments: list[_Argument], output: Any) -> Call:
-    """What one call says: which argument the graph shows to be the stream, else which its shape lets be."""
+def _read(arguments: list[_Argument], output: Any, *, in_training: bool = False, masked: bool = False) -> Call:
+    """What one call says: which argument the graph shows to be the stream, else which its shape lets be.
+
+    In training mode a block may skip itself by chance, so that returning the stream alone is no fault; `masked` lets
+    a random mask follow the addition.
+    """
     outputs = list(output) if isinstance(output, (tuple, list)) else [output]
     first = next(iter(outputs), None)
     if not isinstance(first, torch.Tensor) or not first.requires_grad:
@@ -213,20 +283,26 @@ def _read(arguments: list[_Argument], output: Any) -> Call:
         return Call(
             reason=f"returns {first.dtype} of shape {tuple(first.shape)} and takes none of that kind (shapes {shapes})"
         )
-    num_outputs = None if isinstance(output, torch.Tensor) else len(outputs)
-    edges = {(edge.node, edge.output_nr): a for a in reversed(alike) if (edge := a.edge)}
-    arrived = _walk_back(get_gradient_edge(first), set(edges))
-    stream = edges[arrived[0]] if arrived else alike[0]
-    handed = [_passed_on(arguments, stream.key, value) for value in outputs[1:]]
-    passed_on = tuple(key for key, _ in handed)
-    if arrived is not None:
-        edge, activation = arrived
-        exact = activation is None or (activation in _IDEMPOTENT and _ends_in(edge[0], activation))
-        return Call(stream.key, True, exact and all(sure for _, sure in handed), activation, num_outputs, passed_on)
+    edges = _keys(alike)
+    arrival = walk_back(get_gradient_edge(first), list(edges), or_itself=in_training, masked=masked)
+    stream = edges[arrival.edge] if arrival else alike[0].key
+    handed = [_passed_on(arguments, stream, value) for value in outputs[1:]]
+    returned = {
+        "num_outputs": None if isinstance(output, torch.Tensor) else len(outputs),
+        "passed_on": tuple(key for key, _ in handed),
+        "made_inside": tuple(
+            index
+            for index, (value, (key, _)) in enumerate(zip(outputs[1:], handed, strict=True), start=1)
+            if key is None and _holds_something(value)
+        ),
+    }
+    if arrival is not None:
+        inexact = arrival.inexact or ("" if all(sure for _, sure in handed) else NOT_SHOWN)
+        return Call(stream, True, inexact, arrival.activation, **returned)
     if len(alike) > 1:
         keys = ", ".join(str(a.key) for a in alike)
         return Call(reason=f"takes {len(alike)} inputs of the shape of its output (arguments {keys})")
-    return Call(stream.key, num_outputs=num_outputs, passed_on=passed_on)
+    return Call(stream, **returned)
 
 
 def _alike(arguments: list[_Argument], output: torch.Tensor) -> list[_Argument]:
@@ -234,18 +310,25 @@ def _alike(arguments: list[_Argument], output: torch.Tensor) -> list[_Argument]:
     return [a for a in arguments if a.edge and a.value.shape == output.shape and a.value.dtype == output.dtype]
 
 
+def _keys(arguments: Iterable[_Argument]) -> dict[Edge, Key]:
+    """Edges of arguments, and the key of the first that has each."""
+    keys: dict[Edge, Key] = {}
+    for argument in arguments:
+        if argument.edge is not None:
+            keys.setdefault(edge_of(argument.edge), argument.key)
+    return keys
+
+
 def _passed_on(arguments: list[_Argument], stream: Key, value: Any) -> tuple[Key | None, bool]:
     """The argument that a further output hands on, such as a second stream or sizes, and whether that is sure."""
-    if not isinstance(value, torch.Tensor):
-        sized = (int, tuple, list, torch.Size)
-        return next((a.key for a in arguments if isinstance(value, sized) and _same_sizes(a.value, value)), None), True
-    if not value.requires_grad:
-        return next((a.key for a in arguments if a.value is value), None), True
+    if not _has_graph(value):
+        same = (a.key for a in arguments if value is not None and (a.value is value or _same_sizes(a.value, value)))
+        return next(same, None), True
     alike = _alike(arguments, value)
-    edges = {(edge.node, edge.output_nr): a for a in reversed(alike) if (edge := a.edge)}
-    arrived = _walk_back(get_gradient_edge(value), set(edges), added=True)
-    if arrived is not None and arrived[1] is None:
-        return edges[arrived[0]].key, True
+    edges = _keys(alike)
+    arrival = walk_back(get_gradient_edge(value), list(edges), or_itself=True)
+    if arrival is not None and not arrival.inexact and arrival.activation is None:
+        return edges[arrival.edge], True
     # Of the shape of another argument, it may be a second stream; attention weights are of none's.
     other = next((a.key for a in alike if a.key != stream), None)
     return other, other is None
@@ -257,82 +340,13 @@ def _same_sizes(first: Any, second: Any) -> bool:
     return all(type(n) is int for found in numbers for n in found) and numbers[0] == numbers[1]
 
 
-def _walk_back(start: GradientEdge, goals: set[Edge], added: bool = False) -> tuple[Edge, str | None] | None:
-    """The input edge at the far end of a chain of additions, and the activation after the last addition."""
-    stack: list[tuple[Any, int, bool, str | None]] = [(start.node, start.output_nr, added, None)]
-    while stack:
-        node, output_nr, added, activation = stack.pop()
-        if added and (node, output_nr) in goals:
-            return (node, output_nr), activation
-        operation = _operation(node)
-        if operation in _ADDITIONS:
-            stack.extend((child, nr, True, activation) for child, nr in _summands(node, operation))
-        elif operation in _SAME_VALUES:
-            stack.extend((child, nr, added, activation) for child, nr in _inputs(node))
-        elif operation in _ACTIVATIONS and not added and activation is None:
-            stack.extend((child, nr, added, operation) for child, nr in _inputs(node))
-    return None
-
-
-def _find_branch(
-    arguments: list[_Argument], call: Call, output: Any, inside: list[tuple[nn.Module, Edge | None]]
-) -> nn.Module | None:
-    """The module inside a block whose output is added to the stream; `None` if no single module gives just that."""
-    stream = next(argument.edge for argument in arguments if argument.key == call.key)
-    assert stream is not None
-    goal: Edge = (stream.node, stream.output_nr)
-    first = output if isinstance(output, torch.Tensor) else output[0]
-    edge = get_gradient_edge(first)
-    node: Any = edge.node
-    while _operation(node) not in _ADDITIONS:
-        node = next(_inputs(node))[0]
-    if _operation(node) != "Add" or node._saved_alpha != 1:
-        return None
-    others = [summand for summand in _inputs(node) if not _is_same_value(summand, goal)]
-    if len(others) != 1:
-        return None
-    # Identities return the edge of what came before them: the last to return is what the addition took.
-    producer = next((module for module, made in reversed(inside) if made == others[0]), None)
-    calls = sum(module is producer for module, _ in inside)
-    return producer if calls == 1 and _uses(edge.node, others[0], goal) == 1 else None
-
-
-def _is_same_value(edge: Edge, goal: Edge) -> bool:
-    """Whether a tensor is the one at the goal, up to views and casts."""
-    while edge != goal and _operation(edge[0]) in _SAME_VALUES:
-        edge = next(_inputs(edge[0]))
-    return edge == goal
-
-
-def _uses(start: Any, edge: Edge, goal: Edge) -> int:
-    """How many operations between a block's output and its input take the tensor at an edge."""
-    count, pending, seen = 0, [start], {start}
-    while pending:
-        for following in _inputs(pending.pop()):
-            count += following == edge
-            if following != goal and following[0] not in seen:
-                seen.add(following[0])
-                pending.append(following[0])
-    return count
-
-
-def _summands(node: Any, operation: str) -> Iterator[Edge]:
-    """The inputs of an addition that enter it with factor one: not what is subtracted or multiplied by an alpha."""
-    plain = operation == "Add" and node._saved_alpha == 1
-    return ((child, nr) for child, nr in node.next_functions[: None if plain else 1] if child is not None)
-
-
-def _ends_in(node: Any, activation: str) -> bool:
-    """Whether a tensor is the output of this activation, up to views and max pooling."""
-    while _operation(node) in _KEEPS_RANGE:
-        node = next(_inputs(node))[0]
-    return _operation(node) == activation
-
-
-def _operation(node: Any) -> str:
-    """`AddBackward0` is "Add"."""
-    return re.sub(r"Backward\d*$", "", node.name())
-
-
-def _inputs(node: Any) -> Iterator[Edge]:
-    return ((child, nr) for child, nr in node.next_functions if child is not None)
+def _holds_something(value: Any) -> bool:
+    """Whether a further output is more than `None`, or nothing else, and no attention weights."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_holds_something, value))
+    if isinstance(value, Mapping):
+        return any(map(_holds_something, value.values()))
+    if isinstance(value, torch.Tensor) and value.ndim > 2 and comes_from_softmax(value):
+        # By head, or of all heads: from each token to each. Those of a router are from tokens to experts.
+        return value.ndim == 3 and value.shape[-1] != value.shape[-2]
+    return value is not None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hf_featreuse.errors import BlockError, ConfigurationError
-from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_scalable
+from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_outputs, check_scalable
 from hf_featreuse.method.class_swap import Rule, bind_rules, divide_outputs
 
 
@@ -62,6 +62,7 @@ def skip_blocks(
         >>> all(parameter.grad is None for parameter in blocks[0].module.parameters())
         True
     """
+    check_outputs(dropped)
     if not allow_inexact:
         check_exact(dropped)
     both = {id(block.module) for block in dropped} & {id(block.module) for block in kept}
