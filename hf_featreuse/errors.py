@@ -30,8 +30,8 @@ class StepError(FeatureReuseError, RuntimeError):
     """A step was entered in a state in which it could not be exact: stale gradients, a nested step."""
 
 
-class CheckpointError(FeatureReuseError, RuntimeError):
-    """A checkpoint is incomplete or does not hold every weight of the model."""
+class CheckpointError(FeatureReuseError, RuntimeError, ValueError):
+    """A checkpoint is missing, incomplete or damaged, does not fit the model, or cannot be written."""
 
 
 class DataError(FeatureReuseError, ValueError):
@@ -51,3 +51,15 @@ class IncompatibleVersionError(FeatureReuseError, ImportError):
 
     Raised when the trainer is imported, or when training starts.
     """
+
+
+def torchvision_misfit(error: BaseException | None) -> IncompatibleVersionError | None:
+    """The one sentence that explains a failed import, if a torchvision that was built for another torch is its cause."""
+    signs = ("torchvision::", "torchvision/", "torchvision were")
+    while error is not None and not any(sign in str(error) for sign in signs):
+        error = error.__cause__ or error.__context__
+    return error and IncompatibleVersionError(
+        f"The installed torchvision does not fit the installed torch ({' '.join(str(error).split())}), as when one was "
+        "built for CUDA and the other for the CPU: install torchvision from the index that torch came from, or "
+        "uninstall it, as nothing here needs it."
+    )

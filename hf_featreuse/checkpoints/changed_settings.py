@@ -1,4 +1,4 @@
-"""Whether settings that changed since a checkpoint would have planned a step that was already taken otherwise."""
+"""Whether the settings of feature reuse that changed since a checkpoint would have planned a past step otherwise."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_featreuse.errors import ConfigurationError
+from hf_featreuse import __version__
+from hf_featreuse.errors import CheckpointError, ConfigurationError
 from hf_featreuse.method.draws import SAMPLE_DRAW_VERSION
 from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind, trunk_option
+from hf_featreuse.text import kind_and_text, one_line
+
+# What `PlanSource.to_json` gives.
+_SAVED = {"version", "schedule", "sample_draw", "blocks", "trunk_trains", "samples", "options"}
+_UNREADABLE = "The checkpoint holds settings of feature reuse that cannot be read"
+_INSTEAD = "Pass the folder of another checkpoint, or start a new run from its weights with `from_pretrained`."
+
+
+class _NewerVersionError(ConfigurationError):
+    """A checkpoint of a newer version of this package."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class PlanSource:
     def to_json(self) -> dict[str, Any]:
         """Numbers, strings and lists that [`from_json`] reads back."""
         return {
+            "version": __version__,
             "schedule": self.schedule.settings(),
             "sample_draw": SAMPLE_DRAW_VERSION,
             "blocks": list(self.blocks),
@@ -49,13 +61,34 @@ class PlanSource:
         }
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> PlanSource:
-        """Read back what [`to_json`] gave.
+    def from_json(cls, saved: Mapping[str, Any]) -> PlanSource:
+        """Read back what [`to_json`] gave, of this version or an older one.
 
         Raises:
-            ConfigurationError: sets per sample were drawn by an older version, which this one cannot repeat.
+            ConfigurationError: a newer version wrote it, with settings that this one does not know; or sets per sample
+                were drawn by another version of the draw, which this one cannot repeat.
+            CheckpointError: it is not what `to_json` gave.
         """
-        schedule = FeatureReuseSchedule(**saved["schedule"])
+        try:
+            schedule, blocks, options = saved["schedule"], saved["blocks"], {**saved.get("options", {})}
+            names = {name for name in blocks if isinstance(name, str)}
+            more = {name: saved[name] for name in ("trunk_trains", "samples") if name in saved}
+            known_settings = FeatureReuseSchedule(1).settings().keys()
+            _refuse_newer(saved, [*(schedule.keys() - known_settings), *(saved.keys() - _SAVED)])
+            schedule = FeatureReuseSchedule(**schedule)
+            # Before it was a word, the option was a boolean.
+            if "train_trunk" in options:
+                options["train_trunk"] = trunk_option(options["train_trunk"])
+            if len(names) != schedule.num_blocks or not isinstance(more.get("samples", 1), int):
+                raise ValueError("other blocks than the schedule has")
+        except _NewerVersionError:
+            raise
+        except ConfigurationError as error:
+            if saved.get("version", __version__) != __version__:
+                _refuse_newer(saved, [one_line(error)])
+            raise CheckpointError(f"{_UNREADABLE}: {one_line(error)} {_INSTEAD}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{_UNREADABLE} ({kind_and_text(error)}). {_INSTEAD}") from error
         version = saved.get("sample_draw", 1)
         if schedule.drop_granularity == "sample" and version != SAMPLE_DRAW_VERSION:
             raise ConfigurationError(
@@ -63,12 +96,7 @@ class PlanSource:
                 f"this package has version {SAMPLE_DRAW_VERSION}, which draws other sets. Resume it with the version "
                 "of hf_featreuse that wrote it, or start a new run from its weights with `from_pretrained`."
             )
-        known = {name: saved[name] for name in ("trunk_trains", "samples", "options") if name in saved}
-        # Before it was a word, the option was a boolean.
-        options = {**known.get("options", {})}
-        if "train_trunk" in options:
-            options["train_trunk"] = trunk_option(options["train_trunk"])
-        return cls(**{**known, "options": options, "schedule": schedule, "blocks": (*saved["blocks"],)})
+        return cls(schedule, (*blocks,), options=options, **more)
 
     def plan(self, step: int) -> tuple[StepKind, dict[str, bytes]]:
         """Kind of a step, and by name of the dropped blocks the samples that drop them."""
@@ -110,7 +138,8 @@ class PlanSource:
     def changes(self, now: PlanSource, *, with_options: bool = True) -> dict[str, tuple[Any, Any]]:
         """What was and is, by name, of all settings that differ."""
         first, second = self._named(with_options), now._named(with_options)
-        return {name: (first.get(name), value) for name, value in second.items() if first.get(name) != value}
+        names = dict.fromkeys((*second, *first))
+        return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
 
     def _named(self, with_options: bool) -> dict[str, Any]:
         named = {**self.schedule.settings(), "blocks": self.blocks, "trunk_trains": self.trunk_trains}
@@ -138,8 +167,8 @@ def check_plans(saved: PlanSource, now: PlanSource, steps: int) -> str | None:
         raise ConfigurationError(
             f"The settings passed plan step {step} as {now.describe(step)}, but the checkpoint was written "
             f"after {steps} steps of which step {step} was {saved.describe(step)}. Saved: {before}. Passed: "
-            f"{after}. Pass the saved settings to go on, or settings that differ only from step "
-            f"{steps} on; to train anew from these weights, load them with `from_pretrained` and leave "
+            f"{after}. Pass the saved settings to resume, or settings that differ only from step "
+            f"{steps} on; to start a new run from these weights, load them with `from_pretrained` and leave "
             "`resume_from_checkpoint` out."
         )
     return (
@@ -155,13 +184,23 @@ def check_scaling(saved: Mapping[str, Any], scale_kept: bool) -> None:
         saved (`dict`): what [`PlanSource.to_json`] gave for the checkpoint.
         scale_kept (`bool`): the option of the run that resumes it.
     """
-    schedule = saved["schedule"]
-    scaled_a_step = schedule["drop_rate"] > 0 and schedule["stochastic_depth_steps"] > 0
-    if scale_kept and scaled_a_step and saved["options"].get("scale_kept") is False:
+    source = PlanSource.from_json(saved)
+    scaled_a_step = source.schedule.drop_rate > 0 and source.schedule.stochastic_depth_steps > 0
+    if scale_kept and scaled_a_step and source.options.get("scale_kept") is False:
         raise ConfigurationError(
             "The checkpoint was written with `scale_kept=False`, and this run has `scale_kept=True`, which is the "
             "default now: the weights were trained for residual increments that are not scaled. Pass "
             "`scale_kept=False` to resume, or start a new run from these weights with `from_pretrained`."
+        )
+
+
+def _refuse_newer(saved: Mapping[str, Any], unknown: list[Any]) -> None:
+    if unknown:
+        raise _NewerVersionError(
+            f"The checkpoint was written by {saved.get('version', 'another version')} of hf_featreuse, with a setting "
+            f"that this version, {__version__}, does not know: {sorted(map(str, unknown))[0]!r}. Its steps cannot be "
+            "repeated. Resume it with the version that wrote it, or start a new run from its weights with "
+            "`from_pretrained`."
         )
 
 

@@ -1,17 +1,22 @@
-"""What a run that cannot go on says and leaves behind: a last whole checkpoint, and how to go on from it."""
+"""What a run that cannot continue says and leaves behind: a last complete checkpoint, and how to resume from it."""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_featreuse.checkpoints.completeness import newest_whole
-from hf_featreuse.errors import CheckpointError, StepError
+from hf_featreuse.checkpoints.resume_state import resume_state_files
+from hf_featreuse.errors import CheckpointError, FeatureReuseError, StepError
 from hf_featreuse.method.fsdp import local_part
+from hf_featreuse.text import kind_and_text
 
 _MEND = (
     "Lower `learning_rate`, clip gradients with `max_grad_norm`, use bf16 instead of fp16, or look for bad values in "
@@ -20,16 +25,34 @@ _MEND = (
 
 
 def open_checkpoint(folder: str | Path) -> None:
-    """Take away the mark of a whole checkpoint, before what an earlier run left there is overwritten file by file."""
-    (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    """Take away what marks a complete checkpoint, before what an earlier run left there is overwritten by file."""
+    for path in (Path(folder) / TRAINER_STATE_NAME, *resume_state_files(Path(folder))):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def loading(part: str, folder: str | Path | None) -> Iterator[None]:
+    """Turn any error of loading a part of a checkpoint into a `CheckpointError`; `None` is no checkpoint."""
+    try:
+        yield
+    except (FeatureReuseError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if folder is None:
+            raise
+        raise CheckpointError(
+            f"The {part} of the checkpoint {folder} cannot be loaded: {kind_and_text(error)} Resume with the model, "
+            "the options and the versions that wrote it, or pass the folder of another checkpoint."
+        ) from error
 
 
 def describe_last_whole(run_folder: str | Path) -> str:
-    """Say from which checkpoint a run that broke off can go on."""
-    last, _ = newest_whole(run_folder)
+    """Say from which checkpoint a run that was stopped can resume."""
+    # What this process wrote a moment ago is not read through again: a run that is stopped has little time.
+    last, _ = newest_whole(run_folder, digests=False)
     if last is None:
-        return f"There is no whole checkpoint in {run_folder} to go on from."
-    return f"The last whole checkpoint is {last}; `resume_from_checkpoint=True` goes on from it."
+        return f"There is no complete checkpoint in {run_folder} to resume from."
+    return f"The last complete checkpoint is {last}; `resume_from_checkpoint=True` resumes from it."
 
 
 def describe_ranks(rank: int, ranks: int) -> str:

@@ -1,30 +1,70 @@
-"""What a checkpoint holds besides Trainer's own files: the sums behind the logs, and where its plans came from.
+"""What a checkpoint holds besides Trainer's own files: sums behind the logs, settings, and digests of its files.
 
 transformers 5.23 keeps these sums in memory alone, so the first `loss` after a resume is another one. One small JSON
-file a rank is written before `trainer_state.json`, which closes a checkpoint: cut short, it is no JSON any more.
+file a rank is written before `trainer_state.json`, which closes a checkpoint. It records an xxh3 digest of each file
+that resuming reads, and of itself, so that bytes that changed and files of another step or run are found.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import xxhash
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_featreuse.checkpoints.changed_settings import PlanSource
+from hf_featreuse.checkpoints.contents import FaultError, read_json, walk
+from hf_featreuse.errors import CheckpointError, ConfigurationError
+
 RESUME_STATE_NAME = "resume_state.json"
-# Files that a checkpoint cannot be resumed exactly without.
-_NEEDED = {".safetensors", ".pt", ".pth", ".bin", ".distcp"}
+# Files that a checkpoint cannot be resumed exactly without, by ending; `.metadata` is the index of sharded ones.
+_NEEDED = (".safetensors", ".pt", ".pth", ".bin", ".pkl", ".distcp", ".metadata")
 # Resuming does not read it, and a checkpoint from the Hub comes without it: it may hold a token.
 _SPARE = "training_args.bin"
+# Written by one rank each; all others are written by the rank that saves.
+_OF_A_RANK = re.compile(r"(?:rng_state_|random_states_|__)(\d+)\b.*|__(\d+)_.*")
+# In one file or in shards: these may be saved again in the other form.
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# Files that resuming would read although nothing recorded them.
+_READ_IF_THERE = (
+    *("model.safetensors", "adapter_model.safetensors", "averaged.safetensors"),
+    *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+)
+_NUMBER, _NONE = (int, float), type(None)
+# The sums behind the logs, and what may still be due at the end of an epoch.
+_SUMS = {
+    "loss": _NUMBER,
+    "total_loss": (*_NUMBER, _NONE),
+    "last_logged": int,
+    "at_epoch_end": bool,
+    "due": list,
+}
+# What of `trainer_state.json` no one edits and resuming relies on.
+_TRAINER_STATE = (
+    *("global_step", "epoch", "log_history", "train_batch_size", "best_metric", "best_global_step"),
+    *("total_flos", "num_input_tokens_seen"),
+)
 
 
-def write_resume_state(folder: str | Path, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
-    """Write the state of one rank, and the names of the files that the checkpoint has by now.
+def write_resume_state(
+    folder: str | Path, state: Mapping[str, Any], rank: int = 0, ranks: int = 1, *, saves: bool = True
+) -> None:
+    """Write the state of one rank with digests of the files that it wrote, and flush them to the disk.
 
     Args:
-        folder (`str` or `Path`): the checkpoint folder.
+        folder (`str` or `Path`): the checkpoint folder, in which every rank has written its files by now.
         state (`dict`): values that JSON holds exactly: numbers, strings, lists, dictionaries with string keys.
         rank (`int`, defaults to 0): of this process.
         ranks (`int`, defaults to 1): number of processes; with more than one each writes its own file.
+        saves (`bool`, defaults to `True`): whether this rank wrote the files that belong to no single rank.
 
     Example:
         >>> import tempfile
@@ -35,27 +75,164 @@ def write_resume_state(folder: str | Path, state: dict[str, Any], rank: int = 0,
         0.1
     """
     folder = Path(folder)
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in _NEEDED)
-    _path(folder, rank, ranks).write_text(json.dumps({**state, "files": files}), encoding="utf-8")
+    files = {}
+    for path in _needed_files(folder):
+        match = _OF_A_RANK.fullmatch(path.name)
+        own = saves if match is None or ranks == 1 else int(match[1] or match[2]) == rank
+        if own and path.name != _SPARE:
+            flush(path)
+            files[path.relative_to(folder).as_posix()] = file_digest(path)
+    record = {**state, "files": files}
+    record["digest"] = _digest_of(record)
+    path = _path(folder, rank, ranks)
+    path.write_text(json.dumps(record), encoding="utf-8")
+    flush(path)
 
 
 def read_resume_state(folder: str | Path, rank: int = 0, ranks: int = 1) -> dict[str, Any] | None:
-    """The state of one rank, as [`write_resume_state`] wrote it; `None` where the checkpoint has none for it."""
+    """The state of one rank, as [`write_resume_state`] wrote it; `None` if the checkpoint has none for it."""
     path = _path(Path(folder), rank, ranks)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def resume_state_fault(folder: Path) -> str | None:
-    """Say which of these files is cut short, or which file they name is missing; `None` where all is well."""
-    for path in sorted(folder.glob(f"{Path(RESUME_STATE_NAME).stem}*.json")):
+def resume_state_files(folder: Path) -> list[Path]:
+    """The files of all ranks."""
+    return sorted(folder.glob(f"{Path(RESUME_STATE_NAME).stem}*.json"))
+
+
+def trainer_state_digest(state: Mapping[str, Any]) -> str:
+    """A digest of what `trainer_state.json` holds, paths and settings that may change aside."""
+    return _digest_of({name: state.get(name) for name in _TRAINER_STATE})
+
+
+def check_resume_state(folder: Path, trainer_state: Mapping[str, Any]) -> None:
+    """Raise `FaultError` if a state of a checkpoint of Trainer is not as it was written, or is of another step."""
+    digest, step = trainer_state_digest(trainer_state), trainer_state.get("global_step")
+    for path in resume_state_files(folder):
+        record = read_json(path)
+        if wrong := [name for name, kinds in _SUMS.items() if not isinstance(record.get(name), kinds)]:
+            raise FaultError(f"{path.name} lacks {wrong[0]}, or holds it in another form")
+        if (plans := record.get("plans")) is not None:
+            try:
+                PlanSource.from_json(plans)
+            except CheckpointError as error:
+                raise FaultError(f"{path.name} holds settings of feature reuse that cannot be read") from error
+            except ConfigurationError:
+                pass  # Of another version: no damage, and refused with its reason when settings are compared.
+        if record.get("step", step) != step:
+            raise FaultError(f"{path.name} is of step {record['step']}, and {TRAINER_STATE_NAME} of step {step}")
+        if record.get("trainer_state", digest) != digest:
+            raise FaultError(f"{TRAINER_STATE_NAME} is not the one that was saved with {path.name}")
+
+
+def check_files(folder: Path, *, digests: bool = True) -> None:
+    """Raise `FaultError` if the files of a checkpoint are not those that its resume states recorded.
+
+    Args:
+        folder (`Path`): the checkpoint folder.
+        digests (`bool`, defaults to `True`): read all files and compare digests; else only whether they are there.
+    """
+    files: dict[str, str | None] = {}
+    for path in resume_state_files(folder):
+        files |= _recorded(path.name, read_json(path))
+    resaved = _resaved(folder, files)
+    for name, digest in files.items():
+        if name == _SPARE or name in resaved:
+            continue
+        if not (folder / name).is_file():
+            raise FaultError(f"{name} is missing")
+        if digests and digest is not None and file_digest(folder / name) != digest:
+            raise FaultError(f"{name} is not the file that was saved: its content has changed")
+    if any(files.values()):
+        for path in sorted(folder.iterdir()):
+            added = path.name not in files and not (resaved and _is_weights(path.name))
+            if added and any(fnmatchcase(path.name, pattern) for pattern in _READ_IF_THERE):
+                raise FaultError(f"{path.name} was added after the checkpoint was written")
+
+
+def resaved_weights(folder: Path) -> list[str]:
+    """Names of weight files that were saved again in another form, in shards for example, and so have no digest."""
+    files = [name for path in resume_state_files(folder) for name in read_json(path)["files"]]
+    return sorted(path.name for path in folder.iterdir() if _is_weights(path.name)) if _resaved(folder, files) else []
+
+
+def _resaved(folder: Path, files: Mapping[str, Any] | list[str]) -> set[str]:
+    """The recorded weight files, if all of them are gone and other weights are there, complete."""
+    recorded = {name for name in files if _is_weights(name)}
+    there = {path.name for path in folder.iterdir() if _is_weights(path.name)}
+    # A shard alone, without its index, is a part of the weights.
+    complete = there & {"model.safetensors", "pytorch_model.bin"} or list(folder.glob("*.index.json"))
+    return recorded if recorded and there and not recorded & there and complete else set()
+
+
+def _is_weights(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
+
+
+def _recorded(name: str, record: dict[str, Any]) -> dict[str, str | None]:
+    """The files that a state recorded, with their digests; states of older versions have none."""
+    if "digest" in record and record["digest"] != _digest_of({k: v for k, v in record.items() if k != "digest"}):
+        raise FaultError(f"{name} is not as it was written: its content has changed")
+    files = record.get("files")
+    if isinstance(files, list) and all(isinstance(file, str) for file in files):
+        files = dict.fromkeys(files)
+    elif not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        raise FaultError(f"{name} does not name the files of the checkpoint")
+    if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files):
+        raise FaultError(f"{name} names files outside the checkpoint")
+    return files
+
+
+def _needed_files(folder: Path) -> Iterator[Path]:
+    return (path for path in walk(folder) if path.name.endswith(_NEEDED))
+
+
+def file_digest(path: Path) -> str:
+    """The xxh3 digest of a file."""
+    digest, buffer = xxhash.xxh3_128(), bytearray(2**22)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:size])
+    return digest.hexdigest()
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    # Keys become strings first, as in a file, and then they have an order.
+    as_read = json.loads(json.dumps(content))
+    return xxhash.xxh3_128_hexdigest(json.dumps(as_read, sort_keys=True).encode())
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or the names in a directory, to the disk."""
+    if not path.is_dir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        return
+    # Not every system opens directories, and not every file system flushes them.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        except ValueError:
-            return f"{path.name} is cut short"
-        missing = [name for name in files if name != _SPARE and not (folder / name).is_file()]
-        if missing:
-            return f"{missing[0]} is missing"
-    return None
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def flush_checkpoint(state: TrainerState) -> Iterator[None]:
+    """Flush a checkpoint that Trainer writes to the disk when it is closed, before older ones are deleted."""
+
+    def save_to_json(json_path: str) -> None:
+        TrainerState.save_to_json(state, json_path)
+        folder = Path(json_path).parent
+        for path in (*folder.iterdir(), folder, folder.parent):
+            flush(path)
+
+    # Trainer has no hook between the two.
+    state.save_to_json = save_to_json
+    try:
+        yield
+    finally:
+        del state.save_to_json
 
 
 def _path(folder: Path, rank: int, ranks: int) -> Path:

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils.import_utils import is_peft_available
 
+from hf_featreuse.checkpoints.contents import FaultError, check_safetensors, read_tensors
 from hf_featreuse.errors import CheckpointError
+from hf_featreuse.text import kind_and_text
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
@@ -87,10 +89,14 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
 
 def _read_file(folder: Path) -> dict[str, torch.Tensor] | None:
     """The tensors of a checkpoint in one file, under the names in the file; `None` for a checkpoint in shards."""
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return safetensors.torch.load_file(folder / SAFE_WEIGHTS_NAME, device="cpu")
-    if (folder / WEIGHTS_NAME).is_file():
-        return torch.load(folder / WEIGHTS_NAME, map_location="cpu", weights_only=True)
+    try:
+        if (folder / SAFE_WEIGHTS_NAME).is_file():
+            check_safetensors(folder / SAFE_WEIGHTS_NAME)
+            return safetensors.torch.load_file(folder / SAFE_WEIGHTS_NAME, device="cpu")
+        if (folder / WEIGHTS_NAME).is_file():
+            return read_tensors(folder / WEIGHTS_NAME)
+    except FaultError as error:
+        raise CheckpointError(_unreadable(folder, str(error))) from error
     return None
 
 
@@ -110,11 +116,9 @@ def _read_converted(model: PreTrainedModel, folder: str | Path) -> dict[str, tor
                 # Reported like a missing weight, and refused below.
                 ignore_mismatched_sizes=True,
             )
-        except OSError as error:
-            raise CheckpointError(
-                f"The checkpoint {folder} cannot be read: {str(error).splitlines()[0]} Nothing was loaded. Resume "
-                "from another checkpoint."
-            ) from error
+        # Of bad files, transformers raises errors of many classes.
+        except Exception as error:
+            raise CheckpointError(_unreadable(folder, kind_and_text(error))) from error
     twin, report = loaded
     # `from_pretrained` would fill these at random and go on.
     problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
@@ -130,6 +134,10 @@ def _check_state(
     problems = {"missing": sorted(set(own) - set(state)), "unexpected": sorted(set(state) - set(own)), "shape": shapes}
     if any(problems.values()):
         raise CheckpointError(_describe(folder, type(model).__name__, problems))
+
+
+def _unreadable(folder: str | Path, reason: str) -> str:
+    return f"The checkpoint {folder} cannot be read: {reason}. Nothing was loaded. Resume from another checkpoint."
 
 
 def _describe(folder: str | Path, model: str, problems: Mapping[str, Any]) -> str:

@@ -79,7 +79,7 @@ def small_disk(tmp_path: Path, whole: RecordingTrainer) -> Iterator[Path]:
 
 def test_a_full_disk(small_disk: Path, whole: RecordingTrainer) -> None:
     message = broken_off(resumable("vit", small_disk), CheckpointError, "step 3 could not be written", 2)
-    assert "checkpoint-2; `resume_from_checkpoint=True` goes on" in message
+    assert "checkpoint-2; `resume_from_checkpoint=True` resumes" in message
     assert "Free space" in message
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     goes_on(small_disk, whole, 2)
@@ -115,7 +115,8 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path, whole: RecordingTrainer
     class Closing(RecordingTrainer):
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             if self.state.global_step == 3:
-                subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+                # On top: what is open in the folder keeps it from being mounted again.
+                subprocess.run(["mount", "--bind", "-o", "ro", str(folder), str(folder)], check=True)
             super()._save_checkpoint(*args, **kwargs)
 
     try:
@@ -126,7 +127,7 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path, whole: RecordingTrainer
         with pytest.raises(CheckpointError, match=r"cannot be written: Read-only file system. Pass another folder"):
             late.train(resume_from_checkpoint=True)
         assert late.plans == []
-        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
         goes_on(folder, whole, 2)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -170,7 +171,7 @@ def test_a_worker_that_is_killed(tmp_path: Path, whole: RecordingTrainer, said: 
     broken_off(trainer, RuntimeError, r"DataLoader worker .* (killed by signal|exited unexpectedly)", 3)
     assert len(said) == 1
     assert "RuntimeError stopped training after 3 optimizer steps" in said[0]
-    assert "checkpoint-3; `resume_from_checkpoint=True` goes on" in said[0]
+    assert "checkpoint-3; `resume_from_checkpoint=True` resumes" in said[0]
     goes_on(tmp_path, whole, 3)
 
 
@@ -193,7 +194,7 @@ def test_a_loss_of_nan(logging_steps: int, tmp_path: Path) -> None:
 def test_a_loss_of_nan_without_logs_and_checkpoints(tmp_path: Path) -> None:
     trainer = resumable("vit", tmp_path, kind=Infected, logging_steps=100, save_strategy="no")
     message = broken_off(trainer, StepError, "After 6 optimizer steps", 0)
-    assert "There is no whole checkpoint" in message
+    assert "There is no complete checkpoint" in message
 
 
 # Ctrl-C
@@ -220,7 +221,7 @@ def test_an_interrupt_in_a_step(kind: StepKind, tmp_path: Path, whole: Recording
     step = next(step for step, plan in whole.plans if step >= 2 and plan.kind is kind)
     broken_off(resumable("vit", tmp_path, kind=Interrupted), KeyboardInterrupt, None, step)
     assert f"KeyboardInterrupt stopped training after {step} optimizer steps" in said[0]
-    assert f"checkpoint-{step}; `resume_from_checkpoint=True` goes on" in said[0]
+    assert f"checkpoint-{step}; `resume_from_checkpoint=True` resumes" in said[0]
     goes_on(tmp_path, whole, step)
 
 

@@ -28,6 +28,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change what a checkpoint records of the settings."""
     path = folder / RESUME_STATE_NAME
     state = json.loads(path.read_text())
+    state.pop("digest", None)  # Of the state as it was written.
     change(state)
     path.write_text(json.dumps(state))
 

@@ -97,7 +97,7 @@ def test_the_other_rank_ends_soon_and_the_run_goes_on(
         said = "".join(end["said"])
         if "save" in point and not said:  # Where an exchange of the save itself failed, the error says it.
             said = end["error"]
-        assert said.count(f"The last whole checkpoint is {newest_whole(tmp_path)[0]}") == 1, end
+        assert said.count(f"The last complete checkpoint is {newest_whole(tmp_path)[0]}") == 1, end
         assert f"This is rank {rank} of 2 processes; if an exchange between them failed, another one ended" in said
         assert ("bad luck" in end["error"]) is (rank == 1), end
         assert end["time"] - lost_at < BOUND
