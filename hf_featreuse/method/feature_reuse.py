@@ -14,12 +14,13 @@ from transformers.utils import logging
 
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.method.batch_norm import count_batches_once, norm_layers
-from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_scalable
+from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_outputs, check_scalable
 from hf_featreuse.method.freezing import FrozenBatchNorm, batch_norms, freeze, own_parameters, trunk_modules
 from hf_featreuse.method.frozen_buffers import FrozenBuffers
 from hf_featreuse.method.fsdp import ready_shards, sharded_modules
 from hf_featreuse.method.late_backward import backward_inside
-from hf_featreuse.method.per_sample import check_per_sample, skip_samples, train_samples
+from hf_featreuse.method.per_sample import skip_samples, train_samples
+from hf_featreuse.method.samples_apart import check_per_sample
 from hf_featreuse.method.schedule import (
     VANILLA_PLAN,
     FeatureReuseSchedule,
@@ -96,6 +97,7 @@ class FeatureReuse:
         _check_window(schedule)
         if schedule.alternates:
             check_checkpointing(model)
+            check_outputs(blocks)
             if not allow_inexact_skip:
                 check_exact(blocks)
             if scale_kept:
@@ -228,8 +230,9 @@ class FeatureReuse:
             norms = [norm for index in frozen for norm in self._batch_norms[index]]
             yield freeze(parameters, norms, self.frozen_batch_norm)
             if plan.sample_masks is not None:
+                everywhere = self.train_trunk == "all"
                 yield train_samples(
-                    self.blocks, plan.sample_masks, self._device, gradient_everywhere=self.train_trunk == "all"
+                    self.blocks, plan.sample_masks, self._device, gradient_everywhere=everywhere, checked=True
                 )
 
     @property
@@ -246,7 +249,7 @@ class FeatureReuse:
                 "probability for each, those of dropped blocks included."
             )
         if plan.sample_masks is not None:
-            return skip_samples(self.blocks, plan.sample_masks, self._device, survival=survival)
+            return skip_samples(self.blocks, plan.sample_masks, self._device, survival=survival, checked=True)
         dropped = [self.blocks[index] for index in plan.dropped]
         kept = [] if survival is None else [i for i in range(len(self.blocks)) if i not in plan.dropped]
         return skip_blocks(

@@ -160,9 +160,10 @@ def test_blocks_with_an_activation_and_no_branch_cannot_be_scaled():
         with skip_samples(blocks, random_masks(2, 4), CPU, survival=[1.0, 0.5, 0.5, 0.5]):
             raise AssertionError("entered")
     assert tiny_models.snapshot(model) == before
-    # Without survival probabilities nothing is scaled.
-    with torch.no_grad(), skip_samples(blocks, random_masks(2, 4), CPU):
-        model(**tiny_models.batch(2))
+    # Without survival probabilities nothing is scaled, but there is BatchNorm.
+    with pytest.raises(BlockError, match="normalises over the batch"):
+        with skip_samples(blocks, random_masks(2, 4), CPU):
+            raise AssertionError("entered")
 
 
 # Against gradients of single samples
