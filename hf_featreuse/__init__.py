@@ -116,7 +116,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    except Exception as error:
+        from hf_featreuse.errors import torchvision_misfit
+
+        raise (torchvision_misfit(error) or error) from error
     globals()[name] = value
     return value
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from hf_featreuse.errors import ConfigurationError, FeatureReuseError
+from hf_featreuse.errors import ConfigurationError, FeatureReuseError, torchvision_misfit
 from hf_featreuse.text import flat, kind_and_text, printable
 
 
@@ -108,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if sys.flags.dev_mode:
             raise
+        if explained := torchvision_misfit(error):
+            return _fail(str(explained))
         return _fail(
             f"an error that was not foreseen: {kind_and_text(error)}. `python -X dev -m hf_featreuse` with the same "
             "arguments shows where."

@@ -54,12 +54,12 @@ class IncompatibleVersionError(FeatureReuseError, ImportError):
 
 
 def torchvision_misfit(error: BaseException | None) -> IncompatibleVersionError | None:
-    """The one sentence that explains a failed import, if a torchvision that was built for another torch is its cause."""
+    """The error that explains a failed import in a sentence, if a torchvision built for another torch is its cause."""
     signs = ("torchvision::", "torchvision/", "torchvision were")
     while error is not None and not any(sign in str(error) for sign in signs):
         error = error.__cause__ or error.__context__
     return error and IncompatibleVersionError(
-        f"The installed torchvision does not fit the installed torch ({' '.join(str(error).split())}), as when one was "
+        f"The installed torchvision does not fit the installed torch ({' '.join(str(error).split())}); often one is "
         "built for CUDA and the other for the CPU: install torchvision from the index that torch came from, or "
-        "uninstall it, as nothing here needs it."
+        "uninstall it."
     )
