@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_featreuse import ConfigurationError, FeatureReuseConfig
+from hf_featreuse import ConfigurationError, FeatureReuseConfig, FeatureReuseError
 from hf_featreuse.data import (
     EvalTransform,
     ImageCollator,
@@ -46,6 +46,7 @@ from hf_featreuse.data import (
     relabelled,
 )
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
+from hf_featreuse.text import flat, one_line
 from hf_featreuse.trainer.step_log import StepLog
 
 
@@ -97,8 +98,12 @@ def load_model(
         if model_args.model_name_or_path is not None and not trains:
             return load_trained(model_args, data, source, common)
         return load_pretrained(model_args, data, source, common)
-    except OSError as error:
-        raise ConfigurationError(f"`{source}` cannot be loaded: {str(error).splitlines()[0]}") from error
+    except FeatureReuseError:
+        raise
+    except Exception as error:  # Of transformers, safetensors and PEFT, about what the files hold.
+        raise ConfigurationError(
+            f"`{flat(source)}` cannot be loaded: {one_line(error)} Pass a checkpoint folder or a Hub id."
+        ) from error
 
 
 def load_trained(

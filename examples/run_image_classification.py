@@ -18,6 +18,8 @@ from image_classification_arguments import check_output_dir, logger, parse_argum
 from hf_featreuse import FeatureReuseError, FeatureReuseTrainer
 from hf_featreuse.data import ImageCollator, ImageSplit
 from hf_featreuse.data.metrics import build_compute_metrics, rank_top_k
+from hf_featreuse.folders import new_folder
+from hf_featreuse.text import one_line
 
 
 def make_trainer(setup: Setup) -> FeatureReuseTrainer:
@@ -47,21 +49,22 @@ def run(argv: list[str]) -> None:
     model_args, data_args, args = parse_arguments(argv)
     start_logging(args)
     checkpoint = check_output_dir(model_args, args)
-    setup = set_up(model_args, data_args, args)
-    trainer, splits = make_trainer(setup), setup.splits
-    trainer.card_details = setup.card_details
-    if args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        report(trainer, "train", result.metrics, splits["train"])
-        trainer.save_state()
-    if args.do_eval:
-        report(trainer, "eval", trainer.evaluate(), splits["validation"])
-    if args.do_predict:
-        metrics = trainer.predict(splits["test"], metric_key_prefix="predict").metrics
-        report(trainer, "predict", metrics, splits["test"])
-    if args.do_train:
-        publish(trainer)
+    with new_folder(str(args.output_dir)):  # Without files if what follows fails, it is removed again.
+        setup = set_up(model_args, data_args, args)
+        trainer, splits = make_trainer(setup), setup.splits
+        trainer.card_details = setup.card_details
+        if args.do_train:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model()
+            report(trainer, "train", result.metrics, splits["train"])
+            trainer.save_state()
+        if args.do_eval:
+            report(trainer, "eval", trainer.evaluate(), splits["validation"])
+        if args.do_predict:
+            metrics = trainer.predict(splits["test"], metric_key_prefix="predict").metrics
+            report(trainer, "predict", metrics, splits["test"])
+        if args.do_train:
+            publish(trainer)
 
 
 def publish(trainer: FeatureReuseTrainer) -> None:
@@ -76,8 +79,8 @@ def publish(trainer: FeatureReuseTrainer) -> None:
 def main() -> None:
     try:
         run(sys.argv[1:])
-    except FeatureReuseError as error:
-        sys.exit(f"error: {error}")
+    except (FeatureReuseError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

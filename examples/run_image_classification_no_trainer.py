@@ -42,9 +42,11 @@ from hf_featreuse import (
     trainable_blocks,
 )
 from hf_featreuse.data.metrics import TopKAccuracy, rank_top_k
+from hf_featreuse.folders import new_folder
 from hf_featreuse.hub import PLOT_FILE
 from hf_featreuse.plotting import plot_training
 from hf_featreuse.recipe.mixing import classification_loss
+from hf_featreuse.text import one_line
 from hf_featreuse.trainer.console import closing_summary, describe_kind, opening_summary
 
 
@@ -219,26 +221,29 @@ def run(argv: list[str]) -> Loop:
     model_args, data_args, args = parse_arguments(argv)
     start_logging(args)
     checkpoint = find_checkpoint(check_output_dir(model_args, args), args.output_dir)
-    loop = Loop(set_up(model_args, data_args, args))
-    if args.report_to:
-        loop.accelerator.init_trackers(args.project, config=args.settings())
-    if args.do_train:
-        loop.train(checkpoint)
-        loop.save()
-    if args.do_eval:
-        results = loop.evaluate()
-        if loop.accelerator.is_main_process:
-            (Path(args.output_dir) / "all_results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-            print(results)
-    loop.accelerator.end_training()
+    with new_folder(args.output_dir):  # Without files if what follows fails, it is removed again.
+        loop = Loop(set_up(model_args, data_args, args))
+        if args.report_to:
+            loop.accelerator.init_trackers(args.project, config=args.settings())
+        if args.do_train:
+            loop.train(checkpoint)
+            loop.save()
+        if args.do_eval:
+            results = loop.evaluate()
+            if loop.accelerator.is_main_process:
+                (Path(args.output_dir) / "all_results.json").write_text(
+                    json.dumps(results, indent=2), encoding="utf-8"
+                )
+                print(results)
+        loop.accelerator.end_training()
     return loop
 
 
 def main() -> None:
     try:
         run(sys.argv[1:])
-    except FeatureReuseError as error:
-        sys.exit(f"error: {error}")
+    except (FeatureReuseError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

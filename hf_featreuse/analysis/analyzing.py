@@ -20,6 +20,7 @@ from hf_featreuse.errors import BlockError, ConfigurationError, DataError
 from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks
 from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
 from hf_featreuse.method.skipping import skip_blocks
+from hf_featreuse.text import printable
 
 Batch = Mapping[str, Any]
 
@@ -95,7 +96,7 @@ def analyze_model(
     total = len(batches) * num_sets if isinstance(batches, Sized) else None
     title = name or type(model).__name__
     with (
-        tqdm(total=total, desc=f"Analysing {title}", unit="forward", disable=quiet) as progress,
+        tqdm(total=total, desc=f"Analysing {printable(title)}", unit="forward", disable=quiet) as progress,
         undisturbed(model),
         torch.no_grad(),
     ):

@@ -164,7 +164,9 @@ def _accuracies(axes: Axes, index: int, accuracies: Sequence[Accuracy | None], n
 
 def _line(axes: Axes, index: int, places: Sequence[float] | np.ndarray | range, values, name: str) -> None:
     marker = _MARKERS[index % len(_MARKERS)]
-    axes.plot(places, values, color=_colour(index), marker=marker, markersize=3.5, linewidth=1.6, label=name)
+    # matplotlib leaves labels that begin with an underscore out of a legend.
+    label = f" {name}" if name.startswith("_") else name
+    axes.plot(places, values, color=_colour(index), marker=marker, markersize=3.5, linewidth=1.6, label=label)
 
 
 def _colour(index: int) -> str:

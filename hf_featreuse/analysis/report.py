@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ from hf_featreuse.analysis.figures import FIGURES
 from hf_featreuse.analysis.page import render_page
 from hf_featreuse.analysis.results import ModelAnalysis
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.plotting import empty_figure
+from hf_featreuse.plotting.report_folder import PAGE_FILE, all_or_none, check_output_dir
+from hf_featreuse.text import printable
 
-JSON_FILE, PAGE_FILE = "analysis.json", "index.html"
+JSON_FILE = "analysis.json"
 
 
 def write_report(
@@ -61,31 +60,14 @@ def write_report(
     if not analyses:
         raise ConfigurationError("`analyses` is empty. Pass at least one result of `analyze_model`.")
     check_output_dir(output_dir, overwrite)
-    named = list(zip(short_names([analysis.model for analysis in analyses]), analyses, strict=True))
+    names = map(printable, short_names([analysis.model for analysis in analyses]))
+    named = list(zip(names, analyses, strict=True))
     content = {"data": dict(data or {}), "models": [analysis.to_dict() for analysis in analyses]}
-    with _all_or_none(Path(output_dir)) as folder:
+    with all_or_none(Path(output_dir)) as folder:
         _write(folder / JSON_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
         plots = [draw(named, folder / name) for name, draw, *_ in FIGURES]
         _write(folder / PAGE_FILE, render_page(named, plots, data or {}))
     return Path(output_dir) / PAGE_FILE
-
-
-def check_output_dir(output_dir: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuse a folder that cannot take a report, before anything is computed."""
-    empty_figure(1)
-    folder = Path(output_dir)
-    try:
-        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-            raise ConfigurationError(
-                f"`output_dir={str(folder)!r}` (--output_dir) is not empty. Pass another folder, or `overwrite=True` "
-                "(--overwrite_output_dir) to replace the report in it."
-            )
-        with _all_or_none(folder, keep=False):
-            pass
-    except OSError as error:
-        raise ConfigurationError(
-            f"`output_dir={str(folder)!r}` (--output_dir) cannot be written: {error.strerror}. Pass another folder."
-        ) from None
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -101,16 +83,6 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short
 
 
-@contextlib.contextmanager
-def _all_or_none(folder: Path, keep: bool = True) -> Iterator[Path]:
-    """A folder to write into, whose files move to `folder` at the end unless something fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
-        yield Path(temporary)
-        if keep:
-            for file in sorted(Path(temporary).iterdir(), key=lambda path: path.name == PAGE_FILE):
-                os.replace(file, folder / file.name)
-
-
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    # Names of files need not be UTF-8.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

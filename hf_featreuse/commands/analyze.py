@@ -137,18 +137,13 @@ def run(options: argparse.Namespace) -> str:
 def _check(options: argparse.Namespace) -> None:
     """Refuse what can be refused without loading anything."""
     from hf_featreuse.analysis.analyzing import check_options
-    from hf_featreuse.analysis.report import check_output_dir
     from hf_featreuse.analysis.similarity import SMALLEST_BATCH
+    from hf_featreuse.commands.data_options import check_least
     from hf_featreuse.errors import ConfigurationError
+    from hf_featreuse.plotting.report_folder import check_output_dir
 
     check_options(options.random_draws, options.seed)
-    for option, value, least in (
-        ("batch_size", options.batch_size, SMALLEST_BATCH),
-        ("max_samples", options.max_samples, SMALLEST_BATCH),
-        ("num_workers", options.num_workers, 0),
-    ):
-        if value < least:
-            raise ConfigurationError(f"`{option}={value}` (--{option}) is below {least}. Pass {least} or more.")
+    check_least(options, batch_size=SMALLEST_BATCH, max_samples=SMALLEST_BATCH, num_workers=0, seed=0)
     doubled = {name for name in options.models if options.models.count(name) > 1}
     if doubled:
         raise ConfigurationError(f"`{sorted(doubled)[0]}` is named twice. Pass each model once.")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_featreuse.data import ImageData
 
 DIGITS = "digits"
+_MOST = 2**32 - 1
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,13 +68,15 @@ def load_data(options: argparse.Namespace) -> ImageData:
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:
-    """Refuse options below a number, such as `batch_size=1`."""
+    """Refuse options below a number, such as `batch_size=1`, or above what libraries take as a seed or a count."""
     from hf_featreuse.errors import ConfigurationError
 
     for option, bound in least.items():
         value = getattr(options, option)
         if value < bound:
             raise ConfigurationError(f"`{option}={value}` (--{option}) is below {bound}. Pass {bound} or more.")
+        if value > _MOST:
+            raise ConfigurationError(f"`{option}={value}` (--{option}) is too large. Pass {_MOST} or less.")
 
 
 def chosen_device(options: argparse.Namespace) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from hf_featreuse.data.evaluation import OpenModel
     from hf_featreuse.pruning.removing import BlockChoice
     from hf_featreuse.pruning.selecting import Removal
+
+_INDEX = re.compile(r"-?[0-9]{1,9}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Prune, save and report."""
+    from hf_featreuse.commands.data_options import check_least
     from hf_featreuse.data.evaluation import open_classifier
     from hf_featreuse.errors import ConfigurationError
     from hf_featreuse.pruning.removing import prune_blocks
@@ -56,6 +60,8 @@ def run(options: argparse.Namespace) -> str:
         raise ConfigurationError(
             "`--budget` needs `--data`: the blocks that accuracy misses least go. Pass a data set."
         )
+    if budget is not None:
+        check_least(options, batch_size=1, max_eval_samples=1, seed=0)
     check_folder(options.output_dir)
     opened = open_classifier(options.model, needs_processor=budget is not None)
     model, processor = opened.model, opened.processor
@@ -75,7 +81,7 @@ def _budget(text: str) -> int | float:
     from hf_featreuse.pruning.selecting import check_budget
 
     try:
-        budget = int(text) if text.lstrip("+-").isdigit() else float(text)
+        budget = int(text) if _INDEX.fullmatch(text) else float(text)
     except ValueError:
         raise ConfigurationError(
             f"`--budget {text}` is no number. Pass a number of blocks, or a share of the arithmetic such as 0.6."
@@ -89,9 +95,9 @@ def _choice(text: str | None) -> BlockChoice | None:
     if text is None:
         return None
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    if len(entries) == 1 and not entries[0].lstrip("-").isdigit():
+    if len(entries) == 1 and not _INDEX.fullmatch(entries[0]):
         return entries[0]
-    return [int(entry) if entry.lstrip("-").isdigit() else entry for entry in entries]
+    return [int(entry) if _INDEX.fullmatch(entry) else entry for entry in entries]
 
 
 def _rank(opened: OpenModel, budget: int | float, options: argparse.Namespace) -> list[Removal]:

@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
+import regex
+
 from hf_featreuse.errors import BlockError
+from hf_featreuse.text import flat
 
 MEND = "Pass names or endings of names in a list, or a regular expression as a string."
+
+
+# Names have a few dozen characters, which take microseconds.
+_TIMEOUT_SECONDS = 1.0
+# `regex` writes out what is repeated so many times, and repeats inside repeats multiply.
+_REPEATS, _MOST_REPEATS = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}", re.ASCII), 10_000
 
 
 def target_entries(target_blocks: str | Sequence[str], candidates: str) -> list[tuple[str, Callable[[str], bool]]]:
     """Each entry of a target with the test that it puts to a name; `candidates` goes into the errors."""
     if isinstance(target_blocks, str):
-        try:
-            pattern = re.compile(target_blocks)
-        except re.error as error:
-            raise BlockError(
-                f"`target_blocks={target_blocks!r}` is no regular expression: {error}. {candidates}"
-            ) from None
-        return [(target_blocks, lambda name: pattern.fullmatch(name) is not None)]
+        return [(target_blocks, _expression(target_blocks, candidates))]
     return [(entry, lambda name, entry=entry: name == entry or name.endswith(f".{entry}")) for entry in target_blocks]
+
+
+def _expression(text: str, candidates: str) -> Callable[[str], bool]:
+    """The test of a regular expression of Python; `regex` alone can give up on one that would take years."""
+    try:
+        re.compile(text)
+        counts = [int(count or 1) for pair in _REPEATS.findall(text) for count in pair]
+        if math.prod(max(count, 1) for count in counts) > _MOST_REPEATS:
+            raise regex.error("it repeats its parts too often")
+        pattern = regex.compile(text)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise BlockError(
+            f"`target_blocks={flat(text)[:200]!r}` is no regular expression: {flat(error)}. {candidates}"
+        ) from None
+
+    def matches(name: str) -> bool:
+        try:
+            return pattern.fullmatch(name, timeout=_TIMEOUT_SECONDS) is not None
+        except (TimeoutError, MemoryError):
+            raise BlockError(
+                f"`target_blocks={flat(text)[:200]!r}` takes too long: after {_TIMEOUT_SECONDS:g} s it was still at "
+                f"{name}. Pass an expression without repeats inside repeats. {candidates}"
+            ) from None
+
+    return matches
 
 
 def match_targets(names: Sequence[str], target_blocks: str | Sequence[str], model_name: str) -> set[str]:

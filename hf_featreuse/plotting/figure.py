@@ -47,6 +47,10 @@ def stacked_axes(heights: Sequence[float], title: str | None) -> tuple[Figure, l
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG and make its folder if missing."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # Names of models and folders may hold `$`.
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.folders import new_folder
 from hf_featreuse.plotting.figure import empty_figure
+from hf_featreuse.text import one_line
 
 PAGE_FILE = "index.html"
 
@@ -28,25 +30,20 @@ def check_output_dir(output_dir: str | os.PathLike[str], overwrite: bool) -> Non
                 f"`output_dir={str(folder)!r}` (--output_dir) is not empty. Pass another folder, or `overwrite=True` "
                 "(--overwrite_output_dir) to replace the report in it."
             )
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            with all_or_none(folder, keep=False):
-                pass
-        finally:
-            for path in missing:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-    except OSError as error:
+        with all_or_none(folder, keep=False):
+            pass
+    except (OSError, ValueError) as error:  # The second for a null character.
+        if isinstance(error, ConfigurationError):
+            raise
         raise ConfigurationError(
-            f"`output_dir={str(folder)!r}` (--output_dir) cannot be written: {error.strerror}. Pass another folder."
+            f"`output_dir={str(folder)!r}` (--output_dir) cannot be written: {one_line(error)} Pass another folder."
         ) from None
 
 
 @contextlib.contextmanager
 def all_or_none(folder: Path, keep: bool = True) -> Iterator[Path]:
     """A folder to write into, whose files move to `folder` at the end unless something fails; the page moves last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
+    with new_folder(folder, keep), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
         yield Path(temporary)
         if keep:
             for file in sorted(Path(temporary).iterdir(), key=lambda path: path.name == PAGE_FILE):

@@ -11,13 +11,24 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_featreuse.errors import CheckpointError, ConfigurationError
+from hf_featreuse.folders import new_folder
 from hf_featreuse.pruning.removing import logits_difference
 
 
 def check_folder(folder: str | Path) -> None:
     """Raise `ConfigurationError` if a folder that is to be written holds something."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
+        if not taken:
+            with new_folder(folder, keep=False), tempfile.TemporaryFile(dir=folder):
+                pass
+    except (OSError, ValueError) as error:  # The second for a null character.
+        raise ConfigurationError(
+            f"`--output_dir {folder}` cannot be written: {getattr(error, 'strerror', None) or error}. Pass another "
+            "folder."
+        ) from None
+    if taken:
         raise ConfigurationError(f"`--output_dir {folder}` exists and is not empty. Pass another folder.")
 
 
@@ -30,8 +41,10 @@ def save_whole(model: PreTrainedModel, processor: BaseImageProcessor | None, fol
     """
     check_folder(folder)
     folder = Path(os.path.abspath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+    with (
+        new_folder(folder.parent),
+        tempfile.TemporaryDirectory(prefix=".pruned-", dir=folder.parent) as temporary,
+    ):
         written = Path(temporary) / "model"
         model.save_pretrained(written)
         if processor is not None:

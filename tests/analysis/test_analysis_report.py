@@ -1,9 +1,11 @@
 """The folder of a report: JSON, plots on shared axes and a page that needs nothing else."""
 
 import base64
+import html
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,9 +14,11 @@ from PIL import Image
 from tiny_models import batch, build
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_featreuse.analysis import analyze_model, report, write_report
+from hf_featreuse.analysis import analyze_model, figures, report, write_report
 from hf_featreuse.analysis.report import short_names
 from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.plotting import empty_figure
+from hf_featreuse.text import printable
 
 pytest.importorskip("matplotlib", reason="plots need the extra `examples`")
 
@@ -194,3 +198,30 @@ def test_missing_matplotlib_is_said_before_anything_is_written(three, tmp_path, 
     with pytest.raises(ConfigurationError, match=re.escape('pip install "hf_featreuse[examples]"')):
         write_report(three[:1], tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+# Names that mean something elsewhere
+
+
+@pytest.mark.parametrize("name", ["a$b", "$x^2", "$\\frac{1}{2}$", "$_{$", "caf\udce9", "\x1b[31m", "_hidden"])
+def test_a_name_is_drawn_and_written_as_it_is(three, tmp_path, name):
+    page = write_report([replace(three[0], model=name), three[1]], tmp_path, data={"data": name})
+    text = page.read_text(encoding="utf-8")
+    assert html.escape(printable(name)) in text and {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_models_whose_names_begin_with_an_underscore_are_in_the_legend(three):
+    axes = empty_figure(2).subplots()
+    for index, name in enumerate(("_first", "_second")):
+        figures._line(axes, index, range(2), [0.0, 1.0], name)
+    assert [label.strip() for label in axes.get_legend_handles_labels()[1]] == ["_first", "_second"]
+
+
+def test_a_report_that_fails_leaves_no_folder(three, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(report, "render_page", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_report(three[:1], tmp_path / "new" / "report")
+    assert list(tmp_path.iterdir()) == []

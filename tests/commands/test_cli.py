@@ -109,6 +109,45 @@ def test_what_libraries_print_stays_off_stdout(tiny, capsys, monkeypatch):
     assert transformers.logging.get_verbosity() == verbosity
 
 
+@pytest.mark.parametrize("word", ["\x1b[31mred\x07", "one\ntwo\r", "\u202etxt.exe", "caf\udce9", "\x9b2J"])
+def test_control_characters_never_reach_the_terminal(word, capsys, monkeypatch):
+    assert main(["inspect", word]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("\n") and err[:-1].isprintable()
+    with pytest.raises(SystemExit):
+        main(["inspect", "vit", word])
+    assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())
+    monkeypatch.setattr(inspection, "inspect_model", lambda *_, **__: f"{word}\nnext")
+    assert main(["inspect", "vit"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("\nnext\n") and all(line.isprintable() for line in out.split("\n"))
+
+
+@pytest.mark.parametrize("arguments", [["inspect", ""], ["push", "", "ada/x"], ["push", "x", "a/x", "--token", " "]])
+def test_an_empty_argument_is_no_folder(arguments, capsys):
+    assert main(arguments) == 1
+    assert "is empty. Pass a value" in capsys.readouterr().err
+
+
+def test_an_error_that_was_not_foreseen_is_one_line_too(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("\x1bweights")
+
+    monkeypatch.setattr(inspection, "inspect_model", fail)
+    assert main(["inspect", "vit"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "KeyError" in err and "python -X dev" in err and "\x1b" not in err
+
+
+def test_ctrl_c_ends_in_one_line(capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection, "inspect_model", stop)
+    assert main(["inspect", "vit"]) == 130
+    assert capsys.readouterr().err == "featreuse: stopped by Ctrl-C.\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["inspect"], ["look", "vit"], ["inspect", "vit", "--drop_rate", "x"]])
 def test_misuse_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
@@ -121,8 +160,8 @@ def test_help_explains(capsys):
     with pytest.raises(SystemExit) as error:
         main(["--help"])
     assert error.value.code == 0
-    out = capsys.readouterr().out
-    assert all(verb.name in out and verb.summary in out for verb in cli.VERBS)
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(f"{verb.name} {verb.summary}" in out for verb in cli.VERBS)
     with pytest.raises(SystemExit):
         main(["inspect", "--help"])
     out = capsys.readouterr().out

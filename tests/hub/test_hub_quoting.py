@@ -17,8 +17,8 @@ from hf_featreuse.hub.markdown import markdown_code, markdown_text
 HOSTILE = [
     "a|b", "<script>alert(1)</script>", "![x](http://e.vil/x.png)", "[a](javascript:b)", "`code`", "``` x ```",
     "**bold** _it_ ~~x~~", "$x^2$", "&lt;", "x\n---\nlicense: mit\n", "x\r\n# Heading", "a: b # c",
-    '"quoted" \\ \'x\'', '"); import os; os.abort() #', "\x1b[31mred", "\u202egnp.exe", "{{ card_data }}", "x</details>",
-    "!@#%^*()",
+    '"quoted" \\ \'x\'', '"); import os; os.abort() #', "\x1b[31mred", "\u202egnp.exe", "{{ card_data }}",
+    "x</details>", "!@#%^*()",
 ]  # fmt: skip
 
 
