@@ -152,8 +152,8 @@ def measure_step_costs(
 ) -> StepCosts:
     """Count the arithmetic of a forward and backward of a small batch, block by block.
 
-    Costs about one forward and backward of the batch, and four of each block of a new shape. The model stays as it is,
-    gradients included; a model on the meta device is counted without any arithmetic.
+    Costs about one forward and backward of the batch, and four of each block that does not count as one before it. The
+    model stays as it is, gradients included; a model on the meta device is counted without any arithmetic.
 
     Args:
         model (`torch.nn.Module`): the model, not wrapped yet.
@@ -190,7 +190,7 @@ def measure_step_costs(
         finally:
             for handle in handles:
                 handle.remove()
-        costs = recorder.replay_all()
+        costs = recorder.replay_all(model)
     trunk = (*recorder.before, forward - recorder.ended)
     return StepCosts(total, tuple(costs), trunk, tuple(recorder.trunk_trains), trunk_option(train_trunk))
 
@@ -232,13 +232,15 @@ class _Recorder:
         self.counter = flop_counter()
         self.before = [0] * len(blocks)
         self.calls: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
+        # Operations of each call in this forward, and when the last call ended.
+        self.counted: list[list[int]] = [[] for _ in blocks]
         self.ended = 0
 
     def attach(self) -> list[Any]:
         handles = []
         for index, block in enumerate(self.blocks):
             handles.append(block.module.register_forward_pre_hook(self._enter(index), with_kwargs=True))
-            handles.append(block.module.register_forward_hook(self._leave))
+            handles.append(block.module.register_forward_hook(self._leave(index)))
         handles += [module.register_forward_pre_hook(self._enter_trunk) for module in self.trunk]
         return handles
 
@@ -247,25 +249,34 @@ class _Recorder:
 
     def _enter(self, index: int):
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self.before[index] += self.counter.get_total_flops() - self.ended
+            begun = self.counter.get_total_flops()
+            self.before[index] += begun - self.ended
+            self.counted[index].append(-begun)
             self.calls[index].append((args, kwargs))
             self.next_block = index + 1
 
         return hook
 
-    def _leave(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
-        self.ended = self.counter.get_total_flops()
+    def _leave(self, index: int):
+        def hook(_module: nn.Module, _args: tuple, _output: Any) -> None:
+            self.ended = self.counter.get_total_flops()
+            self.counted[index][-1] += self.ended
 
-    def replay_all(self) -> list[BlockCost]:
-        """The costs of all blocks; blocks of the same shape are run once."""
+        return hook
+
+    def replay_all(self, model: nn.Module) -> list[BlockCost]:
+        """The costs of all blocks; those of one class and shape whose operations count the same are run once."""
         known: dict[Any, list[int]] = {}
+        by_module = self.counter.get_flop_counts()
         costs = []
-        for block, calls in zip(self.blocks, self.calls, strict=True):
+        for block, calls, counted in zip(self.blocks, self.calls, self.counted, strict=True):
             totals = [0] * 4
-            for args, kwargs in calls:
+            # Of forward and backward: a block may do other things with weights of the same shapes, or not train some.
+            operations = str(by_module.get(f"{type(model).__name__}.{block.name}"))
+            for (args, kwargs), forward in zip(calls, counted, strict=True):
                 stream = block.stream(args, kwargs)
                 shapes = [(tuple(p.shape), p.requires_grad) for p in block.module.parameters()]
-                key = (type(block.module), tuple(stream.shape), str(shapes))
+                key = (type(block.module), tuple(stream.shape), str(shapes), forward, operations)
                 if key not in known:
                     known[key] = [_replay(block, args, kwargs, *state) for state in _STATES]
                 totals = [total + count for total, count in zip(totals, known[key], strict=True)]

@@ -18,8 +18,11 @@ from hf_featreuse import (
     StepPlan,
     find_residual_blocks,
     measure_step_costs,
+    skip_blocks,
+    train_only,
     trainable_blocks,
 )
+from hf_featreuse.method import cost
 from hf_featreuse.method.cost import flop_counter
 
 VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
@@ -199,6 +202,116 @@ def test_model_without_a_config_needs_inputs():
     blocks = find_residual_blocks(model, torch.ones(1, 4))
     with pytest.raises(BlockError, match="`inputs`"):
         measure_step_costs(model, blocks)
+
+
+# Look-alikes: one class and the same shapes of parameters, but other operations
+
+
+class Windowed(nn.Module):
+    """Attention within windows of so many tokens, or, with 0, among all."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.qkv, self.window = nn.Linear(8, 24), window
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = (part.reshape(-1, self.window or tokens, width) for part in self.qkv(x).chunk(3, -1))
+        return x + ((q @ k.transpose(1, 2)).softmax(-1) @ v).reshape(batch, tokens, width)
+
+
+class Repeated(nn.Module):
+    """A layer that runs several times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.linear, self.times = nn.Linear(8, 8), times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = x
+        for _ in range(self.times):
+            branch = torch.tanh(self.linear(branch))
+        return x + branch
+
+
+class Pooled(nn.Module):
+    """A convolution over every so many places."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.conv, self.stride = nn.Conv1d(16, 16, 3, padding=1), stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + nn.functional.interpolate(self.conv(x[..., :: self.stride]), x.shape[-1])
+
+
+class Detached(nn.Module):
+    """The same forward, without a gradient to the input through the branch or to the weights."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.first, self.second, self.what = nn.Linear(8, 8), nn.Linear(8, 8), what
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = self.first(x.detach() if self.what == "input" else x)
+        return x + self.second(branch.detach() if self.what == "between" else branch)
+
+
+LOOK_ALIKES = {
+    "windows": [Windowed(4), Windowed(4), Windowed(0), Windowed(8)],
+    "repeats": [Repeated(1), Repeated(3), Repeated(1), Repeated(2)],
+    "resolutions": [Pooled(1), Pooled(4), Pooled(2), Pooled(1)],
+    "backward alone": [Detached(""), Detached("input"), Detached("between"), Detached("")],
+}
+
+
+class Stack(nn.Module):
+    def __init__(self, stem: nn.Module, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = stem, nn.ModuleList(copy.deepcopy(blocks)), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def check_shares(model: nn.Module, x: torch.Tensor, train_trunk: str) -> None:
+    """Every set of blocks, in both kinds of step, costs what the counter counts."""
+    blocks = find_residual_blocks(model, x)
+    costs = measure_step_costs(model, blocks, x, train_trunk=train_trunk)
+    for kind, size in itertools.product((DEPTH, FREEZE), (1, 2, len(blocks))):
+        for dropped in itertools.combinations(range(len(blocks)), size):
+            chosen = [blocks[index] for index in dropped]
+            if kind is DEPTH:
+                context = skip_blocks(chosen)
+            else:
+                context = train_only(model, chosen, train_trunk=train_trunk, all_blocks=blocks)
+            model.zero_grad(set_to_none=True)
+            with context, flop_counter() as counter:
+                model(x).sum().backward()
+            expected = counter.get_total_flops() / costs.vanilla
+            assert costs.share(StepPlan(kind, dropped)) == pytest.approx(expected, rel=1e-9), (kind, dropped)
+
+
+@pytest.mark.parametrize("kind", LOOK_ALIKES)
+def test_blocks_that_look_alike_and_compute_other_things_have_their_own_cost(kind):
+    check_shares(Stack(nn.Linear(3, 8), LOOK_ALIKES[kind]), torch.randn(1, 16, 3), "all")
+
+
+def test_blocks_that_count_alike_are_run_once(monkeypatch):
+    runs = []
+    monkeypatch.setattr(cost, "_replay", lambda block, *_: runs.append(block.name) or 1)
+    model = Stack(nn.Linear(3, 8), [Windowed(4), Windowed(4), Windowed(0), Windowed(4), Windowed(0)])
+    measure_step_costs(model, find_residual_blocks(model, torch.randn(1, 16, 3)), torch.randn(1, 16, 3))
+    assert sorted(set(runs)) == ["blocks.0", "blocks.2"]
+
+
+@pytest.mark.parametrize("train_trunk", ["all", "head", "none"])
+def test_a_stem_of_several_layers_is_counted_only_if_it_trains(train_trunk):
+    stem = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    check_shares(Stack(stem, [Repeated(1), Repeated(1)]), torch.randn(1, 16, 3), train_trunk)
 
 
 # The counter
