@@ -122,14 +122,19 @@ def build_compute_metrics(ks: Sequence[int] = (1, 5)) -> Callable[[EvalPredictio
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         """Compute the accuracies of one evaluation."""
-        ranked, labels = prediction.predictions, prediction.label_ids
-        ranked = np.asarray(ranked[0] if isinstance(ranked, tuple | list) else ranked)
+        ranked, labels = _joined(prediction.predictions), _joined(prediction.label_ids)
         if np.issubdtype(ranked.dtype, np.floating):
             ranked = np.argsort(-ranked, axis=-1, kind="stable")[:, : max(ks)]
-        labels = np.asarray(labels[0] if isinstance(labels, tuple | list) else labels)
         return {_name(k): _top_k_accuracy(ranked, labels, k) for k in ks}
 
     return compute_metrics
+
+
+def _joined(values: Any) -> np.ndarray:
+    """The first output of all batches; a list, of `eval_do_concat_batches=False`, has an entry for each batch."""
+    if isinstance(values, list):
+        return np.concatenate([_joined(batch) for batch in values])
+    return np.asarray(values[0] if isinstance(values, tuple) else values)
 
 
 def _name(k: int) -> str:

@@ -19,6 +19,8 @@ from hf_featreuse.trainer.arguments import RecipeArguments
 
 logger = logging.get_logger(__name__)
 
+_CLASS_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class Recipe:
     """Mixup, CutMix and a weight average, as the options of a run ask for them.
@@ -98,7 +100,7 @@ class Recipe:
             position (`int`): number of the micro-batch among those of the optimizer step on all ranks.
 
         Raises:
-            ConfigurationError: the batch lacks one of the two keys.
+            ConfigurationError: the batch lacks one of the two keys, or has other labels than one integer per image.
         """
         assert self.mixer is not None
         if images not in inputs or "labels" not in inputs:
@@ -107,6 +109,7 @@ class Recipe:
                 f"but the batch has {sorted(inputs)}. Name them so in the data collator, set `main_input_name` on the "
                 "model if its images go by another name, or set both options to 0."
             )
+        _check_labels(inputs["labels"], len(inputs[images]))
         mixed, self._share = self.mixer(inputs[images], step, position)
         self._has_mixed = True
         try:
@@ -177,6 +180,18 @@ class Recipe:
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Let the model have the averaged weights, if there are any, until the exit."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+
+def _check_labels(labels: Any, images: int) -> None:
+    """Raise `ConfigurationError` unless every image of a batch has one class."""
+    is_tensor = isinstance(labels, torch.Tensor)
+    if is_tensor and labels.dtype in _CLASS_DTYPES and tuple(labels.shape) == (images,):
+        return
+    found = f"{labels.dtype} of shape {tuple(labels.shape)}" if is_tensor else type(labels).__name__
+    raise ConfigurationError(
+        f"`mixup_alpha` and `cutmix_alpha` need one integer per image as `labels`, but those of a batch of {images} "
+        f"images are {found}, as for several labels per image or regression. Set both options to 0."
+    )
 
 
 class FollowWeights(TrainerCallback):

@@ -5,7 +5,10 @@ Delete each once upstream has it. Seen in transformers 5.23; strict weights: hug
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,22 +16,40 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import logging
 
+from hf_featreuse.checkpoints.changed_training import describe_changed_training, training_settings
 from hf_featreuse.checkpoints.completeness import checkpoint_fault, resolve_checkpoint
 from hf_featreuse.checkpoints.failures import (
     check_writable,
     describe_last_whole,
     describe_ranks,
     find_not_finite,
+    loading,
     open_checkpoint,
     refuse_not_finite,
 )
-from hf_featreuse.checkpoints.resume_state import RESUME_STATE_NAME, read_resume_state, write_resume_state
+from hf_featreuse.checkpoints.optimizer_state import (
+    check_optimizer_state,
+    check_same_optimizer,
+    check_scheduler_state,
+    optimizer_name,
+)
+from hf_featreuse.checkpoints.output_lock import output_lock
+from hf_featreuse.checkpoints.resume_state import (
+    RESUME_STATE_NAME,
+    flush_checkpoint,
+    read_resume_state,
+    trainer_state_digest,
+    write_resume_state,
+)
 from hf_featreuse.checkpoints.weights import load_exactly
 from hf_featreuse.errors import CheckpointError, FeatureReuseError
+from hf_featreuse.trainer.backends import plain_optimizer
 from hf_featreuse.trainer.private_names import check_attributes, check_names
+from hf_featreuse.trainer.train_loader import TrainLoader, resumed_pass
 
 logger = logging.get_logger(__name__)
 
@@ -44,14 +65,18 @@ class ResumableTrainer(Trainer):
     (huggingface/transformers#43701). Here:
 
     - weights are restored bitwise or not at all, also by `load_best_model_at_end`.
-    - a checkpoint that was cut short is skipped with a warning; the last complete one before it is used.
+    - a checkpoint that was cut short or changed is skipped with a warning, and the last complete one before it is
+      used; if its path was passed, it is refused.
+    - options of training that changed since the checkpoint are reported, with what they do and which do nothing.
+    - a second process that trains into the same `output_dir` is refused.
     - data sets with `set_epoch` are told the epoch after a resume, so that random transforms draw the same.
     - logs after a resume are those of the uninterrupted run, times aside, `train_loss` included; a run that is resumed
       at its last step takes no further one; an evaluation that was due between checkpoint and stop is made up for.
     - NaN or infinite weights stop training instead of being saved; a run that fails says where to resume.
 
     Raises:
-        CheckpointError: in `train()`, no checkpoint is complete, one lacks weights, or none can be written.
+        CheckpointError: in `train()`, no checkpoint is complete, one does not fit, or none can be written.
+        ConfigurationError: in `train()`, another optimizer wrote the checkpoint.
         StepError: in `train()`, the weights are NaN or infinite when a checkpoint is due.
 
     Source: `transformers/trainer.py`, whose private methods it overrides.
@@ -86,13 +111,34 @@ class ResumableTrainer(Trainer):
     # The step, gradient norm and learning rate after which logs, evaluation and checkpoints were last due.
     _due: tuple[int, float | None, float | None] = (-1, None, None)
     _at_epoch_end = False
+    # The first pass over the data, and the loader if its passes are counted.
+    _first_pass = 0
+    _stream: TrainLoader | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train`. A checkpoint that is cut short is passed over for the last whole one before it."""
+        """Train as `Trainer.train`. Of the checkpoints in `output_dir`, the newest that is complete is used."""
         folder = str(self.args.output_dir)
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, folder)
         if self.args.should_save and self.args.save_strategy != SaveStrategy.NO:
             check_writable(folder)
+        with contextlib.ExitStack() as held:
+            self._hold_output_dir(held)
+            return self._train(resolve_checkpoint(resume_from_checkpoint, folder), *args, **kwargs)
+
+    def _hold_output_dir(self, held: contextlib.ExitStack) -> None:
+        """Refuse a second process that trains into the folder, on every rank alike; the first rank holds it."""
+        refusals: list[CheckpointError | None] = [None]
+        if self.args.process_index == 0:
+            try:
+                held.enter_context(output_lock(str(self.args.output_dir)))
+            except CheckpointError as error:
+                refusals = [error]
+        if self.args.world_size > 1:
+            refusals = gather_object(refusals)
+        if (refusal := next(filter(None, refusals), None)) is not None:
+            raise refusal
+
+    def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+        folder = str(self.args.output_dir)
         try:
             return super().train(checkpoint, *args, **kwargs)
         except (KeyboardInterrupt, OSError, RuntimeError) as error:
@@ -115,7 +161,13 @@ class ResumableTrainer(Trainer):
             "total_loss": self._total_loss_scalar if self._sums_are_whole else None,
             "last_logged": self._globalstep_last_logged,
             "at_epoch_end": self._at_epoch_end,
+            "stream": None if self._stream is None else self._stream.position(self._train_batch_size),
             "due": [step, None if grad_norm is None else float(grad_norm), learning_rate],
+            "step": self.state.global_step,
+            "optimizer": optimizer_name(plain_optimizer(self.optimizer)),
+            "training": training_settings(self.args),
+            # On the other ranks the log may differ.
+            **({"trainer_state": trainer_state_digest(vars(self.state))} if self.args.should_save else {}),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -128,7 +180,10 @@ class ResumableTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         # The last of the files that every rank writes; `trainer_state.json` follows and closes the checkpoint.
         super()._save_rng_state(output_dir)
-        write_resume_state(output_dir, self._resume_state(), self.args.process_index, self.args.world_size)
+        # Digests are of files that every rank has written by now.
+        self.accelerator.wait_for_everyone()
+        rank, ranks = self.args.process_index, self.args.world_size
+        write_resume_state(output_dir, self._resume_state(), rank, ranks, saves=self.args.should_save)
         # Rank 0 closes a checkpoint only when the files of every rank are there.
         self.accelerator.wait_for_everyone()
 
@@ -139,6 +194,8 @@ class ResumableTrainer(Trainer):
         try:
             if self.args.should_save:
                 open_checkpoint(folder)
+                with flush_checkpoint(self.state):
+                    return super()._save_checkpoint(model, trial)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             fault = checkpoint_fault(folder)
@@ -158,9 +215,10 @@ class ResumableTrainer(Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        begun = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
+        with loading(TRAINER_STATE_NAME, resume_from_checkpoint):
+            begun = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+            )
         folder = resume_from_checkpoint
         self._resumed, self._sums_are_whole, self._due = None, folder is None, (-1, None, None)
         self._resumed_from, self._rng_is_loaded = folder, False
@@ -169,11 +227,30 @@ class ResumableTrainer(Trainer):
             if self._resumed is None:
                 logger.warning(
                     f"{folder} holds no {RESUME_STATE_NAME}: it was written by an older version, the stock Trainer, "
-                    "with `save_only_model`, or by another number of processes. Training goes on; the first `loss` "
-                    f"logged counts the steps from {self.state.global_step} on alone, `train_loss` too, and changed "
+                    "with `save_only_model`, or by another number of processes. Training continues; the first `loss`"
+                    f" logged counts only the steps from {self.state.global_step} on, `train_loss` too, and changed "
                     "settings go unnoticed."
                 )
+            elif said := describe_changed_training(self._resumed.get("training"), training_settings(self.args)):
+                logger.warning(said)
+            if num_train_epochs == sys.maxsize:  # A stream, whose passes Trainer does not tell apart.
+                passes, batches = resumed_pass(folder, self._resumed, self.args.gradient_accumulation_steps)
+                begun = passes, 0 if self.args.ignore_data_skip else batches
+        self._first_pass = begun[0]
         return begun
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[Any, Any]:
+        loader = train_dataloader
+        if not isinstance(loader, TrainLoader):
+            loader = TrainLoader(train_dataloader, self._first_pass)
+        model, prepared = super()._prepare_for_training(max_steps, loader.batches.loader, resume_from_checkpoint)
+        prepared = loader.for_training(prepared, resumes=resume_from_checkpoint is not None)
+        self._stream = loader if prepared is loader else None
+        if self._resumed is not None and self._resumed.get("stream") and not self.args.ignore_data_skip:
+            loader.expect(self._resumed["stream"], self._train_batch_size)
+        return model, prepared
 
     def _take_up(self, trial: Any, epoch: int, ignore_keys_for_eval: Any, start_time: float) -> None:
         """Restore the sums, once; then do what was due at the end of an epoch after the checkpoint was written."""
@@ -181,7 +258,8 @@ class ResumableTrainer(Trainer):
         state, self._resumed = self._resumed, None
         if state is None:
             return
-        self._restore(state)
+        with loading(RESUME_STATE_NAME, self._resumed_from):
+            self._restore(state)
         ended = self.state.epoch == int(self.state.epoch or 0) or self.state.global_step >= self.state.max_steps
         if ended and not state["at_epoch_end"]:
             _, grad_norm, learning_rate = self._due = tuple(state["due"])
@@ -204,7 +282,24 @@ class ResumableTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         loaded, self._rng_is_loaded = self._rng_is_loaded, False
         if not loaded:
-            super()._load_rng_state(checkpoint)
+            with loading("random state", checkpoint):
+                super()._load_rng_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = plain_optimizer(self.optimizer)
+        if checkpoint is not None and not self._shards:
+            assert self.model is not None
+            check_same_optimizer((self._resumed or {}).get("optimizer"), optimizer)
+            check_optimizer_state(Path(checkpoint, OPTIMIZER_NAME), self.model, optimizer)
+            check_scheduler_state(Path(checkpoint, SCHEDULER_NAME), self.lr_scheduler)
+        with loading("optimizer and scheduler", checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        # In another precision there is no scaler to load it into.
+        if self.accelerator.scaler is not None:
+            with loading("gradient scaler", checkpoint):
+                super()._load_scaler(checkpoint)
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         step = self.state.global_step
@@ -255,12 +350,19 @@ class ResumableTrainer(Trainer):
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._shards or not load_exactly(self.model if model is None else model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with loading("weights", resume_from_checkpoint):
+            if self._shards or not load_exactly(self.model if model is None else model, resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint
-        if folder is None or self._shards or not load_exactly(self.model, folder):
-            super()._load_best_model()
-        else:
-            logger.info(f"Loaded the best model from {folder} (score: {self.state.best_metric}).")
+        if folder is not None and (fault := checkpoint_fault(folder)) is not None:
+            raise CheckpointError(
+                f"The best checkpoint {folder} cannot be loaded: {fault}. The model has the weights of the last step. "
+                "Load another checkpoint with `from_pretrained`."
+            )
+        with loading("weights", folder):
+            if folder is None or self._shards or not load_exactly(self.model, folder):
+                super()._load_best_model()
+            else:
+                logger.info(f"Loaded the best model from {folder} (score: {self.state.best_metric}).")

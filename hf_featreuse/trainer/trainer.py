@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -17,6 +18,7 @@ from transformers import (
     BaseImageProcessor,
     EvalPrediction,
     PreTrainedModel,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -31,10 +33,10 @@ from hf_featreuse.hub.run_card import card_arguments, write_base_config, write_r
 from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
 from hf_featreuse.method.compiling import compile_blocks
 from hf_featreuse.method.cost import StepCosts, measure_step_costs
-from hf_featreuse.method.dummy_forward import own_drop_path_rate, takes_dummy_inputs, undisturbed
+from hf_featreuse.method.dummy_forward import own_drop_path_rate, takes_dummy_inputs
 from hf_featreuse.method.feature_reuse import FeatureReuse
 from hf_featreuse.method.fsdp import complete_state, forget_state
-from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind
+from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind, StepPlan
 from hf_featreuse.recipe.weight_average import WeightAverage
 from hf_featreuse.trainer import backends
 from hf_featreuse.trainer.arguments import FeatureReuseArguments, RecipeArguments
@@ -44,6 +46,7 @@ from hf_featreuse.trainer.recipe import FollowWeights, Recipe
 from hf_featreuse.trainer.resumable import ResumableTrainer
 from hf_featreuse.trainer.step_log import StepLog
 from hf_featreuse.trainer.trackers import SchedulePicture
+from hf_featreuse.trainer.train_loader import TrainLoader, kept_random_states, small_batch
 from hf_featreuse.trainer.unsupported import check_engine, check_optimizer, fsdp_version
 
 logger = logging.get_logger(__name__)
@@ -120,6 +123,8 @@ class FeatureReuseTrainer(ResumableTrainer):
     _micro_batch: tuple[int, int] = (-1, 0)
     # How to compile the blocks; `None` if nothing is compiled, or the whole model in plain training.
     _dynamo_plugin: TorchDynamoPlugin | None = None
+    # The loader of the run while the model is looked at.
+    _loader: TrainLoader | None = None
     # Parameters whose optimizer state in the last checkpoint is none of theirs.
     _without_state: Any = ()
     # The loss function that the recipe set, and the user's own under it.
@@ -256,7 +261,13 @@ class FeatureReuseTrainer(ResumableTrainer):
         assert model is not None
         if self.reuse_args.alternates:
             backends.check_sharding(model, self.accelerator, fsdp_version(self.args) is not None)
-        reuse = backends.bind_on_every_rank(lambda: self._bind(model, max_steps), self.accelerator.num_processes)
+        self._loader = train_dataloader = TrainLoader(train_dataloader, self._first_pass)
+        try:
+            with kept_random_states(self.args.device):
+                bind = functools.partial(self._bind, model, max_steps)
+                reuse = backends.bind_on_every_rank(bind, self.accelerator.num_processes)
+        finally:
+            self._loader = None
         prepare = super()._prepare_for_training
         if self.is_fsdp_enabled:
             with backends.sharded_by_block(self.accelerator, model, reuse):
@@ -308,18 +319,19 @@ class FeatureReuseTrainer(ResumableTrainer):
         return reuse
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
-        """A batch of one to look at the model with: made from its config or, if that does not suit, the data's."""
+        """A batch of one to look at the model with, from its config; the data's if the model does not run on that."""
         if takes_dummy_inputs(model):
             return None
-        if self.train_dataset is None:
-            raise BlockError(
-                f"{type(model).__name__} does not run on a batch made from its config, and the trainer has no "
-                "`train_dataset` to take one from. Override `get_residual_blocks` and pass a small batch as `inputs`"
-                " to `find_residual_blocks`."
-            )
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        with undisturbed(model):
-            return collate([next(iter(self.train_dataset))])
+        loader = self._loader
+        if loader is None:
+            if self.train_dataset is None and type(self).get_train_dataloader is Trainer.get_train_dataloader:
+                raise BlockError(
+                    f"{type(model).__name__} does not run on a batch made from its config, and the trainer has no "
+                    "`train_dataset` to take one from. Override `get_residual_blocks` and pass a small batch as "
+                    "`inputs` to `find_residual_blocks`."
+                )
+            loader = TrainLoader(self.get_train_dataloader())
+        return small_batch(model, loader.first_batch())
 
     def _check_plans(self) -> None:
         """Refuse settings under which a past step would have had another plan; warn of what else changed."""
@@ -361,10 +373,25 @@ class FeatureReuseTrainer(ResumableTrainer):
             self.feature_reuse.step(step, **self._samples(inputs)) as plan,
             self.recipe.expecting_mixed(type(self).__name__),
         ):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            try:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            except RuntimeError as error:
+                self._explain_frozen(plan, error)
+                raise
         self.step_kind = plan.kind
         self._step_log.add(step, plan, self.step_costs.share(plan) if self.step_costs else 1.0, loss)
         return loss
+
+    def _explain_frozen(self, plan: StepPlan, error: RuntimeError) -> None:
+        """Raise `StepError` if backward failed because what trains in a step was frozen since it was bound."""
+        assert self.feature_reuse is not None
+        active = self.feature_reuse.active_parameters(plan)
+        if active and not any(parameter.requires_grad for parameter in active):
+            raise StepError(
+                f"Nothing is left to train in this {plan.kind.value} step: all parameters that it trains were frozen "
+                "after `train()` began, for instance by a callback. Freeze parameters before `train()`, exclude their "
+                "blocks with `target_blocks`, or freeze in a run of its own."
+            ) from error
 
     def _count_micro_batch(self, step: int) -> None:
         opened, micro_batch = self._micro_batch

@@ -87,3 +87,13 @@ def test_a_trainer_gets_the_same_from_ranks_and_from_logits(scored):
     assert compute(EvalPrediction(predictions=(logits, logits), label_ids=labels)) == pytest.approx(wanted)
     with pytest.raises(DataError, match="None of the 60"):
         compute(EvalPrediction(predictions=ranked, label_ids=np.full(60, -100)))
+
+
+def test_batches_that_are_kept_apart_give_the_same(scored):
+    logits, labels = scored
+    compute = build_compute_metrics()
+    wanted = compute(EvalPrediction(predictions=logits, label_ids=labels))
+    parts = [slice(0, 25), slice(25, 50), slice(50, None)]
+    for kind in (lambda part: logits[part], lambda part: (logits[part], logits[part])):
+        apart = EvalPrediction(predictions=[kind(part) for part in parts], label_ids=[labels[part] for part in parts])
+        assert compute(apart) == wanted

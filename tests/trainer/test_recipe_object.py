@@ -56,6 +56,26 @@ def test_a_loss_that_was_not_mixed_is_noticed():
         pass
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.eye(3)[[0, 1, 2, 0]],
+        torch.eye(3)[[0, 1, 2, 0]].long(),
+        torch.tensor([0.0, 1.0, 2.0, 0.5]),
+        torch.tensor([True, False, True, True]),
+        torch.tensor([[0], [1], [2], [0]]),
+        torch.tensor([0, 1, 2]),
+        [0, 1, 2, 0],
+    ],
+    ids=["soft", "multi-hot", "regression", "booleans", "columns", "too few", "a list"],
+)
+def test_labels_that_are_not_one_integer_per_image_are_refused(labels):
+    recipe = Recipe(RecipeArguments(cutmix_alpha=1.0))
+    with pytest.raises(ConfigurationError, match="one integer per image"):
+        with recipe.mixed({**batch(4), "labels": labels}, "pixel_values", step=0, position=0):
+            pass
+
+
 def test_a_batch_without_labels_is_refused_before_anything_is_mixed():
     recipe = Recipe(RecipeArguments(mixup_alpha=0.8))
     with pytest.raises(ConfigurationError, match=r"but the batch has \['pixel_values'\]"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, build, examples
+from tiny_models import ARCHITECTURES, batch, build, examples
 from torch import nn
 from training_runs import (
     PlainNet,
@@ -29,6 +29,7 @@ from hf_featreuse import (
     FeatureReuseSchedule,
     FeatureReuseTrainer,
     ResidualBlock,
+    StepError,
     StepKind,
     find_residual_blocks,
 )
@@ -418,3 +419,31 @@ def test_drop_path_of_the_architecture_is_said_once(tmp_path: Path, caplog: Any,
     warnings = [text for text in records if "drop path of its own" in text]
     assert len(warnings) == said
     assert all("drop_path_rate=0" in text and "0.3" in text for text in warnings)
+
+
+@pytest.mark.parametrize("steps", ["stochastic_depth_steps", "masked_freeze_steps"])
+def test_a_callback_that_freezes_what_a_step_trains_ends_in_our_message(steps: str, tmp_path: Path) -> None:
+    class Freezes(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                model.requires_grad_(False)
+
+    args = config(tmp_path, **{steps: 0}, max_steps=8)
+    trainer = FeatureReuseTrainer(build("vit"), args, train_dataset=examples(), callbacks=[Freezes()])
+    with pytest.raises(StepError, match=r"Nothing is left to train in this .* step.*a callback"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_training_step_outside_train_is_trainers_if_nothing_alternates(tmp_path: Path) -> None:
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs["logits"], labels)
+
+    args = config(tmp_path, stochastic_depth_steps=0, masked_freeze_steps=0)
+    trainers = [
+        FeatureReuseTrainer(build("vit"), args, compute_loss_func=loss),
+        Trainer(build("vit"), TrainingArguments(**options(tmp_path)), compute_loss_func=loss),
+    ]
+    losses = [trainer.training_step(trainer.model, batch(4), 4) for trainer in trainers]
+    assert torch.equal(*losses)
+    assert all(p.grad is not None for n, p in trainers[0].model.named_parameters() if "layers" in n)

@@ -56,7 +56,7 @@ def test_data_that_does_not_suit_either_is_an_error_that_shows_it(tmp_path: Path
     data = [{"images": torch.zeros(3, 8, 4), "labels": 0}] * 4
     trainer = FeatureReuseTrainer(Renamed(), config(tmp_path), train_dataset=data)
     with pytest.raises(
-        BlockError, match=r"Renamed failed on the batch .*\(shapes .*'images': \(1, 3, 8, 4\)\}\): RuntimeError"
+        BlockError, match=r"Renamed failed on the batch .*\(shapes .*'images': \(4, 3, 8, 4\)\}\): RuntimeError"
     ):
         trainer.train()
 
