@@ -276,6 +276,28 @@ class FeatureReuseSchedule:
         return f"FeatureReuseSchedule({values})"
 
 
+def sample_position(
+    micro_batch: int, rank: int, num_ranks: int, samples: int, *, dispatched: int | None = None
+) -> int:
+    """Give the position of the first sample of a micro-batch in the global batch of its optimizer step.
+
+    Args:
+        micro_batch (`int`): index of the micro-batch in the optimizer step.
+        rank (`int`): of this process.
+        num_ranks (`int`): number of processes.
+        samples (`int`): in a full micro-batch of one rank, whatever this one holds. The last one of an epoch may be
+            smaller.
+        dispatched (`int`, *optional*): samples that this rank holds now, if one process loads a batch for all and cuts
+            it evenly, as accelerate's `dispatch_batches` does: then a smaller batch gives smaller slices.
+
+    Example:
+        >>> from hf_featreuse.method.schedule import sample_position
+        >>> sample_position(1, 1, 2, 8), sample_position(1, 1, 2, 8, dispatched=3)
+        (24, 19)
+    """
+    return micro_batch * num_ranks * samples + rank * (samples if dispatched is None else dispatched)
+
+
 def check_options(*, drop_rate: object, **options: object) -> None:
     """Raise `ConfigurationError` unless the options that need no model are usable; they go by the schedule's names."""
     if isinstance(drop_rate, bool) or not isinstance(drop_rate, (int, float)) or not 0 <= drop_rate < 1:

@@ -16,6 +16,7 @@ from hf_featreuse import (
     FeatureReuseSchedule,
     StepKind,
     find_residual_blocks,
+    trainable_blocks,
 )
 
 
@@ -24,6 +25,39 @@ def test_number_of_blocks_must_be_that_of_the_schedule():
     blocks = find_residual_blocks(model)
     with pytest.raises(BlockError, match=r"for 5 blocks, but 4 were passed.*FeatureReuseSchedule\(4"):
         FeatureReuse(model, blocks, FeatureReuseSchedule(5))
+
+
+def test_no_blocks_is_an_error_whose_advice_works():
+    model = build("vit")
+    with pytest.raises(BlockError, match="`blocks` is empty") as caught:
+        FeatureReuse(model, [], FeatureReuseSchedule(4))
+    assert "`FeatureReuseSchedule(0, drop_rate=0)`" in str(caught.value)
+    assert "`trainable_blocks(model, find_residual_blocks(model))`" in str(caught.value)
+    with FeatureReuse(model, [], FeatureReuseSchedule(0, drop_rate=0)).step(0) as plan:
+        assert plan.kind is StepKind.VANILLA
+    blocks = trainable_blocks(model, find_residual_blocks(model))
+    FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)))
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ({"first_step": 10, "last_step": 10}, True),
+        ({"first_step": 10, "last_step": 3}, True),
+        ({"first_step": 10, "last_step": 11}, False),
+        ({"vanilla_steps": 3, "last_step": 3}, True),
+        ({"masked_freeze_steps": 0, "last_step": 0}, False),
+        ({"last_step": 0, "drop_rate": 0}, False),
+        ({"first_step": 10}, False),
+    ],
+    ids=str,
+)
+def test_a_window_without_a_cycle_logs_a_warning(options, warns, caplog):
+    model = build("vit")
+    blocks = find_residual_blocks(model)
+    with caplog.at_level("WARNING", "hf_featreuse"):
+        FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks), **options))
+    assert ("holds no cycle of" in caplog.text) == warns
 
 
 def test_block_of_another_model_is_an_error():

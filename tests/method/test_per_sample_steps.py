@@ -210,6 +210,22 @@ def test_accumulation_changes_nothing(tmp_path: Path):
     assert not np.array_equal(masks[0], masks[2])
 
 
+def test_a_smaller_last_micro_batch_stands_where_a_full_one_would(tmp_path: Path):
+    trainer = RecordingTrainer(
+        build("vit"),
+        config(tmp_path, drop_granularity="sample", max_steps=4, gradient_accumulation_steps=2),
+        train_dataset=examples(14),
+    )
+    train(trainer)
+    assert [len(plan.sample_masks) for _, plan in trainer.plans] == [4, 4, 4, 2] * 2
+    for index, (step, plan) in enumerate(trainer.plans):
+        size, position = len(plan.sample_masks), 4 * (index % 2)
+        expected = trainer.feature_reuse.schedule.plan(step, batch_size=size, position=position)
+        assert np.array_equal(plan.sample_masks, expected.sample_masks)
+        other = trainer.feature_reuse.schedule.plan(step, batch_size=size, position=size * (index % 2))
+        assert size == 4 or not np.array_equal(plan.sample_masks, other.sample_masks)
+
+
 _RANKS = """
 import sys
 sys.path.insert(0, {tests!r})

@@ -7,9 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 
 from hf_featreuse import ConfigurationError, FeatureReuseSchedule, StepKind
-from hf_featreuse.method.schedule import VANILLA_PLAN
+from hf_featreuse.method.schedule import VANILLA_PLAN, sample_position
 
 VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE
 
@@ -222,3 +224,48 @@ def test_the_number_of_samples_is_checked(given: dict):
 def test_unknown_granularity():
     with pytest.raises(ConfigurationError, match="drop_granularity='block'"):
         FeatureReuseSchedule(3, drop_granularity="block")
+
+
+# Positions of samples
+
+
+def in_steps(batches: list[list[int]], accumulated: int) -> list[list[list[int]]]:
+    """The micro-batches of one rank, by optimizer step."""
+    return [batches[first : first + accumulated] for first in range(0, len(batches), accumulated)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+@pytest.mark.parametrize("images", [48, 44, 41])
+@pytest.mark.parametrize("split_batches", [False, True])
+@pytest.mark.parametrize("even_batches", [False, True])
+def test_positions_follow_the_order_of_the_data(num_ranks, accumulated, images, split_batches, even_batches):
+    """Of the batches that accelerate deals out to the ranks, the last of an epoch may be smaller."""
+    samples = 4
+    sampler = BatchSampler(range(images), samples * (num_ranks if split_batches else 1), drop_last=False)
+    seen = set()
+    for rank in range(num_ranks):
+        shard = BatchSamplerShard(sampler, num_ranks, rank, split_batches=split_batches, even_batches=even_batches)
+        for step, micro_batches in enumerate(in_steps(list(shard), accumulated)):
+            first = step * accumulated * num_ranks * samples
+            for index, images_of_batch in enumerate(micro_batches):
+                position = sample_position(index, rank, num_ranks, samples)
+                for offset, image in enumerate(images_of_batch):
+                    place = first + position + offset
+                    assert place not in seen
+                    seen.add(place)
+                    # Beyond the end, images from the start of the epoch fill up the batch.
+                    assert place >= images or image == place
+    assert set(range(images)) <= seen
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("left", [1, 4, 5, 7, 8])
+def test_slices_of_a_dispatched_batch_follow_each_other(num_ranks, left):
+    """As accelerate's dispatcher cuts the last batch: evenly, with samples of the first one where some are missing."""
+    samples, sizes = 4, []
+    for rank in range(num_ranks):
+        size = -(-left // num_ranks)
+        sizes.append((sample_position(2, rank, num_ranks, samples, dispatched=size), size))
+    places = [place for first, size in sizes for place in range(first, first + size)]
+    assert places == list(range(2 * num_ranks * samples, 2 * num_ranks * samples + len(places)))
