@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_featreuse import ConfigurationError, FeatureReuseConfig, FeatureReuseError
+from hf_featreuse.checkpoints.output_lock import LOCK_NAME
 from hf_featreuse.folders import new_folder
 from hf_featreuse.text import did_you_mean, flat, joined, one_line
 
@@ -286,7 +287,7 @@ def check_output_dir(model_args: ModelArguments, args: FeatureReuseConfig) -> st
             f"Found checkpoints in {folder} and resumes from the last one; --overwrite_output_dir starts a new run."
         )
         return True
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         raise ConfigurationError(
             f"`--output_dir {folder}` is not empty and holds no checkpoint. Pass another folder, or "
             "`--overwrite_output_dir` to write into this one."

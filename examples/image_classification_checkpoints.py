@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
-import safetensors
+import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_featreuse import CheckpointError, FeatureReuse, FeatureReuseConfig, check_finite
+from hf_featreuse import (
+    CheckpointError,
+    ConfigurationError,
+    FeatureReuse,
+    FeatureReuseConfig,
+    WeightAverage,
+    check_finite,
+)
 from hf_featreuse.checkpoints import PlanSource, check_plans, check_scaling
+from hf_featreuse.checkpoints.completeness import folder_fault
+from hf_featreuse.checkpoints.optimizer_state import check_optimizer_state, check_scheduler_state
+from hf_featreuse.checkpoints.output_lock import output_lock
+from hf_featreuse.checkpoints.resume_state import RESUME_STATE_NAME, read_resume_state, write_resume_state
 
 logger = logging.getLogger("run_image_classification")
 
 # In each checkpoint: the settings that decide what its steps did.
 PLANS_FILE = "plans.json"
-_NEEDED = ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "random_states_0.pkl")
+_OPTIMIZER, _SCHEDULER = "optimizer.bin", "scheduler.pt"
+_NEEDED = ("model.safetensors", _OPTIMIZER, _SCHEDULER, "random_states_0.pkl", RESUME_STATE_NAME)
+
+
+class Training(Protocol):
+    """What a checkpoint holds in addition to the model and the optimizer, which accelerate saves."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    average: WeightAverage | None
+    progress: Any
+    args: FeatureReuseConfig
+    plans: PlanSource
 
 
 def start_anew(args: FeatureReuseConfig) -> None:
     """Delete the checkpoints of an earlier run, from which a new one that is killed would resume."""
     folder = Path(str(args.output_dir))
     with args.main_process_first(desc="deleting earlier checkpoints"):
-        if args.should_save:
+        if not args.should_save:
+            return
+        with output_lock(folder):  # A run that is still writing them keeps its checkpoints.
             for old in (*folder.glob("checkpoint-*"), *folder.glob("unfinished-*")):
                 if old.is_dir():
                     shutil.rmtree(old)
@@ -42,18 +71,24 @@ def plan_source(reuse: FeatureReuse, args: FeatureReuseConfig, processes: int) -
     return PlanSource(reuse.schedule, blocks, reuse.trunk_trains, samples, options)
 
 
-def save_checkpoint(
-    accelerator: Accelerator, model: nn.Module, step: int, args: FeatureReuseConfig, plans: PlanSource
-) -> None:
-    """Write a checkpoint, unless the weights are lost, and give it its name once it is complete."""
-    check_finite(accelerator.unwrap_model(model), step)
-    folder = Path(str(args.output_dir)) / f"checkpoint-{step}"
+def save_checkpoint(training: Training) -> None:
+    """Write a checkpoint, unless the weights are lost, and give it its name once it is complete.
+
+    accelerate would save further objects as pickles, and run the code in them when it loads them.
+    """
+    accelerator, step = training.accelerator, training.progress.step
+    check_finite(accelerator.unwrap_model(training.model), step)
+    folder = Path(str(training.args.output_dir)) / f"checkpoint-{step}"
     unfinished = folder.with_name(f"unfinished-{step}")
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (unfinished / PLANS_FILE).write_text(json.dumps(plans.to_json()), encoding="utf-8")
-        name_checkpoint(unfinished, folder, args.save_total_limit)
+        torch.save(training.scheduler.state_dict(), unfinished / _SCHEDULER)
+        if training.average is not None:
+            training.average.save(unfinished)
+        (unfinished / PLANS_FILE).write_text(json.dumps(training.plans.to_json()), encoding="utf-8")
+        write_resume_state(unfinished, training.progress.state_dict())
+        name_checkpoint(unfinished, folder, training.args.save_total_limit)
 
 
 def name_checkpoint(unfinished: Path, folder: Path, limit: int | None) -> None:
@@ -65,16 +100,27 @@ def name_checkpoint(unfinished: Path, folder: Path, limit: int | None) -> None:
         shutil.rmtree(old)
 
 
-def find_checkpoint(asked: str | bool | None, output_dir: str | None) -> str | None:
+def hold_folder(accelerator: Accelerator, args: FeatureReuseConfig) -> contextlib.AbstractContextManager[None]:
+    """Refuse a second process that trains into the output folder."""
+    return output_lock(str(args.output_dir)) if accelerator.is_main_process else contextlib.nullcontext()
+
+
+def find_checkpoint(asked: str | bool | None, args: FeatureReuseConfig) -> str | None:
     """The checkpoint to resume from: the one asked for, or with `True` the last complete one."""
     if not asked:
         return None
-    last, skipped = _last_whole(Path(str(output_dir)))
+    if not args.resume_from_checkpoint:
+        # Only on request: the checkpoints may come from elsewhere.
+        raise ConfigurationError(
+            f"`--output_dir {args.output_dir}` holds checkpoints. Pass `--resume_from_checkpoint last` to resume from "
+            "the last one, `--overwrite_output_dir` to start a new run, or another folder."
+        )
     if asked is True:
+        last, skipped = _last_whole(Path(str(args.output_dir)))
         if last is None:
             raise CheckpointError(
-                f"No checkpoint in {output_dir} is complete: {'; '.join(skipped) or 'there is none'}. Pass another "
-                "`--output_dir`, or `--overwrite_output_dir` to start a new run."
+                f"No checkpoint in {args.output_dir} is complete: {'; '.join(skipped) or 'there is none'}. Pass "
+                "another `--output_dir`, or `--overwrite_output_dir` to start a new run."
             )
         if skipped:
             logger.warning(f"Resumes from {last}. Skipped: {'; '.join(skipped)}.")
@@ -89,12 +135,24 @@ def find_checkpoint(asked: str | bool | None, output_dir: str | None) -> str | N
     return str(folder)
 
 
-def load_checkpoint(accelerator: Accelerator, folder: str, plans: PlanSource) -> None:
+def load_checkpoint(training: Training, folder: str) -> None:
     """Load a checkpoint; one of another model or other options is refused."""
-    check_settings(Path(folder), plans)
+    check_settings(Path(folder), training.plans)
+    model = training.accelerator.unwrap_model(training.model)
+    check_optimizer_state(Path(folder, _OPTIMIZER), model, training.optimizer.optimizer)
+    check_scheduler_state(Path(folder, _SCHEDULER), training.scheduler)
     try:
-        accelerator.load_state(folder)
-    except (RuntimeError, ValueError, KeyError) as error:
+        training.accelerator.load_state(folder)
+        training.scheduler.load_state_dict(torch.load(Path(folder) / _SCHEDULER, weights_only=True))
+        training.progress.load_state_dict(read_resume_state(folder))
+        averages = training.average is not None
+        if averages != (Path(folder) / "averaged.safetensors").is_file():
+            raise ValueError(f"it holds {'no' if averages else 'an'} average of the weights.")
+        if training.average is not None:
+            training.average.load(folder)
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"The checkpoint {folder} does not fit this run: {str(error).splitlines()[0]} Pass the flags that it was "
             "written with, or `--overwrite_output_dir` to start a new run."
@@ -109,7 +167,10 @@ def check_settings(folder: Path, plans: PlanSource) -> None:
             "which is on by default now, go unnoticed."
         )
         return
-    saved = json.loads((folder / PLANS_FILE).read_text(encoding="utf-8"))
+    try:
+        saved: Mapping[str, Any] = json.loads((folder / PLANS_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / PLANS_FILE} is not JSON. Pass another checkpoint.") from error
     check_scaling(saved, plans.options["scale_kept"])
     changed = check_plans(PlanSource.from_json(saved), plans, _step(folder) or 0)
     if changed is not None:
@@ -143,10 +204,7 @@ def _fault(folder: Path) -> str | None:
         return "it is not a folder `checkpoint-<step>`"
     if (folder / "trainer_state.json").is_file():
         return "it was written by run_image_classification.py, which can resume from it"
-    try:
-        with safetensors.safe_open(folder / "model.safetensors", framework="pt"):
-            pass
-    except (OSError, safetensors.SafetensorError):
-        return "model.safetensors is missing or cut short"
-    broken = [name for name in _NEEDED if not zipfile.is_zipfile(folder / name)]
-    return f"{broken[0]} is missing or cut short" if broken else None
+    if foreign := sorted(path.name for path in folder.glob("custom_checkpoint_*")):
+        return f"{foreign[0]} could run code when it is read, and this example does not write it"
+    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    return f"{missing[0]} is missing" if missing else folder_fault(folder)

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import image_classification_checkpoints as checkpoints
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DistributedDataParallelKwargs
 from image_classification import Progress, Setup, make_loader, make_optimizer, set_up, start_logging
 from image_classification_arguments import check_output_dir, parse_arguments
-from image_classification_checkpoints import find_checkpoint, load_checkpoint, plan_source, save_checkpoint
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
@@ -78,14 +78,13 @@ class Loop:
         names = ("scale_kept", "train_trunk", "frozen_batch_norm", "allow_inexact_skip")
         schedule = args.schedule(len(blocks), steps, args.seed)
         self.reuse = FeatureReuse(model, blocks, schedule, **{name: getattr(args, name) for name in names})
-        self.plans = plan_source(self.reuse, args, accelerator.num_processes)
+        self.plans = checkpoints.plan_source(self.reuse, args, accelerator.num_processes)
         self.costs = measure_step_costs(model, blocks, train_trunk=args.train_trunk) if blocks else None
         self.mixer, self.max_steps = BatchMixer(args.mixup_alpha, args.cutmix_alpha, args.seed), steps
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, args))
         warmup = args.get_warmup_steps(steps)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, warmup, steps, args.lr_scheduler_kwargs)
         self.average = None if args.ema_decay is None else WeightAverage(model, args.ema_decay)
-        accelerator.register_for_checkpointing(self.progress, self.scheduler, *filter(None, [self.average]))
         if blocks and isinstance(self.model, DistributedDataParallel):
             reduce_active_gradients(self.model, self.reuse)
 
@@ -107,7 +106,7 @@ class Loop:
         epoch, skipped = divmod(first, self.steps_per_epoch)
         # The loader draws from the random state when it begins: inside an epoch the checkpoint comes after it.
         if checkpoint is not None and (not skipped or first >= self.max_steps):
-            checkpoint = load_checkpoint(accelerator, checkpoint, self.plans)
+            checkpoint = checkpoints.load_checkpoint(self, checkpoint)
         shows = accelerator.is_main_process and not self.args.disable_tqdm
         if shows:
             engine = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
@@ -116,7 +115,7 @@ class Loop:
         while max(first, progress.step) < self.max_steps:
             for batches in self.steps_of_epoch(epoch, skipped):
                 if checkpoint is not None:
-                    checkpoint = load_checkpoint(accelerator, checkpoint, self.plans)
+                    checkpoint = checkpoints.load_checkpoint(self, checkpoint)
                 bar.set_postfix_str(describe_kind(self.step(batches)), refresh=False)
                 bar.update()
                 ended = progress.step == self.max_steps
@@ -179,7 +178,7 @@ class Loop:
             with contextlib.nullcontext() if self.average is None else self.average.applied():
                 self.log(self.evaluate())
         if due(args.save_strategy, args.save_steps):
-            save_checkpoint(accelerator, self.model, progress.step, args, self.plans)
+            checkpoints.save_checkpoint(self)
 
     def log(self, logs: dict[str, float]) -> None:
         self.progress.history.append({**logs, "step": self.progress.step})
@@ -220,14 +219,15 @@ class Loop:
 def run(argv: list[str]) -> Loop:
     model_args, data_args, args = parse_arguments(argv)
     start_logging(args)
-    checkpoint = find_checkpoint(check_output_dir(model_args, args), args.output_dir)
+    checkpoint = checkpoints.find_checkpoint(check_output_dir(model_args, args), args)
     with new_folder(args.output_dir):  # Without files if what follows fails, it is removed again.
         loop = Loop(set_up(model_args, data_args, args))
         if args.report_to:
             loop.accelerator.init_trackers(args.project, config=args.settings())
         if args.do_train:
-            loop.train(checkpoint)
-            loop.save()
+            with checkpoints.hold_folder(loop.accelerator, args):
+                loop.train(checkpoint)
+                loop.save()
         if args.do_eval:
             results = loop.evaluate()
             if loop.accelerator.is_main_process:

@@ -104,12 +104,14 @@ def test_resume_is_exact_and_the_model_is_plain(without, tmp_path):
     for step in (2, 3, 4, 7):
         folder = tmp_path / str(step)
         shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        without.run(["--output_dir", str(folder), *FLAGS, *EVERYTHING])
+        without.run(["--output_dir", str(folder), *FLAGS, *EVERYTHING, *LAST])
         assert same(weights(folder), weights(whole)), step
         assert (folder / "log_history.json").read_text() == (whole / "log_history.json").read_text(), step
     # What a kill leaves of a checkpoint has another name.
     (whole / "checkpoint-7").rename(whole / "unfinished-7")
-    without.run(["--output_dir", str(whole), *FLAGS, *EVERYTHING])
+    with pytest.raises(ConfigurationError, match=r"holds checkpoints\. Pass `--resume_from_checkpoint last`"):
+        without.run(["--output_dir", str(whole), *FLAGS, *EVERYTHING])
+    without.run(["--output_dir", str(whole), *FLAGS, *EVERYTHING, *LAST])
     assert (whole / "checkpoint-7").is_dir()
     assert (whole / "training.png").stat().st_size > 0
     assert pipeline("image-classification", model=str(whole)).model.config.id2label[3] == "3"
@@ -131,6 +133,7 @@ def test_bad_options_are_named(without, tmp_path):
         without.run(["--output_dir", str(tmp_path / "out"), *FLAGS, "--mixup_alpha", "-1"])
 
 
+LAST = ["--resume_from_checkpoint", "last"]
 SHORT = [*FLAGS, "--config_overrides", TINY, "--max_steps", "3", "--eval_strategy", "no", "--do_train"]
 
 
@@ -148,12 +151,12 @@ def test_a_checkpoint_to_resume_from_is_found_or_refused_by_name(without, tmp_pa
     (out / "checkpoint-3" / "optimizer.bin").unlink()
     with pytest.raises(CheckpointError, match=r"optimizer\.bin is missing.*Pass .*checkpoint-2, the last complete"):
         without.run([*resume, f"{out}/checkpoint-3"])
-    without.run(["--output_dir", str(out), *SHORT])  # From checkpoint 2.
+    without.run(["--output_dir", str(out), *SHORT, *LAST])  # From checkpoint 2.
     assert (out / "checkpoint-3" / "optimizer.bin").is_file()
     for checkpoint in out.glob("checkpoint-*"):
         (checkpoint / "trainer_state.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"written by run_image_classification\.py"):
-        without.run(["--output_dir", str(out), *SHORT])
+        without.run(["--output_dir", str(out), *SHORT, *LAST])
 
 
 def plans(drop_rate=0.5, granularity="batch", **options):
@@ -199,7 +202,7 @@ def test_an_unscaled_run_does_not_resume_with_scaling(without, tmp_path):
             without.run([*resume, f"{out}/checkpoint-{step}"])
     assert not (tmp_path / "no" / "model.safetensors").exists()
     shutil.rmtree(out / "checkpoint-3")
-    without.run(["--output_dir", str(out), *SHORT, "--scale_kept", "false"])
+    without.run(["--output_dir", str(out), *SHORT, *LAST, "--scale_kept", "false"])
     assert same(weights(out), unscaled)
     without.run(["--output_dir", str(tmp_path / "scaled"), *SHORT])
     assert not same(weights(tmp_path / "scaled"), unscaled)
