@@ -168,14 +168,15 @@ class FeatureReuse:
             global_step (`int`): number of optimizer steps taken before this one.
             batch_size (`int`, *optional*): samples in this micro-batch; needed, and used, with
                 `drop_granularity="sample"`.
-            position (`int`, defaults to 0): of the first of them in the global batch of the optimizer step: with
-                micro-batches of B samples on W ranks, `(micro_batch * W + rank) * B`.
+            position (`int`, defaults to 0): of the first of them in the global batch of the optimizer step: on W ranks,
+                whose full micro-batches have B samples, `(micro_batch * W + rank) * B`, also for a smaller last one.
 
         Yields:
             `StepPlan`: the kind of step and the set D.
 
         Raises:
-            StepError: another step is open, or a parameter that must not move in this step still holds a gradient.
+            StepError: another step is open, or a parameter that must not move in this step still holds a gradient; or,
+                in backward, the step was left already.
             ConfigurationError: `batch_size` is needed and missing.
         """
         if self.current_plan is not None:
