@@ -144,8 +144,8 @@ def _summary(report: ModelReport) -> str:
         f"{_steps(plain, 'vanilla') + ', ' if plain else ''}"
         f"{_steps(options['stochastic_depth_steps'], 'stochastic-depth')} and "
         f"{_steps(options['masked_freeze_steps'], 'masked-freeze')}"
-        f"{f' in which {trunk} trains too' if trunk else ''}. Vanilla, with masked-freeze steps that draw no block: "
-        f"{report.step_shares['vanilla']:.1%} of the steps."
+        f"{f' in which {trunk} trains too' if trunk else ''}. {report.step_shares['vanilla']:.1%} of all steps are "
+        f"vanilla: {'those of each cycle, and ' if plain else ''}masked-freeze steps that draw no block."
     ]
     if report.costs:
         depth, freeze, mean = (report.costs[key] for key in ("stochastic_depth", "masked_freeze", "mean"))
