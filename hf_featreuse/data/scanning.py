@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -26,8 +27,8 @@ _TOOL_FOLDERS = frozenset(
     ("__MACOSX", "__pycache__", "@eaDir", ".git", ".cache", ".ipynb_checkpoints", ".Trash", ".thumbnails")
 )
 _TOOL_FILES = frozenset(("Thumbs.db", "desktop.ini", ".DS_Store"))
-# Links to folders on one path. Folders that all link to each other have more paths than can be walked.
-_MOST_LINKS = 2
+# How often a folder is read through links. Folders that all link to each other have more paths than can be walked.
+_MOST_LINKS = 8
 
 
 @dataclass
@@ -74,12 +75,13 @@ def scan(root: str) -> Found:
     found = Found(os.path.join(os.getcwd(), root))
     if not _is_unicode(root):
         raise DataError(f"The path of the folder `{printable(root)}` is not UTF-8 and cannot be stored. Rename it.")
-    folders: list[tuple[str, int, tuple[tuple[int, int], ...]]] = [("", 0, ())]
+    folders: list[tuple[str, bool, tuple[tuple[int, int], ...]]] = [("", False, ())]
+    linked = Counter()
     while folders:
-        folder, links, above = folders.pop()
+        folder, is_linked, above = folders.pop()
         try:
             status = os.stat(os.path.join(root, folder))
-            entries = list(os.scandir(os.path.join(root, folder)))
+            entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
         except OSError as error:
             raise DataError(
                 f"The folder `{printable(os.path.join(root, folder))}` cannot be read: {error.strerror}. Make it "
@@ -88,12 +90,13 @@ def scan(root: str) -> Found:
         identity = (status.st_dev, status.st_ino)
         if identity in above:
             found.left_out.add("linked to a folder above", folder)
-        elif links > _MOST_LINKS:
-            found.left_out.add(f"behind more than {_MOST_LINKS} links to folders", folder)
+        elif is_linked and linked[identity] == _MOST_LINKS:
+            found.left_out.add(f"linked more than {_MOST_LINKS} times", folder)
         else:
+            linked[identity] += is_linked
             found.folders.append(folder)
             inner = _sort_entries(found, folder, entries)
-            folders += [(path, links + linked, (*above, identity)) for path, linked in inner]
+            folders += [(path, is_linked or is_link, (*above, identity)) for path, is_link in inner]
     return found
 
 

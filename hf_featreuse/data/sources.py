@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import yaml
-from datasets.config import HF_DATASETS_CACHE
+from datasets.config import DOWNLOADED_DATASETS_PATH, HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 
 from hf_featreuse.data.columns import capitalised
@@ -52,7 +52,7 @@ def load_source(
     if not os.path.isdir(dataset_name):
         loaded = _load_with_datasets(lambda: datasets.load_dataset(dataset_name, config_name, **options), source)
         cache = options.get("cache_dir") or HF_DATASETS_CACHE
-        return loaded, source, [str(cache), huggingface_hub.constants.HF_HUB_CACHE]
+        return loaded, source, [str(cache), str(DOWNLOADED_DATASETS_PATH), huggingface_hub.constants.HF_HUB_CACHE]
     if any(os.path.isfile(os.path.join(dataset_name, file)) for file in _SAVED):
         return _load_with_datasets(lambda: datasets.load_from_disk(dataset_name), source), source, [dataset_name]
     found = scan(dataset_name)
