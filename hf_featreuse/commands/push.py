@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Push, and give the address."""
-    from hf_featreuse.hub.folders import push_folder
+    from pathlib import Path
+
+    from hf_featreuse.hub.folders import processor_note, push_folder
 
     url = push_folder(
         options.folder,
@@ -53,4 +55,5 @@ def run(options: argparse.Namespace) -> str:
         new_card=options.new_card,
         message=options.message,
     )
-    return f"pushed {options.folder} to {url}"
+    note = processor_note(Path(options.folder))
+    return f"pushed {options.folder} to {url}" + (f"\nNote: {note}" if note else "")

@@ -198,9 +198,7 @@ def _summary(architecture: str, adapter: str | None, origin: str, dataset: str |
     article = "An" if what[0] in "aeiouAEIOU" else "A"
     if not recorded:
         return f"{article} {what} ({kind})."
-    return (
-        f"{article} {what} ({kind}), {origin} on {_dataset_text(dataset)} with `hf_featreuse`."
-    )
+    return f"{article} {what} ({kind}), {origin} on {_dataset_text(dataset)} with `hf_featreuse`."
 
 
 def _adapter_tags(adapter: str | None, base_id: str | None, from_pretrained: bool) -> list[str]:

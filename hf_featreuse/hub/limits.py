@@ -22,7 +22,7 @@ from hf_featreuse.hub.http_errors import HTTPError, SyncByteStream, TransportErr
 # Seconds without a byte in either direction, for a whole answer, and that a busy server may ask to wait.
 SILENCE_SECONDS, ANSWER_SECONDS, WAIT_SECONDS = 60.0, 300.0, 300
 # Bytes of an answer: all are JSON, a few kilobytes; what is compressed, though nobody asked for it, may unfold.
-ANSWER_BYTES, COMPRESSED_BYTES = 16 << 20, 256 << 10
+ANSWER_BYTES, COMPRESSED_BYTES = 16 << 20, 64 << 10
 _RESET, _AFTER = re.compile(r";\s*t\s*=\s*(\d+)", re.ASCII), re.compile(r"^\s*(\d+)\s*$", re.ASCII)
 _CONFLICT = "another conflicting operation is in progress"
 

@@ -151,18 +151,24 @@ def _attempt(call: Callable[[], _Result], target: Target, folder: str | Path, wh
     raise AssertionError("the last attempt returns or raises")
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The status of the answer that an error, or what it was raised from, is about."""
-    while error is not None:
-        if isinstance(error, (HTTPStatusError, HfHubHTTPError)):
-            return error.response.status_code
-        error = error.__cause__ or error.__context__
-    return None
+def _of_request(error: Exception) -> Exception:
+    """The error of the request, which the client may have wrapped in one of its own."""
+    found: BaseException | None = error
+    kinds = (RefusedAnswer, TransportError, HfHubHTTPError, HTTPStatusError)
+    while found is not None and not isinstance(found, kinds):
+        found = found.__cause__ or found.__context__
+    return found if isinstance(found, kinds) else error
+
+
+def _status(error: Exception) -> int | None:
+    """The status of the answer that an error is about."""
+    return error.response.status_code if isinstance(error, (HTTPStatusError, HfHubHTTPError)) else None
 
 
 def _passes(error: Exception) -> bool:
     """Whether a later attempt may succeed."""
-    return isinstance(error, TransportError) or (not isinstance(error, RefusedAnswer) and _status(error) in _PASSING)
+    error = _of_request(error)
+    return isinstance(error, TransportError) or _status(error) in _PASSING
 
 
 def _words(error: Exception) -> str:
@@ -174,11 +180,14 @@ def _words(error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     """Say what went wrong and what to do, before the push is repeated."""
-    status, words = _status(error), _words(error)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it."
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token. Run `hf auth login`, or set HF_TOKEN."
+    if "Invalid metadata in README.md" in str(error):
+        return f"{kind_and_text(error)}. Fix that first."
+    error = _of_request(error)
+    status, words = _status(error), _words(error)
     if isinstance(error, RevisionNotFoundError):
         return f"there is no such revision.{words} Pass a branch."
     if status == 401 or isinstance(error, RepositoryNotFoundError):
@@ -197,7 +206,7 @@ def _reason(error: Exception) -> str:
         return f"the Hub does not answer ({_shown(error, status)}).{words} Wait until it does."
     if status is not None and status >= 400:
         return f"the Hub refuses it ({_shown(error, status)}).{words} Fix that first."
-    if isinstance(error, OSError) or "Invalid metadata in README.md" in str(error):
+    if isinstance(error, OSError):
         return f"{kind_and_text(error)}. Fix that first."
     return (
         f"the Hub's answer is not what its client expects ({kind_and_text(error)}). Check HF_ENDPOINT and your proxy."

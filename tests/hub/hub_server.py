@@ -12,6 +12,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import monotonic as _clock
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -47,12 +48,33 @@ class Repository:
         return next((c for commits in self.branches.values() for c in commits if c.oid == revision), None)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An answer as no good server gives it.
+
+    Args:
+        status (`int`): of the answer.
+        body (`bytes`): its content.
+        headers (`dict[str, str]`): further ones.
+        pause (`float`): seconds before each byte of the body.
+        endless (`bool`): the body is repeated until the client hangs up.
+        silent (`bool`): nothing is sent.
+    """
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    pause: float = 0.0
+    endless: bool = False
+    silent: bool = False
+
+
 @dataclass
 class Fault:
     """Answers to requests whose "METHOD /path" matches: a status, `CUT`, or `LOSE`: done, but the answer is cut."""
 
     pattern: str
-    status: int
+    status: int | Answer
     times: float
 
 
@@ -71,8 +93,9 @@ class Hub(ThreadingHTTPServer):
         # Held by a request for a large file, so that a test can delay an upload.
         self.uploads_pass = threading.Event()
         self.uploads_pass.set()
+        self.stopped = threading.Event()
 
-    def fail(self, pattern: str, status: int, times: float = 1) -> None:
+    def fail(self, pattern: str, status: int | Answer, times: float = 1) -> None:
         self.faults.append(Fault(pattern, status, times))
 
     def commits(self, repo: str, branch: str = "main") -> list[Commit]:
@@ -91,6 +114,7 @@ def serve():
     try:
         yield hub
     finally:
+        hub.stopped.set()
         hub.shutdown()
         hub.server_close()
 
@@ -111,6 +135,8 @@ class Handler(BaseHTTPRequestHandler):
         for fault in self.server.faults:
             if fault.times > 0 and re.search(fault.pattern, request):
                 fault.times -= 1
+                if isinstance(fault.status, Answer):
+                    return self._send_strange(fault.status)
                 self.loses_answer = fault.status == LOSE
                 if fault.status == LOSE:
                     break
@@ -139,6 +165,25 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def _send_strange(self, answer: Answer) -> None:
+        self.close_connection = True
+        if answer.silent:
+            self.server.stopped.wait(20)
+            return
+        self.send_response(answer.status)
+        sized = {} if answer.endless else {"Content-Length": str(len(answer.body))}
+        for name, value in {"Connection": "close", **sized, **answer.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        end = _clock() + 20
+        while _clock() < end and not self.server.stopped.is_set():
+            for piece in [answer.body[i : i + 1] for i in range(len(answer.body))] if answer.pause else [answer.body]:
+                if answer.pause:
+                    self.server.stopped.wait(answer.pause)
+                self.wfile.write(piece)
+            if not answer.endless:
+                return
 
     def _may(self, repo: str | None = None, **_: Any) -> bool:
         """Answer 401, 403 or 404 where the token does not allow the request."""
