@@ -172,7 +172,7 @@ def test_batches_of_evaluation_equal_single_images():
 
 
 def test_a_processor_with_rules_of_its_own_is_called_itself_without_a_warning(caplog):
-    """Those of torchvision resize by other filters: their users can do nothing about it, and are not slowed down."""
+    """Those of torchvision resize by other filters, which their users can do nothing about."""
     processor = LevitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     transform = EvalTransform(processor)
     assert not transform._direct
