@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import nn
 from transformers.utils import logging
 
 from hf_featreuse.errors import BlockError, ConfigurationError, StepError
 from hf_featreuse.method.batch_norm import count_batches_once, norm_layers
 from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_outputs, check_scalable
-from hf_featreuse.method.freezing import FrozenBatchNorm, batch_norms, freeze, own_parameters, trunk_modules
+from hf_featreuse.method.freezing import FrozenBatchNorm, changing_layers, freeze, own_parameters, trunk_modules
 from hf_featreuse.method.frozen_buffers import FrozenBuffers
 from hf_featreuse.method.fsdp import ready_shards, sharded_modules
 from hf_featreuse.method.late_backward import backward_inside
@@ -123,11 +123,13 @@ class FeatureReuse:
         parts += trunk_modules(self.model, self.blocks)
         self._sharded = sharded_modules(self.model)
         self._parameters = [list(own_parameters(part)) for part in parts]
-        self._batch_norms = [batch_norms(part) for part in parts]
+        self._changing = [changing_layers(part) for part in parts]
         self._norms = [norm for part in parts for norm in norm_layers(part)]
         self._buffers = FrozenBuffers(parts)
         self._trunk = [parameter for part in self._parameters[len(self.blocks) :] for parameter in part]
         self._trainable = {id(p) for part in self._parameters for p in part if p.requires_grad}
+        counted = Counter(id(p) for part in self._parameters for p in set(part))
+        self._has_shared = max(counted.values(), default=1) > 1
         held = ((module, name, p) for part in parts for module in part for name, p in module._parameters.items())
         self._witness = next(((module, name, p) for module, name, p in held if p is not None), None)
 
@@ -168,8 +170,9 @@ class FeatureReuse:
             global_step (`int`): number of optimizer steps taken before this one.
             batch_size (`int`, *optional*): samples in this micro-batch; needed, and used, with
                 `drop_granularity="sample"`.
-            position (`int`, defaults to 0): of the first of them in the global batch of the optimizer step: on W ranks,
-                whose full micro-batches have B samples, `(micro_batch * W + rank) * B`, also for a smaller last one.
+            position (`int`, defaults to 0): of the first of them in the global batch of the optimizer step: on W
+                ranks, whose full micro-batches have B samples, `(micro_batch * W + rank) * B`, also for a smaller
+                last one.
 
         Yields:
             `StepPlan`: the kind of step and the set D.
@@ -187,7 +190,8 @@ class FeatureReuse:
         plan = self.plan(global_step, batch_size=batch_size, position=position)
         self._follow_shards()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(count_batches_once(self._norms))
+            if self._norms:
+                stack.enter_context(count_batches_once(self._norms))
             for context in self._contexts(plan, global_step):
                 stack.enter_context(context)
             self.current_plan = plan
@@ -228,17 +232,13 @@ class FeatureReuse:
             parameters = self._frozen_parameters(frozen)
             self._check_gradients(plan, global_step, parameters)
             yield self._buffers.kept(frozen)
-            norms = [norm for index in frozen for norm in self._batch_norms[index]]
-            yield freeze(parameters, norms, self.frozen_batch_norm)
+            layers = [layer for index in frozen for layer in self._changing[index]]
+            yield freeze(parameters, layers, self.frozen_batch_norm)
             if plan.sample_masks is not None:
-                everywhere = self.train_trunk == "all"
+                everywhere, device = self.train_trunk == "all", self._parameters[0][0].device
                 yield train_samples(
-                    self.blocks, plan.sample_masks, self._device, gradient_everywhere=everywhere, checked=True
+                    self.blocks, plan.sample_masks, device, gradient_everywhere=everywhere, checked=True
                 )
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def _skip(self, plan: StepPlan) -> contextlib.AbstractContextManager[None]:
         survival = plan.survival if self.scale_kept else None
@@ -250,7 +250,8 @@ class FeatureReuse:
                 "probability for each, those of dropped blocks included."
             )
         if plan.sample_masks is not None:
-            return skip_samples(self.blocks, plan.sample_masks, self._device, survival=survival, checked=True)
+            device = self._parameters[0][0].device
+            return skip_samples(self.blocks, plan.sample_masks, device, survival=survival, checked=True)
         dropped = [self.blocks[index] for index in plan.dropped]
         kept = [] if survival is None else [i for i in range(len(self.blocks)) if i not in plan.dropped]
         return skip_blocks(
@@ -293,9 +294,12 @@ class FeatureReuse:
 
     def _frozen_parameters(self, frozen: list[int]) -> list[nn.Parameter]:
         """The parameters that are frozen in a masked-freeze step: of the frozen parts, which no other part shares."""
+        parameters = [p for index in frozen for p in self._parameters[index] if p.requires_grad]
+        if not self._has_shared:
+            return parameters
         # A parameter shared with a part that trains, trains.
         active = {id(p) for index, part in enumerate(self._parameters) if index not in frozen for p in part}
-        return [p for index in frozen for p in self._parameters[index] if p.requires_grad and id(p) not in active]
+        return [parameter for parameter in parameters if id(parameter) not in active]
 
     def _check_gradients(self, plan: StepPlan, global_step: int, inactive: list[nn.Parameter]) -> None:
         stale = next((parameter for parameter in inactive if parameter.grad is not None), None)

@@ -16,11 +16,13 @@ from typing import Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from hf_featreuse.errors import BlockError
 from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.method.class_swap import bound_class, set_class
 from hf_featreuse.method.frozen_buffers import FrozenBuffers
+from hf_featreuse.method.frozen_convolution import convolutions, input_free_class
 from hf_featreuse.method.schedule import TrainTrunk, trunk_option
 
 FrozenBatchNorm = Literal["batch", "inference"]
@@ -85,27 +87,30 @@ def train_only(
     # A parameter shared with a block that trains, trains.
     parameters = [p for p in own_parameters(frozen) if p.requires_grad and id(p) not in active]
     buffers = FrozenBuffers([frozen])
-    with freeze(parameters, batch_norms(frozen), frozen_batch_norm), buffers.kept([0]):
+    with freeze(parameters, changing_layers(frozen), frozen_batch_norm), buffers.kept([0]):
         yield
 
 
 @contextlib.contextmanager
 def freeze(
-    parameters: Sequence[nn.Parameter], norms: Sequence[_BatchNorm], frozen_batch_norm: FrozenBatchNorm = "batch"
+    parameters: Sequence[nn.Parameter],
+    layers: Sequence[_BatchNorm | _ConvNd],
+    frozen_batch_norm: FrozenBatchNorm = "batch",
 ) -> Iterator[None]:
-    """Freeze parameters that require gradients now, and running statistics that move now, until the exit."""
-    classes = [type(norm) for norm in norms]
+    """Freeze parameters that require gradients now, and layers of `changing_layers`, until the exit."""
+    classes = [type(layer) for layer in layers]
     try:
         for parameter in parameters:
-            parameter.requires_grad_(False)
-        for norm, plain in zip(norms, classes, strict=True):
-            set_class(norm, _frozen_class(plain, frozen_batch_norm))
+            parameter.requires_grad = False
+        for layer, plain in zip(layers, classes, strict=True):
+            is_norm = isinstance(layer, _BatchNorm)
+            set_class(layer, _frozen_class(plain, frozen_batch_norm) if is_norm else input_free_class(plain))
         yield
     finally:
         for parameter in parameters:
-            parameter.requires_grad_(True)
-        for norm, plain in zip(norms, classes, strict=True):
-            set_class(norm, plain)
+            parameter.requires_grad = True
+        for layer, plain in zip(layers, classes, strict=True):
+            set_class(layer, plain)
 
 
 @functools.cache
@@ -127,9 +132,14 @@ def _frozen_class(plain: type[nn.Module], frozen_batch_norm: FrozenBatchNorm) ->
     return bound_class(plain, {name: property(get, keep)})
 
 
-def batch_norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
-    """The BatchNorm layers among the modules whose running statistics move in training."""
-    return [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
+def changing_layers(modules: Iterable[nn.Module]) -> list[_BatchNorm | _ConvNd]:
+    """The layers that do more than stop training when they are frozen.
+
+    These are BatchNorm layers whose running statistics move in training, and convolutions, which save their input.
+    """
+    modules = list(modules)
+    norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
+    return [*norms, *convolutions(modules)]
 
 
 def trunk_modules(model: nn.Module, all_blocks: Sequence[ResidualBlock]) -> tuple[list[nn.Module], list[nn.Module]]:

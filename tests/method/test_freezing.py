@@ -11,7 +11,7 @@ from transformers.optimization import Adafactor
 
 from hf_featreuse import BlockError, ResidualBlock, find_residual_blocks, train_only
 from hf_featreuse.method.class_swap import plain_class
-from hf_featreuse.method.freezing import batch_norms, trunk_modules
+from hf_featreuse.method.freezing import changing_layers, trunk_modules
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -315,7 +315,9 @@ def test_evaluation_inside_uses_the_running_statistics():
 
 def test_layers_that_the_user_set_apart_stay_so():
     model = build("resnet")
-    layers = batch_norms(model.modules())
+    layers = [
+        layer for layer in changing_layers(model.modules()) if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    ]
     layers[0].track_running_stats = False
     with train_only(model, find_residual_blocks(model)[:1]):
         backward(model, batch())
