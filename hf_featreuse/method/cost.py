@@ -14,7 +14,7 @@ does not see.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -185,7 +185,7 @@ def measure_step_costs(
             with recorder.counter:
                 output = model(*args, **kwargs)
                 forward = recorder.counter.get_total_flops()
-                torch.autograd.grad(_scalar(output), trainable, allow_unused=True, retain_graph=True)
+                torch.autograd.grad(scalar_of(output), trainable, allow_unused=True, retain_graph=True)
                 total = recorder.counter.get_total_flops()
         finally:
             for handle in handles:
@@ -278,40 +278,61 @@ class _Recorder:
                 shapes = [(tuple(p.shape), p.requires_grad) for p in block.module.parameters()]
                 key = (type(block.module), tuple(stream.shape), str(shapes), forward, operations)
                 if key not in known:
-                    known[key] = [_replay(block, args, kwargs, *state) for state in _STATES]
+                    known[key] = [_count(replay(block, args, kwargs, *state)) for state in STATES]
                 totals = [total + count for total, count in zip(totals, known[key], strict=True)]
             costs.append(BlockCost(*totals))
         return costs
 
 
 # (the block trains, the gradient goes on below it), in the order of BlockCost's fields.
-_STATES = ((True, True), (True, False), (False, True), (False, False))
+STATES = ((True, True), (True, False), (False, True), (False, False))
 
 
-def _replay(block: ResidualBlock, args: tuple, kwargs: dict[str, Any], trains: bool, goes_on: bool) -> int:
-    """Operations of one call of a block. Attention kernels differ with what needs gradients, so each state is run."""
+def replay(
+    block: ResidualBlock, args: tuple, kwargs: dict[str, Any], trains: bool, goes_on: bool
+) -> Callable[[], None]:
+    """A function that runs forward and backward of one call of a block, with its arguments of then.
+
+    Attention kernels differ with what needs gradients, so each state is run.
+
+    Args:
+        block (`ResidualBlock`): the block.
+        args, kwargs: of the call.
+        trains (`bool`): whether the block trains.
+        goes_on (`bool`): whether its input gets a gradient.
+    """
     original = block.stream(args, kwargs)
     leaf = original.detach().requires_grad_(goes_on)
-    # The counter's module tracker cannot take a leaf as a module's input.
-    stream = leaf.clone()
-
-    def replace(value: Any) -> Any:
-        if isinstance(value, Cache):
-            # It holds the keys and values of the forward already, and each replay would lengthen it.
-            return None
-        return stream if value is original else value.detach() if isinstance(value, torch.Tensor) else value
-
     weights = [parameter for parameter in block.module.parameters() if parameter.requires_grad]
+    wanted = [leaf] * goes_on + weights * trains
+
+    def run() -> None:
+        # The counter's module tracker cannot take a leaf as a module's input.
+        stream = leaf.clone()
+
+        def replace(value: Any) -> Any:
+            if isinstance(value, Cache):
+                # It holds the keys and values of the forward already, and each replay would lengthen it.
+                return None
+            return stream if value is original else value.detach() if isinstance(value, torch.Tensor) else value
+
+        with freeze([] if trains else weights, []):
+            output = block.module(*map(replace, args), **{key: replace(value) for key, value in kwargs.items()})
+            if wanted:
+                torch.autograd.grad(scalar_of(output), wanted, allow_unused=True, retain_graph=True)
+
+    return run
+
+
+def _count(run: Callable[[], None]) -> int:
+    """The operations of a function."""
     counter = flop_counter()
-    with freeze([] if trains else weights, []), counter:
-        output = block.module(*map(replace, args), **{key: replace(value) for key, value in kwargs.items()})
-        wanted = [leaf] * goes_on + weights * trains
-        if wanted:
-            torch.autograd.grad(_scalar(output), wanted, allow_unused=True, retain_graph=True)
+    with counter:
+        run()
     return counter.get_total_flops()
 
 
-def _scalar(output: Any) -> torch.Tensor:
+def scalar_of(output: Any) -> torch.Tensor:
     """A scalar to run backward from: the sum of the first output that has a graph."""
     values = [output] if isinstance(output, torch.Tensor) else output
     values = values.values() if isinstance(values, Mapping) else values

@@ -302,7 +302,7 @@ def test_blocks_that_look_alike_and_compute_other_things_have_their_own_cost(kin
 
 def test_blocks_that_count_alike_are_run_once(monkeypatch):
     runs = []
-    monkeypatch.setattr(cost, "_replay", lambda block, *_: runs.append(block.name) or 1)
+    monkeypatch.setattr(cost, "replay", lambda block, *_: lambda: runs.append(block.name))
     model = Stack(nn.Linear(3, 8), [Windowed(4), Windowed(4), Windowed(0), Windowed(4), Windowed(0)])
     measure_step_costs(model, find_residual_blocks(model, torch.randn(1, 16, 3)), torch.randn(1, 16, 3))
     assert sorted(set(runs)) == ["blocks.0", "blocks.2"]

@@ -1,0 +1,153 @@
+"""Measure the time of a plain step and of each block, from which the time of every kind of step follows.
+
+`measure_step_costs` counts operations. On a GPU a matrix product and an addition of as many numbers take different
+times per operation, so the share of the arithmetic is not the share of the time. Here each block is timed in each
+state that a step can put it in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.method.cost import (
+    STATES,
+    BlockCost,
+    StepCosts,
+    measure_step_costs,
+    replay,
+    scalar_of,
+)
+from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
+from hf_featreuse.method.frozen_buffers import copied_buffers
+from hf_featreuse.method.schedule import TrainTrunk
+
+_NANOSECONDS = 1e9
+_MOST_WARM_UPS = 8
+# Two runs in a row that differ by less are stable.
+_STABLE = 0.1
+
+
+def measure_step_times(
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    inputs: Mapping[str, Any],
+    *,
+    train_trunk: TrainTrunk | bool = "all",
+    autocast: torch.dtype | None = None,
+    repeats: int = 5,
+) -> StepCosts:
+    """Time the forward and backward of the model and of each block, without an optimizer step.
+
+    The model is in training mode meanwhile, on its device; modes, buffers, gradients and torch's random state are as
+    before afterwards. Each time is the median of several runs, after runs that warm up. Blocks that are compiled are
+    timed so. Time that the device waits for the host is part of what is measured.
+
+    Args:
+        model (`torch.nn.Module`): the model, not wrapped yet.
+        blocks (`list[ResidualBlock]`): its blocks in forward order.
+        inputs (`dict[str, torch.Tensor]`): a batch of the size that will train, on the model's device, with `labels`
+            or without.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): what of the trunk trains in masked-freeze
+            steps.
+        autocast (`torch.dtype`, *optional*): of mixed precision, such as `torch.bfloat16`; by default none.
+        repeats (`int`, defaults to 5): runs that are measured, of each.
+
+    Returns:
+        `StepCosts`: in nanoseconds instead of operations. `share(plan)` is the expected time of a step as a share of a
+            plain step's.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_featreuse import StepKind, StepPlan, find_residual_blocks
+        >>> from hf_featreuse.method.step_times import measure_step_times
+        >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+        >>> model = ViTForImageClassification(config)
+        >>> batch = {"pixel_values": torch.randn(2, 3, 224, 224), "labels": torch.tensor([0, 1])}
+        >>> times = measure_step_times(model, find_residual_blocks(model), batch, repeats=1)
+        >>> 0 < times.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (0,))) < 1
+        True
+    """
+    device = next(model.parameters()).device
+    stopwatch = _Stopwatch(device, repeats)
+    without_labels = {name: value for name, value in inputs.items() if name != "labels"}
+    few = {name: value[:1] if torch.is_tensor(value) else value for name, value in without_labels.items()}
+    counted = measure_step_costs(model, blocks, few, train_trunk=train_trunk)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    args, kwargs = model_inputs(model, without_labels)
+
+    def step() -> None:
+        output = model(**inputs) if "labels" in inputs else model(*args, **kwargs)
+        torch.autograd.grad(scalar_of(output), trainable, allow_unused=True)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(*args, **kwargs)
+
+    precision = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
+    # Running statistics that a kernel moves do not count as changed buffers.
+    with undisturbed(model), copied_buffers(model), precision:
+        model.train()
+        with _recorded_calls(blocks) as calls, torch.no_grad():
+            model(*args, **kwargs)
+        plain, whole_forward = stopwatch.time(step), stopwatch.time(forward)
+        costs = []
+        for block, block_calls in zip(blocks, calls, strict=True):
+            totals = [sum(stopwatch.time(replay(block, *call, *state)) for call in block_calls) for state in STATES]
+            costs.append(BlockCost(*totals))
+    rest = max(whole_forward - sum(cost.resting for cost in costs), 0)
+    operations = sum(counted.trunk) or 1
+    trunk = tuple(round(rest * part / operations) for part in counted.trunk)
+    return StepCosts(plain, tuple(costs), trunk, counted.trunk_trains, counted.train_trunk)
+
+
+@contextlib.contextmanager
+def _recorded_calls(blocks: Sequence[ResidualBlock]) -> Iterator[list[list[tuple[tuple, dict[str, Any]]]]]:
+    """The arguments of the calls of each block in forwards inside the context."""
+    calls: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
+    handles = [
+        block.module.register_forward_pre_hook(
+            lambda _module, args, kwargs, into=into: into.append((args, kwargs)), with_kwargs=True
+        )
+        for block, into in zip(blocks, calls, strict=True)
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Stopwatch:
+    """Times a function on a device, in nanoseconds."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def time(self, function: Callable[[], Any]) -> int:
+        """The median of several runs, after runs until two in a row take about as long."""
+        last = self._once(function)
+        for _ in range(_MOST_WARM_UPS):
+            before, last = last, self._once(function)
+            if abs(last - before) < _STABLE * before:
+                break
+        return round(statistics.median(self._once(function) for _ in range(self.repeats)) * _NANOSECONDS)
+
+    def _once(self, function: Callable[[], Any]) -> float:
+        self._wait()
+        started = time.perf_counter()
+        function()
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()

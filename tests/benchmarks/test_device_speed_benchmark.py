@@ -1,0 +1,63 @@
+"""The GPU benchmark runs whole at reduced size, so that it needs no repair on a borrowed device."""
+
+import json
+import sys
+
+import pytest
+
+sys.path.insert(0, "benchmarks")
+device_speed = pytest.importorskip("device_speed")
+
+pytestmark = pytest.mark.slow
+
+
+def run(monkeypatch, out, *more):
+    """Run the script at reduced size."""
+    line = ["device_speed.py", "--small", "--rounds", "1", "--steps", "2", "--out", str(out), *more]
+    monkeypatch.setattr(sys, "argv", line)
+    device_speed.main()
+
+
+def test_every_small_case_runs_and_each_is_written_when_it_is_done(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "speed.jsonl"
+    monkeypatch.setattr(
+        sys, "argv", ["device_speed.py", "--small", "--rounds", "1", "--steps", "2", "--out", str(out)]
+    )
+    device_speed.main()
+    printed = capsys.readouterr().out
+    assert "failed" not in printed
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["case"] for record in records] == [case.title for case in device_speed.SMALL_CASES]
+    for record in records:
+        rows = record["rows"]
+        assert rows["plain"]["ratio"] > 0 and rows["plain"]["arithmetic"] == 1.0
+        assert rows["stochastic depth"]["arithmetic"] < 1 and "mean of 1:1" in rows
+        assert device_speed.table(record) in printed
+    assert "stochastic depth per sample" in records[0]["rows"]
+
+
+def test_a_case_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "speed.jsonl"
+    real = device_speed.measure
+
+    def measure(case, *more):
+        if case.compiled:
+            raise RuntimeError("no compiler")
+        return real(case, *more)
+
+    monkeypatch.setattr(device_speed, "measure", measure)
+    monkeypatch.setattr(device_speed, "SMALL_CASES", (device_speed.SMALL_CASES[1], device_speed.SMALL_CASES[3]))
+    monkeypatch.setattr(
+        sys, "argv", ["device_speed.py", "--small", "--rounds", "1", "--steps", "1", "--out", str(out)]
+    )
+    device_speed.main()
+    assert "compiled blocks failed: RuntimeError: no compiler" in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 1
+
+
+def test_no_case_starts_after_the_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["device_speed.py", "--small", "--budget", "-1", "--out", str(tmp_path / "o.jsonl")]
+    )
+    device_speed.main()
+    assert capsys.readouterr().out.count("No time left") == len(device_speed.SMALL_CASES)
