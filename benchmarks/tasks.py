@@ -87,9 +87,27 @@ TASKS = {
 RECIPE = {"learning_rate": 1e-3, "weight_decay": 0.05, "label_smoothing": 0.0, "first_weights": None}
 
 
+# The best of three learning rates for each arm, on the validation split; see the search in docs/results.md.
+_LEARNING_RATES = {
+    ("cifar10-long", "vit"): {
+        "vanilla": 1e-3,
+        "stochastic_depth": 5e-4,
+        "stochastic_depth_then_plain": 2e-3,
+        "feature_reuse": 2e-3,
+    },
+    ("cifar10-long", "resnet"): {
+        "vanilla": 8e-3,
+        "stochastic_depth": 8e-3,
+        "stochastic_depth_then_plain": 4e-3,
+        "feature_reuse": 4e-3,
+    },
+}
+
+
 def recipe_of(task: str, model_type: str, arm: str) -> dict[str, Any]:
     """The recipe with which an arm is compared, whole."""
-    return RECIPE | TASKS[task].recipe
+    chosen = _LEARNING_RATES.get((task, model_type), {}).get(arm)
+    return RECIPE | TASKS[task].recipe | ({} if chosen is None else {"learning_rate": chosen})
 
 
 class Images(torch.utils.data.Dataset):
