@@ -150,7 +150,8 @@ def _splits(groups: np.ndarray, device: torch.device) -> list[Split]:
     inverse = np.empty_like(order)
     np.put_along_axis(inverse, order, np.arange(order.shape[1])[None], axis=1)
     indices = torch.from_numpy(np.stack([order, inverse])).to(device, non_blocking=True)
-    rows = [order.split(groups) for order, groups in zip(indices[0].unbind(), sizes, strict=True)]
+    rows = indices[0].reshape(-1).split_with_sizes([size for of_block in sizes for size in of_block])
+    rows = [rows[first : first + 3] for first in range(0, len(rows), 3)]
     return [Split(*parts) for parts in zip(sizes, rows, indices[1].unbind(), strict=True)]
 
 

@@ -11,6 +11,7 @@ progressive layer dropping (arXiv 2010.13369).
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -82,6 +83,9 @@ class StepPlan:
 
 
 VANILLA_PLAN = StepPlan(StepKind.VANILLA)
+# The steps of a cycle, and the micro-batches of a step, have the same sets.
+_draw_batch = functools.lru_cache(maxsize=64)(draw_batch)
+_draw_samples = functools.lru_cache(maxsize=64)(draw_samples)
 _CHOICES = {
     "drop_rate_schedule": DropRateSchedule,
     "drop_rate_over_time": DropRateOverTime,
@@ -255,7 +259,7 @@ class FeatureReuseSchedule:
         survival = tuple(1 - rate for rate in rates) if is_depth_step else None
         if self.drop_granularity == "sample":
             return StepPlan(kind, (), self._draw_samples(cycle, rates, batch_size, position), survival)
-        dropped = draw_batch(self.seed, cycle, rates)
+        dropped = _draw_batch(self.seed, cycle, rates)
         return StepPlan(kind, dropped, None, survival) if dropped or is_depth_step else VANILLA_PLAN
 
     def _draw_samples(self, cycle: int, rates: tuple[float, ...], batch_size: int | None, position: int) -> np.ndarray:
@@ -265,7 +269,7 @@ class FeatureReuseSchedule:
                 "`batch_size=...`, the samples of this micro-batch, and `position=...`, that of the first of them."
             )
         count, first = _whole_number("batch_size", batch_size), _whole_number("position", position)
-        return draw_samples(self.seed, cycle, rates, count, first)
+        return _draw_samples(self.seed, cycle, rates, count, first).copy()
 
     def settings(self) -> dict[str, object]:
         """Give the arguments that make the same schedule again."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._guards import active_fake_mode
 
 from hf_featreuse.errors import BlockError, ConfigurationError
 from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_outputs, check_scalable
@@ -100,24 +101,26 @@ class Scaling:
             raise ConfigurationError(f"`survival` holds {wrong!r}. A survival probability is above 0 and at most 1.")
         divided = [(block, p) for block, p in zip(blocks, survival, strict=True) if p != 1]
         check_scalable([block for block, _ in divided])
-        self._branches = [(block.branch, _scalar(p)) for block, p in divided if block.branch is not None]
+        # In a dry run under FakeTensorMode they have to be fake ones, which hold for no other step.
+        scalar = _scalar if active_fake_mode() is None else _scalar.__wrapped__
+        self._branches = [(block.branch, scalar(p)) for block, p in divided if block.branch is not None]
         self.rules: list[tuple[ResidualBlock, Rule | None]] = [
-            (block, None if p == 1 or block.branch is not None else _scaled(block, _scalar(p)))
+            (block, None if p == 1 or block.branch is not None else _scaled(block, scalar(p)))
             for block, p in zip(blocks, survival, strict=True)
         ]
 
     def branches(self) -> contextlib.AbstractContextManager[None]:
         """Scale the branches of the blocks that end in an activation until the exit."""
-        return divide_outputs(self._branches)
+        return divide_outputs(self._branches) if self._branches else contextlib.nullcontext()
 
 
+@functools.lru_cache(maxsize=1024)
 def _scalar(value: float) -> torch.Tensor:
     """A probability as a tensor without dimensions, which keeps the dtype and the device of what it divides.
 
     Unlike a number, autograd saves it: if backward runs after the step was left, activation checkpointing then raises
     an error instead of giving wrong gradients. And compiled blocks take a new one without a new graph.
     """
-    # Made in each step: one made earlier under FakeTensorMode, or outside it, would not fit.
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=torch.float64, device="cpu")
 
