@@ -55,7 +55,6 @@ METHODS: Mapping[str, str] = {
     "_load_from_checkpoint": "resume_from_checkpoint, model",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_load_scaler": "checkpoint",
-    "_get_collator_with_removed_columns": "data_collator, *, description",
     # Take steps
     "_run_epoch": "*, epoch, train_dataloader, trial, ignore_keys_for_eval, start_time",
     "_load_rng_state": "checkpoint",

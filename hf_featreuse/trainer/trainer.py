@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import TorchDynamoPlugin, find_batch_size
 from torch import nn
 from transformers import (
@@ -123,6 +124,8 @@ class FeatureReuseTrainer(ResumableTrainer):
     _micro_batch: tuple[int, int] = (-1, 0)
     # How to compile the blocks; `None` if nothing is compiled, or the whole model in plain training.
     _dynamo_plugin: TorchDynamoPlugin | None = None
+    # Whether one process reads the data and sends the others theirs.
+    _dispatches = False
     # The loader of the run while the model is looked at.
     _loader: TrainLoader | None = None
     # Parameters whose optimizer state in the last checkpoint is none of theirs.
@@ -261,6 +264,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         assert model is not None
         if self.reuse_args.alternates:
             backends.check_sharding(model, self.accelerator, fsdp_version(self.args) is not None)
+        self._dispatches = isinstance(train_dataloader, DataLoaderDispatcher)
         self._loader = train_dataloader = TrainLoader(train_dataloader, self._first_pass)
         try:
             with kept_random_states(self.args.device):
@@ -407,9 +411,14 @@ class FeatureReuseTrainer(ResumableTrainer):
         assert self.feature_reuse is not None
         if self.feature_reuse.schedule.drop_granularity == "batch":
             return {}
-        # accelerate deals the batches of the loader out to the ranks in turn.
-        samples = self._train_batch_size // (self.accelerator.num_processes if self.accelerator.split_batches else 1)
-        return {"batch_size": find_batch_size(inputs), "position": self._batch_of_step * samples}
+        size = find_batch_size(inputs)
+        assert size is not None
+        ranks = self.accelerator.num_processes
+        # Of each rank in a whole micro-batch; accelerate deals the batches of the loader out in turn, or splits them.
+        share = self._train_batch_size // (ranks if self.accelerator.split_batches else 1)
+        # One process that reads for all cuts what it read into equal parts, the rest at the end of the data, too.
+        before = self.accelerator.process_index * (size if self._dispatches else share)
+        return {"batch_size": size, "position": self._micro_batch[1] * ranks * share + before}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as `Trainer.compute_loss`; in training on mixed images, against both of their labels."""

@@ -75,6 +75,14 @@ def test_draws_follow_from_seed_step_and_position_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_the_share_of_a_micro_batch_is_pinned_by_seed_step_and_position():
+    # Step and position are not interchangeable: a swap would change the draws of every run that is resumed.
+    counter = np.array([0, 1, 2, 0], np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=np.array([7, 0x6D6978], np.uint64), counter=counter))
+    generator.random()
+    assert BatchMixer(0.8, seed=7)(images(), global_step=2, position=1)[1] == generator.beta(0.8, 0.8)
+
+
 def test_off_gives_the_batch_itself():
     data = images()
     mixed, share = BatchMixer()(data, 0)

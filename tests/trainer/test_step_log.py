@@ -140,3 +140,13 @@ def test_mean_over_ranks_is_asked_once_a_log_with_the_losses_of_all_kinds():
     assert log.drain(mean)["loss/stochastic_depth"] == 3.5
     assert [tuple(values.shape) for values in asked] == [(4,)]
     assert asked[0].sum() == 6.0
+
+
+def test_losses_that_are_not_finite_are_counted_since_the_last_log():
+    log = made()
+    log.add(0, PLAIN, 1.0, torch.tensor(math.nan))
+    log.drain(here)
+    assert log.not_finite == 1
+    log.add(1, PLAIN, 1.0, torch.tensor(1.0))
+    log.drain(here)
+    assert log.not_finite == 0

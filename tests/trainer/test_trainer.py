@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -322,3 +323,34 @@ def test_a_plain_training_step_runs_outside_of_train_as_in_trainer(tmp_path):
     trainer = FeatureReuseTrainer(build("vit"), config(tmp_path), train_dataset=examples(4))
     with pytest.raises(StepError, match=r"outside `train\(\)`"):
         trainer.training_step(trainer.model, batch())
+
+
+def test_micro_batches_are_counted_from_zero_in_each_run(tmp_path: Path) -> None:
+    class Counting(FeatureReuseTrainer):
+        counted: ClassVar[list[int]] = []
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.counted.append(self._batch_of_step)
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = Counting(
+        build("vit"), config(tmp_path, max_steps=1, gradient_accumulation_steps=2), train_dataset=examples()
+    )
+    trainer.train()
+    trainer.train()
+    assert trainer.counted == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("split", "dispatches", "position"), [(False, False, 20), (True, False, 10), (False, True, 19), (True, True, 11)]
+)
+def test_the_position_follows_from_how_batches_are_dealt_out(
+    split: bool, dispatches: bool, position: int, tmp_path: Path
+) -> None:
+    args = config(tmp_path, per_device_train_batch_size=4, drop_granularity="sample", max_steps=1)
+    trainer = FeatureReuseTrainer(build("vit"), args, train_dataset=examples())
+    trainer.train()
+    trainer.accelerator = SimpleNamespace(num_processes=2, process_index=1, split_batches=split)
+    trainer._dispatches, trainer._micro_batch = dispatches, (0, 2)
+    # The third micro-batch of a step on rank 1, at the end of the data: three samples are left for each rank.
+    assert trainer._samples(batch(3)) == {"batch_size": 3, "position": position}

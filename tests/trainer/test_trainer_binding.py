@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, batch, build, examples
+from tiny_models import ARCHITECTURES, build, examples
 from torch import nn
 from training_runs import (
     PlainNet,
@@ -433,17 +433,3 @@ def test_a_callback_that_freezes_what_a_step_trains_ends_in_our_message(steps: s
     with pytest.raises(StepError, match=r"Nothing is left to train in this .* step.*a callback"):
         trainer.train()
     assert trainer.state.global_step == 2
-
-
-def test_training_step_outside_train_is_trainers_if_nothing_alternates(tmp_path: Path) -> None:
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        return nn.functional.cross_entropy(outputs["logits"], labels)
-
-    args = config(tmp_path, stochastic_depth_steps=0, masked_freeze_steps=0)
-    trainers = [
-        FeatureReuseTrainer(build("vit"), args, compute_loss_func=loss),
-        Trainer(build("vit"), TrainingArguments(**options(tmp_path)), compute_loss_func=loss),
-    ]
-    losses = [trainer.training_step(trainer.model, batch(4), 4) for trainer in trainers]
-    assert torch.equal(*losses)
-    assert all(p.grad is not None for n, p in trainers[0].model.named_parameters() if "layers" in n)
