@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from hf_featreuse.method.schedule import DropRateSchedule, TrainTrunk
+
+if TYPE_CHECKING:
+    from hf_featreuse.inspection import Timing
+
+# Of what only --measure uses.
+_DEFAULTS = {"device": "cpu", "batch_size": 8, "bf16": False, "compile": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name, several are names or dotted endings of names",
     )
     parser.add_argument(
+        "--measure", action="store_true", help="also time each block, and predict the time of each kind of step"
+    )
+    parser.add_argument("--device", default=_DEFAULTS["device"], help="for --measure: where, such as cuda")
+    parser.add_argument(
+        "--batch_size", type=int, default=_DEFAULTS["batch_size"], help="for --measure: images in the batch"
+    )
+    parser.add_argument("--bf16", action="store_true", help="for --measure: autocast to bfloat16")
+    parser.add_argument("--compile", action="store_true", help="for --measure: compile the blocks")
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object, whose `blocks` is the list in order"
     )
     parser.add_argument(
@@ -72,7 +87,25 @@ def run(options: argparse.Namespace) -> str:
         masked_freeze_steps=options.masked_freeze_steps,
         vanilla_steps=options.vanilla_steps,
         train_trunk=options.train_trunk,
+        timing=_timing(options),
     )
     if "plot" in options:
         plot_inspection(report, options.plot)
     return json.dumps(report.to_dict(), indent=2) if options.json else str(report)
+
+
+def _timing(options: argparse.Namespace) -> Timing | None:
+    """What to time, if anything."""
+    from hf_featreuse.errors import ConfigurationError
+    from hf_featreuse.inspection import Timing
+
+    if options.measure:
+        return Timing(options.device, options.batch_size, options.bf16, options.compile)
+    given = [
+        f"--{name}"
+        for name in ("device", "batch_size", "bf16", "compile")
+        if getattr(options, name) != _DEFAULTS[name]
+    ]
+    if given:
+        raise ConfigurationError(f"`{given[0]}` has no effect without `--measure`. Add `--measure`, or leave it out.")
+    return None

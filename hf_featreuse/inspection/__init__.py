@@ -4,5 +4,6 @@ from hf_featreuse.inspection.inspecting import inspect_model
 from hf_featreuse.inspection.others import NotSkippable
 from hf_featreuse.inspection.plot import plot_inspection
 from hf_featreuse.inspection.report import BlockReport, ModelReport
+from hf_featreuse.inspection.timing import Timing
 
-__all__ = ["BlockReport", "ModelReport", "NotSkippable", "inspect_model", "plot_inspection"]
+__all__ = ["BlockReport", "ModelReport", "NotSkippable", "Timing", "inspect_model", "plot_inspection"]

@@ -10,9 +10,10 @@ from torch import nn
 
 from hf_featreuse.errors import BlockError, FeatureReuseError
 from hf_featreuse.inspection.expectation import expected_costs, step_shares
-from hf_featreuse.inspection.named_models import Inputs, open_model
+from hf_featreuse.inspection.named_models import Inputs, open_model, real_model
 from hf_featreuse.inspection.others import not_skippable
 from hf_featreuse.inspection.report import BlockReport, ModelReport
+from hf_featreuse.inspection.timing import Timing, time_steps
 from hf_featreuse.method.blocks import ResidualBlock, check_outputs, find_and_choose, trainable_blocks
 from hf_featreuse.method.cost import StepCosts, measure_step_costs
 from hf_featreuse.method.freezing import own_parameters, trunk_modules
@@ -39,6 +40,7 @@ def inspect_model(
     masked_freeze_steps: int = 1,
     vanilla_steps: int = 0,
     train_trunk: TrainTrunk | bool = "all",
+    timing: Timing | None = None,
 ) -> ModelReport:
     """Report a model's residual blocks, the expected cost of each kind of step, and what cannot be skipped.
 
@@ -59,6 +61,8 @@ def inspect_model(
         vanilla_steps (`int`, defaults to 0): plain optimizer steps at the start of each cycle.
         train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): what outside the blocks trains in
             masked-freeze steps.
+        timing (`Timing`, *optional*): also time each block and predict the time of each kind of step. A named model
+            is built with random weights on the device for this. By default nothing is timed.
 
     Returns:
         `ModelReport`: print it for a table; `report.to_dict()` for JSON.
@@ -93,6 +97,9 @@ def inspect_model(
     blocks = trainable_blocks(model, blocks)
     schedule = FeatureReuseSchedule(len(blocks), **cycle)
     step_costs = _step_costs(model, blocks, inputs, train_trunk, notes)
+    times = None
+    if timing is not None:
+        times = _step_times(model_or_name, model, blocks, inputs, target_blocks, timing, train_trunk)
     _note_refused(blocks, notes)
     # If the user froze the whole trunk, a cycle that drops every block would train nothing: it is vanilla.
     trunk_trains = any(p.requires_grad for part in trunk_modules(model, blocks) for p in own_parameters(part))
@@ -101,22 +108,27 @@ def inspect_model(
         model=type(model).__name__ if isinstance(model_or_name, nn.Module) else os.fspath(model_or_name),
         architecture=type(model).__name__,
         parameters=parameters,
-        blocks=_block_reports(blocks, schedule, step_costs, parameters),
+        blocks=_block_reports(blocks, schedule, step_costs, times, parameters),
         costs={} if step_costs is None else expected_costs(step_costs, schedule, trunk_trains),
+        times={} if times is None else expected_costs(times, schedule, trunk_trains),
+        step_seconds=None if times is None else times.vanilla / 1e9,
         step_shares=step_shares(schedule, trunk_trains),
         not_skippable=not_skippable(model, inputs, found, blocks),
-        options={**cycle, "train_trunk": train_trunk},
+        options={**cycle, "train_trunk": train_trunk, **({} if timing is None else {"timing": str(timing)})},
         notes=notes,
     )
 
 
 def _block_reports(
-    blocks: Sequence[ResidualBlock], schedule: FeatureReuseSchedule, step_costs: StepCosts | None, parameters: int
+    blocks: Sequence[ResidualBlock],
+    schedule: FeatureReuseSchedule,
+    step_costs: StepCosts | None,
+    times: StepCosts | None,
+    parameters: int,
 ) -> list[BlockReport]:
     """What the report says of each block; `parameters` is the number of the whole model."""
     reports = []
     for index, block in enumerate(blocks):
-        without = None if step_costs is None else step_costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (index,)))
         count = _count(block.module)
         reports.append(
             BlockReport(
@@ -125,12 +137,34 @@ def _block_reports(
                 class_name=type(block.module).__name__,
                 parameters=count,
                 share_of_parameters=count / parameters,
-                share_of_arithmetic=None if without is None else 1 - without,
+                share_of_arithmetic=_saved(step_costs, index),
+                share_of_time=_saved(times, index),
                 survival_probability=1 - schedule.rates[index],
                 exact=block.exact,
             )
         )
     return reports
+
+
+def _saved(costs: StepCosts | None, index: int) -> float | None:
+    """What skipping one block saves of a vanilla step."""
+    return None if costs is None else 1 - costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (index,)))
+
+
+def _step_times(
+    model_or_name: nn.Module | str | os.PathLike[str],
+    model: nn.Module,
+    blocks: Sequence[ResidualBlock],
+    inputs: Inputs | None,
+    target_blocks: str | Sequence[str] | None,
+    timing: Timing,
+    train_trunk: TrainTrunk,
+) -> StepCosts:
+    """The measured times; a named model, which has no weights, is built once more on the device."""
+    if not isinstance(model_or_name, nn.Module):
+        model = real_model(os.fspath(model_or_name), timing.device)
+        blocks = trainable_blocks(model, find_and_choose(model, inputs, target_blocks)[1])
+    return time_steps(model, blocks, inputs, timing, train_trunk)
 
 
 def _note_refused(blocks: Sequence[ResidualBlock], notes: list[str]) -> None:

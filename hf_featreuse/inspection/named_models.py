@@ -49,6 +49,11 @@ def open_model(
         ) from error
 
 
+def real_model(name: str, device: str) -> nn.Module:
+    """The model of a name with random weights, on a device."""
+    return _build(name, _configuration(name), device)
+
+
 def _configuration(name: str) -> PreTrainedConfig:
     """The configuration of a local checkpoint, a model type or a Hub checkpoint, in this order."""
     types = sorted(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)

@@ -26,6 +26,8 @@ class BlockReport:
         share_of_parameters (`float`): of the model's parameters, from 0 to 1.
         share_of_arithmetic (`float`, *optional*): of a vanilla step, from 0 to 1: what skipping this block alone
             saves, forward and backward. `None` where the arithmetic could not be counted.
+        share_of_time (`float`, *optional*): of a vanilla step's forward and backward, as measured; `None` if no time
+            was measured.
         survival_probability (`float`): probability, from 0 to 1, that a cycle does not draw the block.
         exact (`bool`): whether skipping the block equals a residual branch of zero, to the bit.
 
@@ -41,6 +43,7 @@ class BlockReport:
     parameters: int
     share_of_parameters: float
     share_of_arithmetic: float | None
+    share_of_time: float | None
     survival_probability: float
     exact: bool
 
@@ -57,10 +60,13 @@ class ModelReport:
         costs (`dict[str, float]`): expected arithmetic of a step as a share of a vanilla step's: `"vanilla"`,
             `"stochastic_depth"`, `"masked_freeze"` and `"mean"` over the steps of the schedule. Exact expectations,
             not samples. Empty where the arithmetic could not be counted.
+        times (`dict[str, float]`): the same of the time of forward and backward, from the measured times of the
+            blocks. Empty if no time was measured.
+        step_seconds (`float`, *optional*): time of forward and backward of a vanilla step, in seconds.
         step_shares (`dict[str, float]`): expected share of the steps that each kind of step takes, from 0 to 1.
         not_skippable (`list[NotSkippable]`): modules in one list with a block, or of the class of a block, that are
             not among the blocks.
-        options (`dict[str, Any]`): drop rate, schedule, steps in a cycle and `train_trunk`.
+        options (`dict[str, Any]`): drop rate, schedule, steps in a cycle, `train_trunk`, and how times were measured.
         notes (`list[str]`): what else to know before training.
 
     Example:
@@ -75,6 +81,8 @@ class ModelReport:
     parameters: int
     blocks: list[BlockReport]
     costs: dict[str, float]
+    times: dict[str, float]
+    step_seconds: float | None
     step_shares: dict[str, float]
     not_skippable: list[NotSkippable]
     options: dict[str, Any]
@@ -118,7 +126,8 @@ def _table(report: ModelReport) -> str:
 
 def _rows(report: ModelReport, names: Sequence[str], heading: str) -> list[list[str]]:
     same_class = len({block.class_name for block in report.blocks}) == 1
-    rows = [["#", heading, "class", "parameters", "% of all", "% of arithmetic", "survival", "exact"]]
+    time = ["% of time"] if report.times else []
+    rows = [["#", heading, "class", "parameters", "% of all", "% of arithmetic", *time, "survival", "exact"]]
     for block, name in zip(report.blocks, names, strict=True):
         arithmetic = "?" if block.share_of_arithmetic is None else f"{block.share_of_arithmetic:.1%}"
         rows.append(
@@ -129,6 +138,7 @@ def _rows(report: ModelReport, names: Sequence[str], heading: str) -> list[list[
                 f"{block.parameters:,}",
                 f"{block.share_of_parameters:.1%}",
                 arithmetic,
+                *([] if block.share_of_time is None else [f"{block.share_of_time:.1%}"]),
                 f"{block.survival_probability:.3f}",
                 "yes" if block.exact else "no",
             ]
@@ -148,12 +158,18 @@ def _summary(report: ModelReport) -> str:
         f"vanilla: {'those of each cycle, and ' if plain else ''}masked-freeze steps that draw no block."
     ]
     if report.costs:
-        depth, freeze, mean = (report.costs[key] for key in ("stochastic_depth", "masked_freeze", "mean"))
+        lines.append(f"Expected cost, vanilla step = 1: {_expected(report.costs)}.")
+    if report.times:
         lines.append(
-            f"Expected cost, vanilla step = 1: stochastic depth {depth:.3f}, masked freeze {freeze:.3f}, "
-            f"mean {mean:.3f}."
+            f"Expected time, vanilla step = 1: {_expected(report.times)}. Measured on {report.options['timing']}: "
+            f"{report.step_seconds:.3g} s for forward and backward of a vanilla step."
         )
     return "\n".join(textwrap.fill(line, _TABLE_WIDTH) for line in lines)
+
+
+def _expected(costs: dict[str, float]) -> str:
+    depth, freeze, mean = (costs[key] for key in ("stochastic_depth", "masked_freeze", "mean"))
+    return f"stochastic depth {depth:.3f}, masked freeze {freeze:.3f}, mean {mean:.3f}"
 
 
 def _steps(count: int, kind: str) -> str:

@@ -47,8 +47,9 @@ def measure_step_times(
     """Time the forward and backward of the model and of each block, without an optimizer step.
 
     The model is in training mode meanwhile, on its device; modes, buffers, gradients and torch's random state are as
-    before afterwards. Each time is the median of several runs, after runs that warm up. Blocks that are compiled are
-    timed so. Time that the device waits for the host is part of what is measured.
+    before afterwards. Each time is the median of several runs, after runs that warm up. Blocks of one class with the
+    same operations are timed once; compiled blocks are timed compiled. Time that the device waits for the host is part
+    of what is measured.
 
     Args:
         model (`torch.nn.Module`): the model, not wrapped yet.
@@ -99,10 +100,16 @@ def measure_step_times(
         with _recorded_calls(blocks) as calls, torch.no_grad():
             model(*args, **kwargs)
         plain, whole_forward = stopwatch.time(step), stopwatch.time(forward)
+        known: dict[Any, BlockCost] = {}
         costs = []
-        for block, block_calls in zip(blocks, calls, strict=True):
-            totals = [sum(stopwatch.time(replay(block, *call, *state)) for call in block_calls) for state in STATES]
-            costs.append(BlockCost(*totals))
+        for block, operations, block_calls in zip(blocks, counted.blocks, calls, strict=True):
+            key = type(block.module), operations, len(block_calls)
+            if key not in known:
+                totals = (
+                    sum(stopwatch.time(replay(block, *call, *state)) for call in block_calls) for state in STATES
+                )
+                known[key] = BlockCost(*totals)
+            costs.append(known[key])
     rest = max(whole_forward - sum(cost.resting for cost in costs), 0)
     operations = sum(counted.trunk) or 1
     trunk = tuple(round(rest * part / operations) for part in counted.trunk)
