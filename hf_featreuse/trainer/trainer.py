@@ -124,6 +124,8 @@ class FeatureReuseTrainer(ResumableTrainer):
     _micro_batch: tuple[int, int] = (-1, 0)
     # How to compile the blocks; `None` if nothing is compiled, or the whole model in plain training.
     _dynamo_plugin: TorchDynamoPlugin | None = None
+    # Whether every stochastic-depth step had the survival probabilities to scale kept blocks by.
+    _scales = True
     # Whether one process reads the data and sends the others theirs.
     _dispatches = False
     # The loader of the run while the model is looked at.
@@ -305,7 +307,7 @@ class FeatureReuseTrainer(ResumableTrainer):
             frozen_batch_norm=options.frozen_batch_norm,  # pyright: ignore[reportArgumentType]
             allow_inexact_skip=options.allow_inexact_skip,
         )
-        self._micro_batch, self.step_costs = (-1, 0), None
+        self._micro_batch, self.step_costs, self._scales = (-1, 0), None, options.scale_kept
         if blocks:
             self.step_costs = measure_step_costs(
                 model, blocks, self._probe_inputs(model), train_trunk=reuse.train_trunk
@@ -383,6 +385,7 @@ class FeatureReuseTrainer(ResumableTrainer):
                 self._explain_frozen(plan, error)
                 raise
         self.step_kind = plan.kind
+        self._scales = self._scales and (plan.kind is not StepKind.STOCHASTIC_DEPTH or plan.survival is not None)
         self._step_log.add(step, plan, self.step_costs.share(plan) if self.step_costs else 1.0, loss)
         return loss
 
@@ -554,7 +557,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         return RunSummary(
             name=self.pusher.repo_id or name or self.pusher.target().repo_id,
             model=self.accelerator.unwrap_model(self.model),
-            settings=self.reuse_args.settings(),
+            settings={**self.reuse_args.settings(), "scale_kept": self.reuse_args.scale_kept and self._scales},
             schedule=None if reuse is None else reuse.schedule,
             block_names=[] if reuse is None else [block.name for block in reuse.blocks],
             # Plain values for enums.

@@ -31,6 +31,7 @@ from hf_featreuse import (
     ResidualBlock,
     StepError,
     StepKind,
+    StepPlan,
     find_residual_blocks,
 )
 
@@ -433,3 +434,21 @@ def test_a_callback_that_freezes_what_a_step_trains_ends_in_our_message(steps: s
     with pytest.raises(StepError, match=r"Nothing is left to train in this .* step.*a callback"):
         trainer.train()
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("survival", [None, (0.5,) * 4])
+def test_the_card_of_your_own_schedule_says_whether_kept_blocks_were_scaled(survival: Any, tmp_path: Path) -> None:
+    class Own(FeatureReuseSchedule):
+        def plan(self, global_step: int, **_: Any) -> StepPlan:
+            return StepPlan(StepKind.STOCHASTIC_DEPTH, (1,), None, survival)
+
+    class Owns(FeatureReuseTrainer):
+        def get_schedule(self, num_blocks: int, max_steps: int) -> FeatureReuseSchedule:
+            return Own(num_blocks)
+
+    trainer = Owns(build("vit"), config(tmp_path, max_steps=1), train_dataset=examples(8))
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert ("is not scaled" in card) == (survival is None)
+    assert ("is divided by the probability" in card) == (survival is not None)
