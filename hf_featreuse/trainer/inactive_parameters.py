@@ -115,7 +115,9 @@ def _values(state: Any) -> Iterator[Any]:
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor's bits, read as integers, on its device."""
     if is_traceable_wrapper_subclass(tensor):  # Sharded or quantized: what lies on this device.
-        return sum((_bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]), torch.tensor(0))
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        # Since torch 2.13 a sharded tensor names its mesh, too.
+        return sum((_bits(part) for part in parts if isinstance(part, torch.Tensor)), torch.tensor(0))
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.detach().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

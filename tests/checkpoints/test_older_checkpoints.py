@@ -9,7 +9,7 @@ import pytest
 from test_resume import resumable
 from training_runs import RecordingTrainer, same_bits, state_of, train
 
-from hf_featreuse import ConfigurationError, FeatureReuseSchedule, StepKind
+from hf_featreuse import CheckpointError, ConfigurationError, FeatureReuseSchedule, StepKind
 from hf_featreuse.checkpoints.changed_settings import PlanSource, check_scaling
 from hf_featreuse.checkpoints.resume_state import RESUME_STATE_NAME
 from hf_featreuse.method.draws import SAMPLE_DRAW_VERSION
@@ -167,3 +167,27 @@ def test_a_checkpoint_without_our_file_warns(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level("WARNING", logger="hf_featreuse"):
         assert resume(folder, tmp_path / "again").state.global_step == STEP + 1
     assert "changed settings go unnoticed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schedule": {"drop_shape": "cosine"}},
+        {"schedule": {"drop_granularity": "token"}},
+        {"options": {"train_trunk": "norms"}},
+        {"more": 1},
+    ],
+)
+def test_settings_of_a_newer_version_are_refused_with_the_version(change: dict[str, Any]) -> None:
+    written = PlanSource(FeatureReuseSchedule(2), ("0", "1"), options={"train_trunk": "all"}).to_json()
+    for name, value in change.items():
+        written[name] = {**written[name], **value} if isinstance(value, dict) else value
+    with pytest.raises(ConfigurationError, match=r"written by 7\.1 of hf_featreuse.*does not know"):
+        PlanSource.from_json({**written, "version": "7.1"})
+
+
+@pytest.mark.parametrize("wrong", [3, [], {}, {"schedule": 3, "blocks": []}, {"schedule": {}, "blocks": ["0"]}])
+def test_settings_of_another_form_are_a_checkpoint_error(wrong: Any) -> None:
+    for read in (PlanSource.from_json, lambda saved: check_scaling(saved, True)):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read(wrong)
