@@ -205,16 +205,16 @@ def _notes(blocks: Sequence[ResidualBlock], meter: FeatureMeter, allow_inexact: 
             f"{' and '.join(activations)} follows the addition of some blocks: |f(x)| is there the length of output "
             "minus input, not of the residual branch."
         )
-    inexact = [block.name for block in blocks if not block.exact]
+    inexact = [block for block in blocks if not block.exact]
     if inexact:
         what = (
-            "were dropped all the same, without the activation that follows"
+            "were dropped nevertheless, and hand on their input as it is"
             if allow_inexact
-            else "were not dropped; the other figures hold for them too. `allow_inexact_skip` drops them all the same"
+            else "were not dropped; the other figures include them. `allow_inexact_skip` drops them nevertheless"
         )
         notes.append(
-            f"{len(inexact)} of {len(blocks)} blocks ({inexact[0]}{', ...' if inexact[1:] else ''}) cannot be skipped "
-            f"exactly, as an activation after the addition changes the input again. They {what}."
+            f"{len(inexact)} of {len(blocks)} blocks ({inexact[0].name}{', ...' if inexact[1:] else ''}) cannot be "
+            f"skipped exactly: {inexact[0].inexact}. They {what}."
         )
     if meter.not_batch_first:
         names = [blocks[index].name for index in sorted(meter.not_batch_first)]

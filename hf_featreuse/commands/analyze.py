@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-
-    from hf_featreuse.data import ImageData
-
-DIGITS = "digits"
+from hf_featreuse.commands.data_options import (
+    add_data_arguments,
+    add_device_arguments,
+    check_least,
+    chosen_device,
+    load_data,
+    progress_bars,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,30 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="trained image classifiers to compare: local checkpoint folders or Hub ids",
     )
-    parser.add_argument(
-        "--data",
-        default=DIGITS,
-        metavar="NAME",
-        help=f"`{DIGITS}`, scikit-learn's handwritten digits; the name of a data set on the Hub; or a local folder of "
-        "parquet, arrow or images",
-    )
-    parser.add_argument(
-        "--data_config", metavar="NAME", default=argparse.SUPPRESS, help="configuration of the data set"
-    )
-    parser.add_argument(
-        "--split",
-        choices=("train", "validation", "test"),
-        default="validation",
-        help="which images; without a validation split, 15 %% of the training images chosen by the seed, as in the "
-        "example",
-    )
+    add_data_arguments(parser)
     parser.add_argument("--max_samples", type=int, default=1000, help="most images to take, drawn by the seed")
-    parser.add_argument(
-        "--image_column_name", default=argparse.SUPPRESS, help="column of the images, where the usual names fail"
-    )
-    parser.add_argument(
-        "--label_column_name", default=argparse.SUPPRESS, help="column of the labels, where the usual names fail"
-    )
     parser.add_argument("--output_dir", default="outputs/analysis", metavar="DIR", help="folder for the report")
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="replace the report in a folder that is not empty"
@@ -56,25 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random_draws", type=int, default=10, help="sets of random blocks for each number of blocks; 0 for none"
     )
-    parser.add_argument("--seed", type=int, default=42, help="decides the images, their order and the random sets")
     parser.add_argument(
         "--target_blocks",
         nargs="+",
         metavar="NAME",
         default=argparse.SUPPRESS,
-        help="look at these blocks alone. One value is a regular expression that must match the whole name, several "
+        help="look at only these blocks. One value is a regular expression that must match the whole name, several "
         "are names or dotted endings of names",
     )
     parser.add_argument(
         "--allow_inexact_skip",
         action="store_true",
-        help="drop blocks too whose shortcut is no identity, such as GELU after the addition",
+        help="also drop blocks whose shortcut is not an identity, such as GELU after the addition",
     )
-    parser.add_argument(
-        "--device", default=argparse.SUPPRESS, help="where to run, such as cpu or cuda:0; by default CUDA if there is"
-    )
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--disable_tqdm", action="store_true", help="show no progress bars")
+    add_device_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> str:
@@ -88,8 +60,8 @@ def run(options: argparse.Namespace) -> str:
 
     _check(options)
     targets = getattr(options, "target_blocks", None)
-    with _progress_bars(not options.disable_tqdm):
-        data = _load_data(options)
+    with progress_bars(not options.disable_tqdm):
+        data = load_data(options)
         split = data.splits[options.split]
         target = targets[0] if targets and len(targets) == 1 else targets
         opened = [open_classifier(name) for name in options.models]
@@ -108,7 +80,7 @@ def run(options: argparse.Namespace) -> str:
         ]
         analyses = []
         for one, found, loader in zip(opened, blocks, loaders, strict=True):
-            nn.Module.to(one.model, _device(options))
+            nn.Module.to(one.model, chosen_device(options))
             analysis = analyze_model(
                 one.model,
                 loader,
@@ -138,7 +110,6 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse what can be refused without loading anything."""
     from hf_featreuse.analysis.analyzing import check_options
     from hf_featreuse.analysis.similarity import SMALLEST_BATCH
-    from hf_featreuse.commands.data_options import check_least
     from hf_featreuse.errors import ConfigurationError
     from hf_featreuse.plotting.report_folder import check_output_dir
 
@@ -147,55 +118,5 @@ def _check(options: argparse.Namespace) -> None:
     doubled = {name for name in options.models if options.models.count(name) > 1}
     if doubled:
         raise ConfigurationError(f"`{sorted(doubled)[0]}` is named twice. Pass each model once.")
-    _device(options)
+    chosen_device(options)
     check_output_dir(options.output_dir, options.overwrite_output_dir)
-
-
-def _device(options: argparse.Namespace) -> torch.device:
-    import torch
-
-    from hf_featreuse.errors import ConfigurationError
-
-    name = getattr(options, "device", "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except Exception as error:
-        raise ConfigurationError(
-            f"`device={name!r}` (--device) cannot be used: {str(error).splitlines()[0]} Pass cpu, or a device of this "
-            "machine."
-        ) from None
-    return device
-
-
-def _load_data(options: argparse.Namespace) -> ImageData:
-    """Load the one split that is asked for."""
-    from hf_featreuse.data import load_image_data
-
-    return load_image_data(
-        None if options.data == DIGITS else options.data,
-        getattr(options, "data_config", None),
-        image_column_name=getattr(options, "image_column_name", None),
-        label_column_name=getattr(options, "label_column_name", None),
-        seed=options.seed,
-        splits=(options.split,),
-    )
-
-
-@contextlib.contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """Show or hide the bars of transformers and datasets until the exit."""
-    import datasets
-    import transformers
-
-    was_shown = transformers.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    if not shown:
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not shown and was_shown[0]:
-            transformers.logging.enable_progress_bar()
-        if not shown and not was_shown[1]:
-            datasets.enable_progress_bars()

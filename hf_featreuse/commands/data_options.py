@@ -41,7 +41,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label_column_name", default=argparse.SUPPRESS, help="column of the labels, if it has an unusual name"
     )
-    parser.add_argument("--seed", type=int, default=42, help="decides which images are drawn, and their order")
+    parser.add_argument("--seed", type=int, default=42, help="decides all that is drawn, such as images")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
 
 

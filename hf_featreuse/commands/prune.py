@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import re
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,7 @@ def _rank(opened: OpenModel, budget: int | float, options: argparse.Namespace) -
     from torch import nn
 
     from hf_featreuse.data import load_image_data
-    from hf_featreuse.data.evaluation import evaluation_loader
+    from hf_featreuse.data.evaluation import class_notes, evaluation_loader
     from hf_featreuse.pruning.measuring import accuracy_on
     from hf_featreuse.pruning.selecting import rank_removals
 
@@ -117,6 +118,8 @@ def _rank(opened: OpenModel, budget: int | float, options: argparse.Namespace) -
         splits=("validation",),
     )
     split = data.splits["validation"]
+    for note in class_notes(opened, data.label_names):
+        print(note, file=sys.stderr)
     # Decoded once: the images are gone through for every block.
     batches = list(
         evaluation_loader(

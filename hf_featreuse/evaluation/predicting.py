@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from hf_featreuse.data.evaluation import OpenModel, class_names
 from hf_featreuse.data.images import ImageCollator, decode_image
+from hf_featreuse.data.scanning import IMAGE_ENDINGS, scan
 from hf_featreuse.data.transforms import EvalTransform
 from hf_featreuse.errors import ConfigurationError, DataError
 from hf_featreuse.method.dummy_forward import undisturbed
 from hf_featreuse.text import joined, kind_and_text
 
 Row = dict[str, Any]
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,15 @@ def image_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(
-                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS and file.is_file()
-            )
-            if not inside:
+            inside = scan(str(path))
+            inside.left_out.warn(str(path))
+            images = sorted(image for images in inside.images.values() for image in images)
+            if not images:
                 raise DataError(
-                    f"The folder `{path}` holds no image. Images end in {joined(IMAGE_ENDINGS, 'or')}; pass other "
-                    "files by their names."
+                    f"The folder `{path}` holds no image. Images end in {joined(sorted(IMAGE_ENDINGS), 'or')}; pass "
+                    "other files by their names."
                 )
-            found += inside
+            found += [path / image for image in images]
         elif path.is_file():
             found.append(path)
         else:
