@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import re
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
