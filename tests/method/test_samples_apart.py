@@ -144,7 +144,9 @@ class Fixed(type(sample_schedule(3))):
 
 @pytest.mark.parametrize("trunk", ["all", "none"])
 @pytest.mark.parametrize(
-    "make", [LAYERS["in place"], LAYERS["data"], lambda: spectral_norm(nn.Linear(WIDTH, WIDTH))], ids=str
+    "make",
+    [LAYERS["in place"], LAYERS["data"], lambda: spectral_norm(nn.Linear(WIDTH, WIDTH))],
+    ids=["in place", "data", "spectral norm"],
 )
 def test_buffers_change_only_where_a_block_trains(make, trunk):
     model = Network(make).train()
