@@ -84,7 +84,7 @@ def _compare(settings: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     failed = [f"rank {rank} ({found[_FAILURE]})" for rank, found in enumerate(ranks) if _FAILURE in found]
     if failed:
         raise ConfigurationError(
-            f"Training stops on every rank, because it could not start on {', '.join(failed)}. Mend that, and start "
+            f"Training stops on every rank, because it could not start on {', '.join(failed)}. Fix that, and start "
             "all ranks again."
         )
     different = {name: values for name in settings if _differ(values := [found[name] for found in ranks])}

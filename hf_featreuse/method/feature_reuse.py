@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -216,6 +217,8 @@ class FeatureReuse:
 
     def _contexts(self, plan: StepPlan, global_step: int) -> Iterator[contextlib.AbstractContextManager[None]]:
         """What is open during a step."""
+        if plan.sample_masks is not None and num_processes() > 1:
+            self._check_some_sample_trains(plan, global_step)
         if plan.kind is not StepKind.VANILLA:
             yield backward_inside(self.model, f"step({global_step})")
         if plan.kind is StepKind.STOCHASTIC_DEPTH:
@@ -239,6 +242,19 @@ class FeatureReuse:
                 yield train_samples(
                     self.blocks, plan.sample_masks, device, gradient_everywhere=everywhere, checked=True
                 )
+
+    def _check_some_sample_trains(self, plan: StepPlan, global_step: int) -> None:
+        """Raise `StepError` if nothing here gets a gradient, for which the other processes would wait."""
+        assert plan.sample_masks is not None
+        body = len(self.blocks)
+        trunk = [p for index in self._active_parts(plan) if index >= body for p in self._parameters[index]]
+        trains = plan.sample_masks if plan.kind is StepKind.MASKED_FREEZE else ~plan.sample_masks
+        if not trains.any() and not any(parameter.requires_grad for parameter in trunk):
+            raise StepError(
+                f"No sample of this process trains a block in step {global_step}, and no trunk trains, so the other "
+                "processes would wait for its gradients. Use a multiple of 16 samples per micro-batch, which always "
+                'train some, set `train_trunk="head"` or `"all"`, or set `drop_granularity="batch"`.'
+            )
 
     def _skip(self, plan: StepPlan) -> contextlib.AbstractContextManager[None]:
         survival = plan.survival if self.scale_kept else None
@@ -317,6 +333,12 @@ class FeatureReuse:
             f"`{name}` must not move in this {plan.kind.value} step but holds a gradient from before, which the "
             f"optimizer would apply. {cause}Call `optimizer.zero_grad(set_to_none=True)` after every optimizer step."
         )
+
+
+def num_processes() -> int:
+    """How many processes train together."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def check_checkpointing(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from hf_featreuse import (
     compile_blocks,
     find_residual_blocks,
 )
+from hf_featreuse.method import feature_reuse
 
 # A step
 
@@ -263,3 +264,34 @@ def test_the_number_of_ranks_changes_nothing(tmp_path: Path):
     for name, value in whole.model.state_dict().items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
         torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trunk", ["all", "head", "none"])
+def test_a_process_whose_samples_train_nothing_does_not_let_the_others_wait(trunk, monkeypatch):
+    model = build("vit")
+    blocks = find_residual_blocks(model)
+    reuse = FeatureReuse(model, blocks, sample_schedule(len(blocks), drop_rate=0.1), train_trunk=trunk)
+    idle = next(step for step in range(1, 999, 2) if not reuse.plan(step, batch_size=1).sample_masks.any())
+    before = tiny_models.snapshot(model)
+    with reuse.step(idle, batch_size=1):
+        model(**tiny_models.batch(1)).loss.backward()
+    monkeypatch.setattr(feature_reuse, "num_processes", lambda: 2)
+    model.zero_grad(set_to_none=True)
+    if trunk == "none":
+        with (
+            pytest.raises(StepError, match=f"No sample of this process trains a block in step {idle}"),
+            reuse.step(idle, batch_size=1),
+        ):
+            pass
+        assert tiny_models.snapshot(model) == before
+    else:
+        with reuse.step(idle, batch_size=1):
+            model(**tiny_models.batch(1)).loss.backward()
+        assert any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_sixteen_samples_always_train_something():
+    schedule = sample_schedule(4, drop_rate=0.01)
+    for step in range(200):
+        masks = schedule.plan(step, batch_size=16).sample_masks
+        assert masks.any(0).all() and not masks.all(0).any()
