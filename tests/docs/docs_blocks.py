@@ -56,7 +56,7 @@ COMMANDS = {
 }
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """Raised instead of going on, once a program has read its command line."""
 
 
