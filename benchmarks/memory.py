@@ -127,6 +127,10 @@ class Bench:
             in_backward (`bool`, defaults to `False`): step each weight as soon as its gradient is there, and free it.
         """
         reuse = FeatureReuse(self.model, self.blocks, schedule, train_trunk=train_trunk)
+        if schedule.drop_granularity == "sample":
+            # The first step looks once whether a block mixes samples, which the tracker cannot follow.
+            with self.mode, reuse.step(step, batch_size=self.batch_size):
+                self.model(**self.batch)
         with self.mode, self._tracked() as peak, self._stepping_in_backward(in_backward):
             with reuse.step(step, batch_size=self.batch_size):
                 with saved_for_backward(self.model) as saved:

@@ -46,6 +46,7 @@ from hf_featreuse.checkpoints.resume_state import (
     write_resume_state,
 )
 from hf_featreuse.checkpoints.weights import load_exactly
+from hf_featreuse.distributed import find_lone_launch
 from hf_featreuse.errors import CheckpointError, FeatureReuseError
 from hf_featreuse.trainer.backends import plain_optimizer
 from hf_featreuse.trainer.private_names import check_attributes, check_names
@@ -131,7 +132,8 @@ class ResumableTrainer(Trainer):
             try:
                 held.enter_context(output_lock(str(self.args.output_dir)))
             except CheckpointError as error:
-                refusals = [error]
+                alone = find_lone_launch(os.environ, self.args.world_size)
+                refusals = [error if alone is None else CheckpointError(f"{alone} {error}")]
         if self.args.world_size > 1:
             refusals = gather_object(refusals)
         if (refusal := next(filter(None, refusals), None)) is not None:

@@ -41,10 +41,11 @@ def test_fake_tensors_take_the_bytes_of_real_ones(architecture: str) -> None:
         dropped = () if kind is StepKind.VANILLA else DROPPED
         for options in ({}, {"train_trunk": "none"}, {"train_trunk": "head"}, {"in_backward": True}):
             expected = real.measure(real.fixed(kind, dropped), **options)
-            assert fake.measure(fake.fixed(kind, dropped), **options) == expected
+            # Real divisors of scaling, of 8 bytes each, are shared between steps; fake ones are not.
+            assert fake.measure(fake.fixed(kind, dropped), **options) == pytest.approx(expected, abs=64)
     for step in range(2):
         expected = real.measure(real.schedule(0.5, "sample"), step)
-        assert fake.measure(fake.schedule(0.5, "sample"), step) == expected
+        assert fake.measure(fake.schedule(0.5, "sample"), step) == pytest.approx(expected, abs=64)
 
 
 def test_each_kind_takes_what_its_blocks_take() -> None:

@@ -172,7 +172,7 @@ LAUNCHERS = {
 TINY = "hidden_size=16,num_hidden_layers=3,num_attention_heads=2,intermediate_size=16"
 
 
-def launch(name: str, folder: Path, *flags: str) -> str:
+def launch(name: str, folder: Path, *flags: str, succeeds: bool = True) -> str:
     command = [sys.executable, *LAUNCHERS[name], str(free_port()), str(ROOT / "examples/run_image_classification.py")]
     command += ["--output_dir", str(folder), "--config_overrides", TINY, "--max_steps", "3", "--logging_steps", "1"]
     command += ["--eval_strategy", "no", "--save_strategy", "no", "--max_eval_samples", "64", *flags]
@@ -185,7 +185,7 @@ def launch(name: str, folder: Path, *flags: str) -> str:
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(variable, None)
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert (result.returncode == 0) is succeeds, result.stderr[-3000:]
     return result.stdout + result.stderr
 
 
@@ -200,8 +200,12 @@ def test_the_example_runs_on_two_processes(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("torchrun", "The launcher started 2 processes"), ("accelerate_cpu", "was asked for several processes")],
+    ("name", "message", "succeeds"),
+    [
+        # Two processes that train alone would write into one folder.
+        ("torchrun", "error: The launcher started 2 processes", False),
+        ("accelerate_cpu", "was asked for several processes", True),
+    ],
 )
-def test_a_launch_that_trains_alone_says_so(name: str, message: str, tmp_path: Path) -> None:
-    assert message in launch(name, tmp_path)
+def test_a_launch_that_trains_alone_says_so(name: str, message: str, succeeds: bool, tmp_path: Path) -> None:
+    assert message in launch(name, tmp_path, succeeds=succeeds)

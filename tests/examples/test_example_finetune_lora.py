@@ -60,6 +60,6 @@ def test_an_error_is_one_line(
     monkeypatch.setattr(
         sys, "argv", ["finetune_lora.py", *arguments, "--resume_from_checkpoint", str(tmp_path / "no")]
     )
-    with pytest.raises(SystemExit, match=r"error: .*is no folder") as caught:
+    with pytest.raises(SystemExit, match=r"error: .*is not a directory") as caught:
         example.main()
     assert isinstance(caught.value.__context__, CheckpointError)
