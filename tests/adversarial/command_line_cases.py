@@ -161,7 +161,7 @@ PRUNE = [
 PUSH = [
     *(
         Case(("push", "{tiny}", repo), "is no repository id")
-        for repo in (*CONTROLS, "a/b/c", "a b", "-x", "a/..b", "x" * 200)
+        for repo in (*CONTROLS, "a/b/c", "a b", "a/..b", "x" * 200)
     ),
     Case(("push", "{tiny}", ""), "is empty"),
     Case(("push", "", "ada/x"), "is empty"),
