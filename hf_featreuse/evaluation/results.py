@@ -40,9 +40,11 @@ class CalibrationBin:
     """The images whose highest probability lies in (low, high].
 
     Args:
-        low, high (`float`): ends of the bin.
+        low (`float`): lower end of the bin.
+        high (`float`): upper end of the bin.
         count (`int`): number of images.
-        confidence, accuracy (`float`, *optional*): means over these images; `None` without images.
+        confidence (`float`, *optional*): mean over these images; `None` without images.
+        accuracy (`float`, *optional*): the same.
     """
 
     low: float
@@ -58,7 +60,8 @@ class Mistake:
 
     Args:
         index (`int`): position of the image among those that were evaluated, from 0.
-        label, predicted (`str`): names of its class and of the class that the model prefers.
+        label (`str`): name of its class.
+        predicted (`str`): name of the class that the model prefers.
         confidence (`float`): probability of the predicted class.
         label_probability (`float`): probability of its own class.
     """

@@ -297,7 +297,8 @@ def replay(
 
     Args:
         block (`ResidualBlock`): the block.
-        args, kwargs: of the call.
+        args (`tuple`): of the call.
+        kwargs (`dict[str, Any]`): of the call.
         trains (`bool`): whether the block trains.
         goes_on (`bool`): whether its input gets a gradient.
     """
