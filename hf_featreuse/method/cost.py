@@ -97,19 +97,29 @@ class StepCosts:
             return 1.0
         freezing = plan.kind is StepKind.MASKED_FREEZE
         trunk = trunk_option(self.train_trunk) if freezing else "all"
-        masks = plan.sample_masks
-        if masks is None:
-            masks = np.zeros((1, len(self.blocks)), dtype=bool)
-            masks[0, list(plan.dropped)] = True
-        groups = sample_groups(masks, freezing=freezing, gradient_everywhere=trunk == "all")
-        counts = np.stack([(groups == group).sum(0) for group in (TRAINS, FROZEN, RESTS)])
+        if (masks := plan.sample_masks) is None:
+            samples, counts = 1, self._of_one_set(plan.dropped, freezing, trunk == "all")
+        else:
+            groups = sample_groups(masks, freezing=freezing, gradient_everywhere=trunk == "all")
+            # A sample that drops a block in stochastic depth is not computed there.
+            present = (TRAINS, FROZEN, RESTS) if freezing else (TRAINS, FROZEN)
+            by_group = [(groups == group).sum(0) for group in present]
+            by_group += [np.zeros_like(by_group[0])] * (3 - len(present))
+            samples, counts = len(masks), np.stack(by_group, axis=1).tolist()
+        total = self._sum(counts, samples, trunk) + (self._stem_rest * samples if trunk == "all" else 0)
+        return total / (self.vanilla * samples)
+
+    def _of_one_set(
+        self, dropped: Sequence[int], freezing: bool, gradient_everywhere: bool
+    ) -> list[tuple[int, int, int]]:
+        """What `sample_groups` comes to for one set, without arrays: this runs in every step of sets per batch."""
         if not freezing:
-            # A sample that drops a block is not computed there.
-            counts[RESTS] = 0
-        total = self._sum(counts.T.tolist(), len(masks), trunk) + (
-            self._stem_rest * len(masks) if trunk == "all" else 0
-        )
-        return total / (self.vanilla * len(masks))
+            return [(int(index not in dropped), 0, 0) for index in range(len(self.blocks))]
+        lowest = -1 if gradient_everywhere else min(dropped, default=len(self.blocks))
+        return [
+            (1, 0, 0) if index in dropped else (0, 1, 0) if index > lowest else (0, 0, 1)
+            for index in range(len(self.blocks))
+        ]
 
     def _sum(self, groups: Sequence[Sequence[int]], samples: int, trunk: TrainTrunk) -> int:
         """Operations of a step, from the input upwards: below the lowest part that trains there is no backward.

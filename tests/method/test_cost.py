@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.flop_counter
@@ -11,9 +12,11 @@ from tiny_models import ARCHITECTURES, build, snapshot
 from torch import nn
 
 from hf_featreuse import (
+    BlockCost,
     BlockError,
     FeatureReuse,
     FeatureReuseSchedule,
+    StepCosts,
     StepKind,
     StepPlan,
     find_residual_blocks,
@@ -312,6 +315,18 @@ def test_blocks_that_count_alike_are_run_once(monkeypatch):
 def test_a_stem_of_several_layers_is_counted_only_if_it_trains(train_trunk):
     stem = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
     check_shares(Stack(stem, [Repeated(1), Repeated(1)]), torch.randn(1, 16, 3), train_trunk)
+
+
+@pytest.mark.parametrize("train_trunk", ["all", "head", "none"])
+@pytest.mark.parametrize("kind", [StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE])
+def test_one_set_costs_what_a_single_sample_with_this_set_costs(kind, train_trunk):
+    blocks = tuple(BlockCost(trained=300 + i, lowest=200 + i, frozen=190 + i, resting=100 + i) for i in range(5))
+    costs = StepCosts(4000, blocks, (10, 1, 2, 3, 4, 50), (True, False, False, False, False, True), train_trunk)
+    for size in range(6):
+        for dropped in itertools.combinations(range(5), size):
+            masks = np.zeros((1, 5), dtype=bool)
+            masks[0, list(dropped)] = True
+            assert costs.share(StepPlan(kind, dropped)) == costs.share(StepPlan(kind, sample_masks=masks)), dropped
 
 
 # The counter
