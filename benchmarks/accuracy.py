@@ -117,6 +117,11 @@ def _variant_defaults() -> dict[str, Any]:
     return {option.name: option.default for option in fields(VariantConfig) if option.name in VARIANTS}
 
 
+def run_of(line: dict[str, Any]) -> Run:
+    """The run that a line is of."""
+    return Run(**{option.name: line[option.name] for option in fields(Run)})
+
+
 def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: str) -> VariantTrainer:
     task = TASKS[run.task]
     recipe = run.recipe
@@ -285,7 +290,7 @@ def applies(arm: str, model_type: str, budget: str) -> bool:
     return arm != "vanilla" or budget == "steps"
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["digits"], choices=TASKS)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
@@ -311,11 +316,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
     parser.add_argument("--keep", type=Path, help="Folder for the trained models, one folder each.")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
     if options.data is None and any(TASKS[task].data for task in options.tasks):
         parser.error("these tasks need `--data`, the name or folder of CIFAR-10, such as uoft-cs/cifar10")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    known = {Run(**{option.name: line[option.name] for option in fields(Run)}).key for line in read(options.out)}
+    known = {run_of(line).key for line in read(options.out)}
     runs = [run for run in planned(options) if run.key not in known]
     print(f"{len(runs)} runs to do, {len(planned(options)) - len(runs)} done before")
     context = multiprocessing.get_context("spawn")
