@@ -101,7 +101,7 @@ def find_residual_blocks(
 ) -> list[ResidualBlock]:
     """Find the skippable residual blocks of a model in the order in which the forward calls them.
 
-    Costs little more than one forward of a small batch. Random states, buffers, gradients, modes and attributes stay
+    Costs one to two forwards of a small batch. Random states, buffers, gradients, modes and attributes stay
     as they are; no loss is asked for.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,8 +12,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_featreuse.errors import BlockError, ConfigurationError, StepError
+from hf_featreuse.errors import ConfigurationError, StepError
 from hf_featreuse.method.batch_norm import count_batches_once, norm_layers
+from hf_featreuse.method.binding_checks import check_blocks, check_checkpointing, check_window
 from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_outputs, check_scalable
 from hf_featreuse.method.freezing import FrozenBatchNorm, changing_layers, freeze, own_parameters, trunk_modules
 from hf_featreuse.method.frozen_buffers import FrozenBuffers
@@ -94,8 +94,8 @@ class FeatureReuse:
         frozen_batch_norm: FrozenBatchNorm = "batch",
         allow_inexact_skip: bool = False,
     ) -> None:
-        _check_blocks(model, blocks, schedule)
-        _check_window(schedule)
+        check_blocks(model, blocks, schedule)
+        check_window(schedule)
         if schedule.alternates:
             check_checkpointing(model)
             check_outputs(blocks)
@@ -133,6 +133,11 @@ class FeatureReuse:
         self._has_shared = max(counted.values(), default=1) > 1
         held = ((module, name, p) for part in parts for module in part for name, p in module._parameters.items())
         self._witness = next(((module, name, p) for module, name, p in held if p is not None), None)
+
+    @property
+    def _is_distributed(self) -> bool:
+        distributed = torch.distributed
+        return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
     @property
     def trunk_trains(self) -> bool:
@@ -217,7 +222,7 @@ class FeatureReuse:
 
     def _contexts(self, plan: StepPlan, global_step: int) -> Iterator[contextlib.AbstractContextManager[None]]:
         """What is open during a step."""
-        if plan.sample_masks is not None and num_processes() > 1:
+        if plan.sample_masks is not None and self._is_distributed:
             self._check_some_sample_trains(plan, global_step)
         if plan.kind is not StepKind.VANILLA:
             yield backward_inside(self.model, f"step({global_step})")
@@ -333,70 +338,3 @@ class FeatureReuse:
             f"`{name}` must not move in this {plan.kind.value} step but holds a gradient from before, which the "
             f"optimizer would apply. {cause}Call `optimizer.zero_grad(set_to_none=True)` after every optimizer step."
         )
-
-
-def num_processes() -> int:
-    """How many processes train together."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def check_checkpointing(model: nn.Module) -> None:
-    """Raise `ConfigurationError` if the model uses reentrant activation checkpointing."""
-    for name, module in model.named_modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        # Left out or None, it means True to torch.
-        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False:
-            raise ConfigurationError(
-                f"{name or type(model).__name__} uses reentrant activation checkpointing, which fails or loses "
-                "gradients where the input of a checkpointed part is frozen. Set "
-                '`activation_checkpointing_kwargs={"use_reentrant": False}`, called `gradient_checkpointing_kwargs` '
-                "before transformers 5.23."
-            )
-
-
-def _check_window(schedule: FeatureReuseSchedule) -> None:
-    """Warn if the window is too short for one cycle, so that some kinds of step never come."""
-    if not schedule.alternates or schedule.last_step is None:
-        return
-    steps = max(schedule.last_step - schedule.first_step + 1, 0)
-    if steps < schedule.steps_per_cycle:
-        logger.warning(
-            f"The window from `first_step={schedule.first_step}` to `last_step={schedule.last_step}` has {steps} "
-            f"optimizer steps and holds no cycle of {schedule.steps_per_cycle}, so not all kinds of step take place. "
-            "Widen the window, or shorten the cycle."
-        )
-
-
-def _check_blocks(model: nn.Module, blocks: Sequence[ResidualBlock], schedule: FeatureReuseSchedule) -> None:
-    if not blocks and schedule.alternates:
-        raise BlockError(
-            f"`blocks` is empty, but the schedule drops blocks, of which it expects {schedule.num_blocks}. Pass "
-            "`trainable_blocks(model, find_residual_blocks(model))` and a schedule for as many, or train plainly with "
-            "`FeatureReuseSchedule(0, drop_rate=0)`."
-        )
-    if len(blocks) != schedule.num_blocks:
-        raise BlockError(
-            f"The schedule is for {schedule.num_blocks} blocks, but {len(blocks)} were passed. Build it with "
-            f"`FeatureReuseSchedule({len(blocks)}, ...)`."
-        )
-    modules = {id(module) for module in model.modules()}
-    seen: dict[int, str] = {}
-    for block in blocks:
-        if id(block.module) not in modules:
-            raise BlockError(
-                f"Block {block.name} is not a part of this {type(model).__name__}: it was found in another model, or "
-                "the model was replaced since. Call `find_residual_blocks` on the model that trains."
-            )
-        if not block.has_trainable_parameters and schedule.alternates:
-            raise BlockError(
-                f"Block {block.name} holds no parameter that requires gradients. Filter the blocks with "
-                "`trainable_blocks(model, blocks)`."
-            )
-        for module in block.module.modules():
-            if id(module) in seen:
-                raise BlockError(
-                    f"Blocks {seen[id(module)]} and {block.name} share modules. Pass each block once, and none "
-                    "that contains another."
-                )
-            seen[id(module)] = block.name

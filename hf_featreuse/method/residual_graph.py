@@ -4,11 +4,12 @@ A module is residual where walking back from its first output in the autograd gr
 only, arrives at one of its inputs. No table of classes is needed, so a new architecture needs no change here.
 
 That forward is in eval mode, where nothing is dropped by chance. Dropout on a shortcut and outputs of training alone
-show in a second look, at the blocks only; large ones run on the meta device then, which does no arithmetic.
+show in a second look, at the blocks only, and of blocks that are alike at one.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -16,7 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_featreuse.errors import BlockError
 from hf_featreuse.method.batch_arguments import named_tensors
@@ -24,9 +25,6 @@ from hf_featreuse.method.dummy_forward import check_not_inference, model_inputs,
 from hf_featreuse.method.graph_walk import Edge, comes_from_softmax, edge_of, find_branch, walk_back
 
 NOT_SHOWN = "the graph of a forward does not show all that it returns to be its input plus something"
-
-# Parameters of a module that runs on its own device in less time than on the meta device.
-_SMALL = 1_000_000
 
 Key = int | str
 # Positional arguments and keyword arguments.
@@ -129,59 +127,70 @@ def trace_calls(
 def calls_in_training(
     model: nn.Module, modules: Mapping[str, nn.Module], arguments: Mapping[str, list[Arguments]]
 ) -> dict[str, list[Call]]:
-    """Run some modules again in training mode and read their calls.
+    """Run some modules again in training mode and read their calls; of modules that are alike, one.
 
     Left out is a module that fails in training mode, for instance as it wants more than one sample.
     """
-    calls = {}
+    calls: dict[str, list[Call]] = {}
+    known: dict[tuple, list[Call] | None] = {}
     with undisturbed(model):
         for name, module in modules.items():
-            for part in module.modules():
-                # Norms with statistics want more than one value per channel to train on.
-                part.training = not part._buffers
-                if "gradient_checkpointing" in part.__dict__:
-                    part.__dict__["gradient_checkpointing"] = False
-            # CvT's own drop path drops the sum, which is not our business.
-            masked = own_drop_path_rate(module) > 0
-            large = sum(parameter.numel() for parameter in module.parameters()) > _SMALL
-            for device in ("meta", None) if large else (None,):
-                try:
-                    made = [_run_again(module, call, device) for call in arguments[name]]
-                except Exception:
-                    continue
-                calls[name] = [_read(given, output, in_training=True, masked=masked) for given, output in made]
-                break
+            key = _likeness(module, arguments[name])
+            if key not in known:
+                known[key] = _calls_in_training(module, arguments[name])
+            if (made := known[key]) is not None:
+                calls[name] = made
     return calls
 
 
-class _Forward(nn.Module):
-    """A module without the hooks on its call."""
+def _likeness(module: nn.Module, calls: list[Arguments]) -> tuple:
+    """What modules have in common that do the same in training mode: all but the values of their tensors."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+    def described(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.shape, value.dtype, value.requires_grad
+        if isinstance(value, (tuple, list)):
+            return type(value), *map(described, value)
+        return value if type(value) in (bool, int, float, str, type(None)) else id(value)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.forward(*args, **kwargs)
+    def attributes(part: nn.Module) -> tuple:
+        own = ((name, described(value)) for name, value in part.__dict__.items() if not name.startswith("_"))
+        hooks = id(part) if part._forward_hooks or part._forward_pre_hooks else 0
+        return type(part), hooks, *own
+
+    leaves = [[described(leaf) for leaf in tree_leaves(call)] for call in calls]
+    parts = tuple((name, attributes(part)) for name, part in module.named_modules())
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    return parts, str(leaves), tuple((name, described(tensor)) for name, tensor in tensors)
 
 
-def _run_again(module: nn.Module, call: Arguments, device: str | None) -> tuple[list[_Argument], Any]:
-    """The arguments and the output of a call on copies of the tensors, or on meta tensors of the same kind."""
+def _calls_in_training(module: nn.Module, arguments: list[Arguments]) -> list[Call] | None:
+    """The calls of one module in training mode; `None` if it fails."""
+    for part in module.modules():
+        # Norms with statistics want more than one value per channel to train on.
+        part.training = not part._buffers
+        if "gradient_checkpointing" in part.__dict__:
+            part.__dict__["gradient_checkpointing"] = False
+    try:
+        made = [_run_again(module, call) for call in arguments]
+    except Exception:
+        return None
+    # CvT's own drop path drops the sum, which is not our business.
+    masked = own_drop_path_rate(module) > 0
+    return [_read(given, output, in_training=True, masked=masked) for given, output in made]
+
+
+def _run_again(module: nn.Module, call: Arguments) -> tuple[list[_Argument], Any]:
+    """The arguments and the output of a call on copies of the tensors, without the hooks on the call."""
     copies: dict[int, torch.Tensor] = {}
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in copies:
-            same = torch.empty_like(tensor, device=device) if device else tensor.detach()
-            copies[id(tensor)] = same.requires_grad_(tensor.requires_grad).clone()
+            copies[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad).clone()
         return copies[id(tensor)]
 
     args, kwargs = tree_map_only(torch.Tensor, copied, call)
-    given = _arguments(args, kwargs)
-    if device is None:
-        return given, module.forward(*args, **kwargs)
-    held = (*module.named_parameters(prefix="module"), *module.named_buffers(prefix="module"))
-    state = {name: torch.empty_like(tensor, device=device) for name, tensor in held}
-    return given, torch.func.functional_call(_Forward(module), state, args, kwargs)
+    return _arguments(args, kwargs), module.forward(*args, **kwargs)
 
 
 class _Tracer:

@@ -24,7 +24,6 @@ from hf_featreuse import (
     compile_blocks,
     find_residual_blocks,
 )
-from hf_featreuse.method import feature_reuse
 
 # A step
 
@@ -275,7 +274,7 @@ def test_a_process_whose_samples_train_nothing_does_not_let_the_others_wait(trun
     before = tiny_models.snapshot(model)
     with reuse.step(idle, batch_size=1):
         model(**tiny_models.batch(1)).loss.backward()
-    monkeypatch.setattr(feature_reuse, "num_processes", lambda: 2)
+    monkeypatch.setattr(FeatureReuse, "_is_distributed", True)
     model.zero_grad(set_to_none=True)
     if trunk == "none":
         with (
