@@ -27,11 +27,11 @@ _TORCH_FILES = (".pt", ".pth", ".bin")
 
 
 class FaultError(Exception):
-    """What is wrong with a checkpoint, in words that follow its path; raised and caught in this folder alone."""
+    """What is wrong with a checkpoint, in words that follow its path; raised and caught only in this folder."""
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Everything in a checkpoint folder that is no directory; links are followed, each directory is read once.
+    """Everything in a checkpoint folder that is not a directory; links are followed, each directory is read once.
 
     Checkpoints inside, as in the folder of a run, are not part of it.
     """

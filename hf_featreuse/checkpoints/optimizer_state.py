@@ -94,7 +94,7 @@ def _compare(path: Path, name: str, state: Mapping[str, Any], wanted: Mapping[st
 
 
 def _expected(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Any]]:
-    """Shapes by name of the state that a step makes, for each parameter; of what is no tensor `None`."""
+    """Shapes by name of the state that a step makes, for each parameter; `None` for what is not a tensor."""
     with complete_state(model, optimizer):
         return {
             parameter: {

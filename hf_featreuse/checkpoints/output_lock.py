@@ -38,7 +38,7 @@ def output_lock(folder: str | Path) -> Iterator[None]:
             f"`output_dir={str(folder)!r}` is in use: {_holder(path)} trains into it, and two runs would overwrite "
             "each other's checkpoints. Pass another `output_dir`, or wait for the end of that run."
         ) from error
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # The second on a system without locks.
         logger.warning(
             f"{folder} cannot be locked ({error}), so a second process that trains into it would not be noticed."
         )

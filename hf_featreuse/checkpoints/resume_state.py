@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides Trainer's own files: sums behind the logs, settings, and digests of its files.
+"""What a checkpoint holds in addition to Trainer's own files: sums behind the logs, settings, digests.
 
 transformers 5.23 keeps these sums in memory alone, so the first `loss` after a resume is another one. One small JSON
 file a rank is written before `trainer_state.json`, which closes a checkpoint. It records an xxh3 digest of each file
@@ -160,7 +160,7 @@ def _resaved(folder: Path, files: Mapping[str, Any] | list[str]) -> set[str]:
     """The recorded weight files, if all of them are gone and other weights are there, complete."""
     recorded = {name for name in files if _is_weights(name)}
     there = {path.name for path in folder.iterdir() if _is_weights(path.name)}
-    # A shard alone, without its index, is a part of the weights.
+    # A single shard, without its index, is a part of the weights.
     complete = there & {"model.safetensors", "pytorch_model.bin"} or list(folder.glob("*.index.json"))
     return recorded if recorded and there and not recorded & there and complete else set()
 

@@ -1,6 +1,6 @@
 """Folders of `torch.distributed.checkpoint`, read by their known parts before torch reads them.
 
-torch 2.13 unpickles both the index of such a folder, `.metadata`, and every value in its shards that is no tensor.
+torch 2.13 unpickles both the index of such a folder, `.metadata`, and every value in its shards that is not a tensor.
 Either could run code, so both are checked here: the index by the classes that it is made of, the values by
 `torch.load(weights_only=True)`.
 """
@@ -34,7 +34,7 @@ class _ForeignNameError(pickle.UnpicklingError):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Read an index by its known parts alone: any other name could run code."""
+    """Read only the known parts of an index: any other name could run code."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         is_dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
@@ -68,8 +68,8 @@ def _check_index(path: Path, name: str) -> None:
             index = _IndexUnpickler(file).load()
     except _ForeignNameError as error:
         raise FaultError(
-            f"{name} names {error}, which is no part of a checkpoint and could run code when it is read; nothing of "
-            "it was run"
+            f"{name} names {error}, which is not a part of a checkpoint and could run code when it is read; nothing "
+            "of it was run"
         ) from error
     # Of bad data pickle raises errors of many classes.
     except Exception as error:

@@ -74,7 +74,7 @@ def build_model_card(
         from_pretrained (`bool`, defaults to `True`): whether transformers loads the model, or the adapter's base; of
             other modules the card shows how to load the weights.
         has_processor (`bool`, defaults to `True`): whether an image processor lies beside the model. `pipeline` needs
-            it, so without one the card shows how to load the model alone.
+            it, so without one the card shows how to load only the model.
 
     Names and values are quoted: Markdown, HTML and line ends in them mean themselves.
 

@@ -136,7 +136,7 @@ def check_folder_to_push(folder: Path, repo_id: str, *, new_card: bool = False) 
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ConfigurationError(
-            f"`{repo_id}` is no repository id: {first_sentence(error)} Pass `owner/name`."
+            f"`{repo_id}` is not a repository id: {first_sentence(error)} Pass `owner/name`."
         ) from error
     if not folder.is_dir():
         raise ConfigurationError(

@@ -106,7 +106,7 @@ def _asked_to_wait(headers: Any) -> int:
 
 
 class _LimitedStream(SyncByteStream):
-    """The body of an answer, cut off with an error where it is too long or takes too long."""
+    """The body of an answer, cut off with an error if it is too long or takes too long."""
 
     def __init__(self, stream: Any, compressed: bool) -> None:
         self.stream, self.most = stream, COMPRESSED_BYTES if compressed else ANSWER_BYTES

@@ -15,7 +15,7 @@ Two kinds of optimizer step alternate over random sets D of a network's residual
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-What they rest on: `dummy_forward`, `residual_graph` and `graph_walk` find blocks, `targets` chooses among them,
+What they build on: `dummy_forward`, `residual_graph` and `graph_walk` find blocks, `targets` chooses among them,
 `draws` holds the random sets, `class_swap` changes what a module does for a while; `per_sample`, `batch_arguments` and
 `samples_apart` give each sample its own set; `batch_norm`, `frozen_buffers`, `compiling` and `fsdp` keep a step exact
 with running statistics, compiled blocks and sharded weights; `late_backward` reports a backward that comes too late,

@@ -31,7 +31,7 @@ class ResidualBlock:
     Args:
         name (`str`): qualified name in the model, as in `model.named_modules()`.
         module (`torch.nn.Module`): the block.
-        exact (`bool`): whether the graph shows the shortcut to be an identity to the bit, so that skipping equals a
+        exact (`bool`): whether the graph shows the shortcut to be a bitwise identity, so that skipping equals a
             zero branch. `False` if an activation follows the addition and changes the input again, such as GELU; if
             the shortcut moves or scales values, or has dropout; if several inputs are added up in the output; if only
             the first of two streams is seen to be kept; and for a block named in `target_blocks` that is not seen to
@@ -310,10 +310,10 @@ def check_exact(blocks: Sequence[ResidualBlock]) -> None:
     """Raise `BlockError` if skipping one of the blocks is not known to equal a zero residual branch."""
     inexact = [block for block in blocks if not block.exact]
     if inexact:
-        mend = "Use an activation that keeps its own output, such as ReLU, leave" if inexact[0].activation else "Leave"
+        fix = "Use an activation that keeps its own output, such as ReLU, leave" if inexact[0].activation else "Leave"
         raise BlockError(
             f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: "
-            f"{inexact[0].inexact or NOT_SHOWN} ({len(inexact)} of {len(blocks)} blocks). {mend} these blocks "
+            f"{inexact[0].inexact or NOT_SHOWN} ({len(inexact)} of {len(blocks)} blocks). {fix} these blocks "
             "out with `target_blocks`, or set `allow_inexact_skip=True` to drop them all the same."
         )
 

@@ -141,7 +141,7 @@ class FeatureReuse:
 
     @property
     def trunk_trains(self) -> bool:
-        # Inside a masked-freeze step the trunk may be frozen for the step alone.
+        # Inside a masked-freeze step the trunk may be frozen for only this step.
         if self.current_plan is None:
             self._trunk_trains = any(parameter.requires_grad for parameter in self._trunk)
         return self._trunk_trains

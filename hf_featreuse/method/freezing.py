@@ -117,7 +117,7 @@ def freeze(
 def _frozen_class(plain: type[nn.Module], frozen_batch_norm: FrozenBatchNorm) -> type[nn.Module]:
     """The class of a frozen BatchNorm layer.
 
-    In training `track_running_stats` alone decides whether the statistics move; with `training` off they are used. The
+    In training only `track_running_stats` decides whether the statistics move; with `training` off they are used. The
     layer's own attributes stay what they are, so that `model.train()`, which Trainer calls in every step, and copies
     made meanwhile change nothing.
     """

@@ -53,7 +53,7 @@ class FrozenBuffers:
 
 
 def _heeds_flag(module: nn.Module) -> bool:
-    """Whether `track_running_stats` alone decides that the buffers of a module move."""
+    """Whether only `track_running_stats` decides that the buffers of a module move."""
     return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 

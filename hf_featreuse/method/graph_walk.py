@@ -22,7 +22,7 @@ _ACTIVATIONS = (
     "Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Mish", "PreluKernel", "Relu",
     "Sigmoid", "Silu", "Softplus", "Tanh",
 )  # fmt: skip
-# Activations that leave their own output unchanged: after one of these, the shortcut is an identity to the bit.
+# Activations that leave their own output unchanged: after one of these, the shortcut is a bitwise identity.
 _IDEMPOTENT = ("Relu", "Hardtanh")
 _KEEPS_RANGE = (*_VIEWS, "MaxPool2DWithIndices", "MaxPool2D")
 _MASKS = ("Div", "Mul", "NativeDropout")
@@ -40,7 +40,7 @@ class Arrival:
     Args:
         edge (`tuple`): of the input.
         activation (`str`, *optional*): after the last addition.
-        inexact (`str`): why the tensor is not that input plus something, to the bit; empty if it is.
+        inexact (`str`): why the tensor is not bitwise that input plus something; empty if it is.
     """
 
     edge: Edge

@@ -3,7 +3,7 @@
 A module is residual where walking back from its first output in the autograd graph, through additions, views and casts
 only, arrives at one of its inputs. No table of classes is needed, so a new architecture needs no change here.
 
-That forward is in eval mode, where nothing is dropped by chance. Dropout on a shortcut and outputs of training alone
+That forward is in eval mode, where nothing is dropped by chance. Dropout on a shortcut and outputs of only training
 show in a second look, at the blocks only, and of blocks that are alike at one.
 """
 
@@ -47,7 +47,7 @@ class Call:
     Args:
         key (`int` or `str`, *optional*): position or keyword of the argument that can be the residual stream.
         shown (`bool`): whether the graph shows the first output to be that argument plus something.
-        inexact (`str`): why it does not show the shortcut to be an identity to the bit; empty if it does.
+        inexact (`str`): why it does not show the shortcut to be a bitwise identity; empty if it does.
         activation (`str`, *optional*): after the addition.
         num_outputs (`int`, *optional*): length of the tuple returned; `None` for a bare tensor.
         passed_on (`tuple`): for each further output, the key of the argument it hands on, or `None`.
@@ -279,7 +279,7 @@ def _has_graph(value: Any) -> TypeGuard[torch.Tensor]:
 def _read(arguments: list[_Argument], output: Any, *, in_training: bool = False, masked: bool = False) -> Call:
     """What one call says: which argument the graph shows to be the stream, else which its shape lets be.
 
-    In training mode a block may skip itself by chance, so that returning the stream alone is no fault; `masked` lets
+    In training mode a block may skip itself by chance, so that returning only the stream is not a fault; `masked` lets
     a random mask follow the addition.
     """
     outputs = list(output) if isinstance(output, (tuple, list)) else [output]

@@ -28,7 +28,7 @@ def target_entries(target_blocks: str | Sequence[str], candidates: str) -> list[
 
 
 def _expression(text: str, candidates: str) -> Callable[[str], bool]:
-    """The test of a regular expression of Python; `regex` alone can give up on one that would take years."""
+    """The test of a regular expression of Python; only `regex` can give up on one that would take years."""
     try:
         re.compile(text)
         counts = [int(count or 1) for pair in _REPEATS.findall(text) for count in pair]
@@ -37,7 +37,7 @@ def _expression(text: str, candidates: str) -> Callable[[str], bool]:
         pattern = regex.compile(text)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise BlockError(
-            f"`target_blocks={flat(text)[:200]!r}` is no regular expression: {flat(error)}. {candidates}"
+            f"`target_blocks={flat(text)[:200]!r}` is not a regular expression: {flat(error)}. {candidates}"
         ) from None
 
     def matches(name: str) -> bool:

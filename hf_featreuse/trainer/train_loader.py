@@ -223,7 +223,7 @@ def _generators(part: Any) -> list[torch.Generator]:
 
 
 def _with_labels(digest: torch.Tensor, batch: Any) -> torch.Tensor:
-    """A digest that goes on with the whole numbers of a batch, one per sample; nothing waits for the device."""
+    """A digest that continues with the whole numbers of a batch, one per sample; nothing waits for the device."""
     for tensor in batch.values() if isinstance(batch, Mapping) else ():
         if isinstance(tensor, torch.Tensor) and tensor.ndim == 1 and not tensor.is_floating_point():
             weights = torch.arange(1, len(tensor) + 1, device=tensor.device)

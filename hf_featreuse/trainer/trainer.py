@@ -172,8 +172,9 @@ class FeatureReuseTrainer(ResumableTrainer):
         self._take_up_recipe()
         # Before all others: what a tracker logs at the end of training is the model that was evaluated.
         self.callback_handler.callbacks.insert(0, FollowWeights(lambda: self.recipe))
-        was_skipped = lambda: self.accelerator.optimizer_step_was_skipped  # noqa: E731
-        self.callback_handler.callbacks.insert(0, InactiveParameters(lambda: self.step_kind, was_skipped))
+        self.callback_handler.callbacks.insert(
+            0, InactiveParameters(lambda: self.step_kind, lambda: self.accelerator.optimizer_step_was_skipped)
+        )
         self.add_callback(SchedulePicture(self))
         self.add_callback(ConsoleCallback(self))
 

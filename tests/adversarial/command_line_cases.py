@@ -64,12 +64,15 @@ INSPECT = [
     Case("inspect vit --vanilla_steps -1", "`vanilla_steps=-1`"),
     Case("inspect vit --vanilla_steps 1.5", "invalid int value", 2),
     Case("inspect vit --target_blocks", "expected at least one argument", 2),
-    *(Case(("inspect", "vit", "--target_blocks", e), "is no regular expression") for e in ("(", "[", "a{9999999999}")),
-    Case(("inspect", "vit", "--target_blocks", "(" * 9_000), "is no regular expression"),
+    *(
+        Case(("inspect", "vit", "--target_blocks", e), "is not a regular expression")
+        for e in ("(", "[", "a{9999999999}")
+    ),
+    Case(("inspect", "vit", "--target_blocks", "(" * 9_000), "is not a regular expression"),
     Case(("inspect", "vit", "--target_blocks", "((a{1000}){1000}){1000}"), "repeats its parts too often"),
     Case(("inspect", "vit", "--target_blocks", ENDLESS), "takes too long"),
     Case(("inspect", "vit", "--target_blocks", "(.*)*x"), "matches no residual block"),
-    Case(("inspect", "vit", "--target_blocks", "(?R)"), "is no regular expression"),
+    Case(("inspect", "vit", "--target_blocks", "(?R)"), "is not a regular expression"),
     *(Case(("inspect", "vit", "--target_blocks", word), "`target_blocks=") for word in CONTROLS),
     Case(("inspect", "vit", "--target_blocks", ""), "is empty"),
     Case(("inspect", "vit", "--target_blocks", "layers.0", ""), "is empty"),
@@ -107,7 +110,7 @@ ANALYZE = [
     Case(("analyze", "{tiny}", "--data", "{file}", *_OUT), "ata"),
     Case(("analyze", "{tiny}", "--data", "", *_OUT), "is empty"),
     Case(("analyze", "{tiny}", "--target_blocks", ENDLESS, *_OUT), "takes too long"),
-    Case(("analyze", "{tiny}", "--target_blocks", "(", *_OUT), "is no regular expression"),
+    Case(("analyze", "{tiny}", "--target_blocks", "(", *_OUT), "is not a regular expression"),
     Case(("analyze", "{tiny}", "--output_dir", ""), "is empty"),
     Case(("analyze", "{tiny}", "--output_dir", "{full}"), "is not empty"),
     Case(("analyze", "{tiny}", "--output_dir", "{file}"), "cannot be written"),
@@ -131,7 +134,7 @@ PRUNE = [
     Case(("prune", "{tiny}", "--keep", ".*", *_OUT), "Nothing to drop"),
     Case(("prune", "{tiny}", "--keep", ",", *_OUT), "would go"),
     Case(("prune", "{tiny}", "--drop", ENDLESS, *_OUT), "takes too long"),
-    Case(("prune", "{tiny}", "--drop", "(", *_OUT), "is no regular expression"),
+    Case(("prune", "{tiny}", "--drop", "(", *_OUT), "is not a regular expression"),
     *(Case(("prune", "{tiny}", "--drop", word, *_OUT), "`target_blocks=") for word in CONTROLS),
     Case(("prune", "{tiny}", "--budget", "1", *_OUT), "needs `--data`"),
     *(
@@ -160,7 +163,7 @@ PRUNE = [
 
 PUSH = [
     *(
-        Case(("push", "{tiny}", repo), "is no repository id")
+        Case(("push", "{tiny}", repo), "is not a repository id")
         for repo in (*CONTROLS, "a/b/c", "a b", "a/..b", "x" * 200)
     ),
     Case(("push", "{tiny}", ""), "is empty"),
@@ -248,7 +251,7 @@ EXAMPLE = [
     Case(("--output_dir", "y" * 300), "cannot be written"),
     Case("--output_dir {full}", "is not empty"),
     Case(("--target_blocks", ENDLESS), "takes too long"),
-    Case(("--target_blocks", "("), "is no regular expression"),
+    Case(("--target_blocks", "("), "is not a regular expression"),
     Case(("--target_blocks", ESCAPE), "`target_blocks="),
     Case(("--target_blocks", ""), "selects nothing"),
     Case("--drop_rate_schedule sideways", "sideways"),

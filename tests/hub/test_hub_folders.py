@@ -115,7 +115,7 @@ def test_the_private_names_are_those_below_the_folder_alone(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "repo", "error", "message"),
     [
-        (lambda _: None, "ada/x/y", ConfigurationError, "no repository id.*owner/name"),
+        (lambda _: None, "ada/x/y", ConfigurationError, "not a repository id.*owner/name"),
         (lambda _: None, "ada/x", ConfigurationError, "no model card.*--new_card"),
         (lambda f: (f / "model.safetensors").unlink(), "ada/x", ConfigurationError, "holds no model"),
         (lambda f: (f / "config.json").unlink(), "ada/x", ConfigurationError, "holds no model"),

@@ -66,7 +66,7 @@ def test_target_that_matches_nothing_names_the_candidates(target, named):
 
 
 def test_bad_regular_expression_is_named():
-    with pytest.raises(BlockError, match=r"`target_blocks='\(layers'` is no regular expression") as caught:
+    with pytest.raises(BlockError, match=r"`target_blocks='\(layers'` is not a regular expression") as caught:
         select("(layers")
     assert FOUND[0] in str(caught.value)
 

@@ -27,7 +27,7 @@ def test_an_expression_that_would_take_years_ends(text, monkeypatch):
     ],
 )
 def test_what_is_no_expression_of_python_is_refused(text, why):
-    with pytest.raises(BlockError, match=f"no regular expression: .*({why}).*Candidates"):
+    with pytest.raises(BlockError, match=f"not a regular expression: .*({why}).*Candidates"):
         match_targets(NAMES, text, "ViT")
 
 
