@@ -2,7 +2,8 @@
 
 The client has none: a server that is silent, that sends without end or that asks to wait for a day would hold a push
 for good. The limits are hooks of the client that `set_client_factory` makes, around that of the user if there is one,
-and do nothing while no push runs.
+and do nothing while no push runs. They leave alone what a push never asks for: downloads of files, such as a data set
+that is streamed while a push runs in the background, may be large and come from another server.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
+from huggingface_hub import constants
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import hf_raise_for_status, set_client_factory
 
@@ -24,6 +27,7 @@ SILENCE_SECONDS, ANSWER_SECONDS, WAIT_SECONDS = 60.0, 300.0, 300
 # Bytes of an answer: all are JSON, a few kilobytes; what is compressed, though nobody asked for it, may unfold.
 ANSWER_BYTES, COMPRESSED_BYTES = 16 << 20, 64 << 10
 _RESET, _AFTER = re.compile(r";\s*t\s*=\s*(\d+)", re.ASCII), re.compile(r"^\s*(\d+)\s*$", re.ASCII)
+_API = f"{urlsplit(constants.ENDPOINT).path.rstrip('/')}/api/"
 _CONFLICT = "another conflicting operation is in progress"
 
 _lock = threading.Lock()
@@ -69,7 +73,7 @@ class _LimitedClients:
 
 def _before(request: Any) -> None:
     """Give a request the timeouts that it lacks."""
-    if _running:
+    if _running and _is_of_pushes(request):
         given = request.extensions.get("timeout") or {}
         kinds = ("connect", "read", "write", "pool")
         limits = {kind: SILENCE_SECONDS if given.get(kind) is None else given[kind] for kind in kinds}
@@ -79,7 +83,7 @@ def _before(request: Any) -> None:
 
 def _after(response: Any) -> None:
     """Limit the body of an answer, and refuse what would send the client elsewhere or to sleep."""
-    if not _running:
+    if not _running or not _is_of_pushes(response.request):
         return
     response.stream = _LimitedStream(response.stream, "Content-Encoding" in response.headers)
     request = response.request
@@ -97,6 +101,11 @@ def _after(response: Any) -> None:
             raise BusyServer(_CONFLICT)
     if response.status_code not in (200, 400) and request.url.path.endswith("/validate-yaml"):
         hf_raise_for_status(response)
+
+
+def _is_of_pushes(request: Any) -> bool:
+    """Whether a push makes such requests: all that change something, and those to the API of the Hub."""
+    return request.method not in ("GET", "HEAD") or request.url.path.startswith(_API)
 
 
 def _asked_to_wait(headers: Any) -> int:
