@@ -53,6 +53,24 @@ _CIFAR10 = {
 }
 # Animals and vehicles on both sides.
 _SIX, _FOUR = (0, 1, 2, 3, 4, 8), (5, 6, 7, 9)
+
+
+def _finetune(images: int, steps: int) -> Task:
+    """Four classes, learnt from so many images after plain training on the six others."""
+    return Task(
+        32,
+        steps,
+        _CIFAR10,
+        data=True,
+        train_images=images,
+        test_images=4000,
+        classes=_FOUR,
+        start="six-classes",
+        shift=4,
+        recipe={"learning_rate": 5e-4},
+    )
+
+
 TASKS = {
     "digits": Task(8, 400, _DIGITS),
     "digits-few": Task(8, 400, _DIGITS, train_images=150),
@@ -70,18 +88,8 @@ TASKS = {
     ),
     "cifar10-few": Task(32, 600, _CIFAR10, data=True, train_images=500, test_images=4000, shift=4),
     "six-classes": Task(32, 2000, _CIFAR10, data=True, classes=_SIX, test_images=4000, shift=4),
-    "finetune": Task(
-        32,
-        200,
-        _CIFAR10,
-        data=True,
-        train_images=400,
-        test_images=4000,
-        classes=_FOUR,
-        start="six-classes",
-        shift=4,
-        recipe={"learning_rate": 5e-4},
-    ),
+    "finetune": _finetune(400, 200),
+    "finetune-more": _finetune(2000, 400),
 }
 # Peak of the one-cycle schedule, AdamW's weight decay, label smoothing, standard deviation of a model's first weights.
 RECIPE = {"learning_rate": 1e-3, "weight_decay": 0.05, "label_smoothing": 0.0, "first_weights": None}
