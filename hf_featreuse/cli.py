@@ -73,6 +73,13 @@ VERBS = (
         "the model that skips the blocks; what the configuration cannot express is refused.",
     ),
     Verb(
+        name="export",
+        summary="write a trained model for another runtime and check its logits",
+        description="Export a trained image classifier to ONNX, OpenVINO, ExecuTorch or a program of torch.export, for "
+        "any batch size. What was saved is loaded again; its logits are compared with those of the model, and both are "
+        "timed.",
+    ),
+    Verb(
         name="push",
         summary="publish a finished run or a saved model on the Hub",
         description="Push model, image processor, configuration, plot, results and model card of a folder to a "
