@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hf_featreuse.recipe.mixing import BatchMixer, mix_losses
     from hf_featreuse.recipe.weight_average import WeightAverage
     from hf_featreuse.trainer.arguments import FeatureReuseArguments, FeatureReuseConfig
+    from hf_featreuse.trainer.layer_decay import layer_decay_groups
     from hf_featreuse.trainer.resumable import ResumableTrainer
     from hf_featreuse.trainer.trainer import FeatureReuseTrainer
 
@@ -65,6 +66,7 @@ _PLACES = {
     "recipe.mixing": ("BatchMixer", "mix_losses"),
     "recipe.weight_average": ("WeightAverage",),
     "trainer.arguments": ("FeatureReuseArguments", "FeatureReuseConfig"),
+    "trainer.layer_decay": ("layer_decay_groups",),
     "trainer.resumable": ("ResumableTrainer",),
     "trainer.trainer": ("FeatureReuseTrainer",),
 }
@@ -101,6 +103,7 @@ __all__ = [
     "compile_blocks",
     "find_residual_blocks",
     "inspect_model",
+    "layer_decay_groups",
     "measure_step_costs",
     "mix_losses",
     "prune_blocks",

@@ -31,5 +31,8 @@ WHEN = {
     "reuse_seed": "To draw other sets of blocks with the same data order and weights, or the same sets with others.",
     "mixup_alpha": "Long runs from scratch that overfit; 0.8 together with CutMix in the recipe of DeiT.",
     "cutmix_alpha": "The same; 1.0 in the recipe of DeiT.",
+    "layer_decay": "Fine-tuning: 0.65 to 0.75 for a ViT-Base, nearer to 1 for more layers or for much data. From scratch "
+    "leave it off.",
+    "head_lr_multiplier": "Fine-tuning with a new head: up to 10.",
     "ema_decay": "Long runs; 0.999 averages over about 1,000 steps.",
 }

@@ -1,6 +1,6 @@
-"""Whether the optimizer and scheduler state of a checkpoint fits those of the run, before anything of it is loaded.
+"""Check that the optimizer and scheduler state of a checkpoint fits the run, before any of it is loaded.
 
-torch 2.13 checks how many parameters there are, and takes moments of any shape: they are broadcast into the weights,
+torch 2.13 checks only the number of parameters and accepts moments of any shape: they are broadcast into the weights,
 or a fused optimizer reads outside of them.
 """
 
@@ -19,12 +19,12 @@ from hf_featreuse.errors import CheckpointError, ConfigurationError
 from hf_featreuse.method.fsdp import complete_state
 from hf_featreuse.text import kind_and_text
 
-# Entries of schedulers that came or went with versions of torch.
+# Entries of schedulers that only some versions of torch have.
 _OPTIONAL = {"_is_initial", "_get_lr_called_within_step", "_last_lr", "_step_count", "verbose"}
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    """The class of an optimizer, as a checkpoint records it."""
+    """Return the class of an optimizer as a checkpoint records it."""
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
@@ -32,7 +32,7 @@ def check_same_optimizer(saved: object, optimizer: torch.optim.Optimizer) -> Non
     """Raise `ConfigurationError` if another class of optimizer wrote a checkpoint; older ones do not record it."""
     if isinstance(saved, str) and saved != (now := optimizer_name(optimizer)):
         raise ConfigurationError(
-            f"The checkpoint was written with the optimizer {saved}, and this run has {now}, which keeps other "
+            f"The checkpoint was written with the optimizer {saved}, but this run has {now}, which keeps different "
             "moments. Pass the `optim` of that run to resume, or start a new run from the weights of the checkpoint "
             "with `from_pretrained`."
         )
@@ -41,10 +41,10 @@ def check_same_optimizer(saved: object, optimizer: torch.optim.Optimizer) -> Non
 def check_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise `CheckpointError` unless the moments in a checkpoint are those of the parameters that train.
 
-    What is right follows from the optimizer itself: from the state that a step without gradients makes.
+    The expected shapes come from the optimizer itself: from the state that a step without gradients creates.
 
     Args:
-        path (`Path`): the optimizer state in a checkpoint; one that is missing is not checked.
+        path (`Path`): the optimizer state in a checkpoint; nothing is checked if it is missing.
         model (`torch.nn.Module`): the model, not wrapped.
         optimizer (`torch.optim.Optimizer`): new, not wrapped by accelerate.
     """
@@ -54,11 +54,11 @@ def check_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.O
     groups, own = saved["param_groups"], optimizer.param_groups
     sizes, own_sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in own]
     if sizes != own_sizes:
-        raise _misfit(path, f"it has groups of {sizes} parameters, and the optimizer has groups of {own_sizes}")
+        raise _misfit(path, f"it has groups of {sizes} parameters, but the optimizer has groups of {own_sizes}")
     try:
         _expected(model, optimizer)
     except Exception:
-        # An optimizer that takes no such step: a closure is needed, or it is in evaluation mode.
+        # An optimizer that cannot take such a step: it needs a closure, or is in evaluation mode.
         return
     before = copy.copy(optimizer.state_dict())
     try:
@@ -82,19 +82,19 @@ def _compare(path: Path, name: str, state: Mapping[str, Any], wanted: Mapping[st
     if state.keys() != wanted.keys():
         raise _misfit(
             path,
-            f"for {name!r} it holds {sorted(map(str, state))}, and the optimizer keeps {sorted(map(str, wanted))}",
+            f"for {name!r} it holds {sorted(map(str, state))}, but the optimizer keeps {sorted(map(str, wanted))}",
         )
     for key, shape in wanted.items():
         value = state[key]
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else None
-        # Counts are numbers or tensors of one number, as the version of torch has it.
+        # Counts are numbers or tensors of one number, depending on the version of torch.
         is_count = shape in (None, ()) and found in (None, ()) and not isinstance(value, (str, dict))
         if found != shape and not is_count:
-            raise _misfit(path, f"`{key}` of {name!r} has the shape {found}, and that of the optimizer is {shape}")
+            raise _misfit(path, f"`{key}` of {name!r} has shape {found}, but that of the optimizer has shape {shape}")
 
 
 def _expected(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Any]]:
-    """Shapes by name of the state that a step makes, for each parameter; `None` for what is not a tensor."""
+    """Return, for each parameter, the shapes of the state that a step creates; `None` for what is not a tensor."""
     with complete_state(model, optimizer):
         return {
             parameter: {
@@ -109,7 +109,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def check_scheduler_state(path: Path, scheduler: Any) -> None:
-    """Raise `CheckpointError` unless a checkpoint holds what the scheduler of the run keeps, in the same form."""
+    """Raise `CheckpointError` unless a checkpoint holds the entries of the run's scheduler, with the same types."""
     if not path.is_file():
         return
     saved, own = _read(path), scheduler.state_dict()
@@ -117,10 +117,12 @@ def check_scheduler_state(path: Path, scheduler: Any) -> None:
     # `load_state_dict` sets every entry as an attribute, and one could hide a method.
     foreign = sorted(key for key in saved.keys() - own.keys() - _OPTIONAL if hasattr(scheduler, key))
     if missing or foreign:
-        raise _misfit(path, f"{(missing or foreign)[0]!r} is {'missing' if missing else 'not of this scheduler'}")
+        raise _misfit(
+            path, f"{(missing or foreign)[0]!r} is {'missing' if missing else 'not an entry of this scheduler'}"
+        )
     for key in own.keys() & saved.keys():
         if not _same_form(saved[key], own[key]):
-            raise _misfit(path, f"{key!r} is {str(saved[key])[:80]!r}")
+            raise _misfit(path, f"the value of {key!r} is {str(saved[key])[:80]!r}")
 
 
 def _same_form(saved: Any, own: Any) -> bool:
@@ -143,5 +145,5 @@ def _read(path: Path) -> Any:
 def _misfit(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path} does not fit this run: {reason}. Nothing of it was loaded. Resume with the model, `optim` and "
-        "`lr_scheduler_type` that wrote it, or pass the folder of another checkpoint."
+        "`lr_scheduler_type` that wrote it, with `layer_decay` if it had it, or pass the folder of another checkpoint."
     )

@@ -15,6 +15,7 @@ from hf_featreuse.method.freezing import FrozenBatchNorm
 from hf_featreuse.method.schedule import FeatureReuseSchedule, check_options, check_seed, trunk_option
 from hf_featreuse.recipe.mixing import check_alpha
 from hf_featreuse.recipe.weight_average import check_decay
+from hf_featreuse.trainer.layer_decay import check_layer_decay
 
 # Options that go to the schedule as they are.
 _OF_SCHEDULE = (
@@ -218,6 +219,17 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Evaluate and save an exponential moving average of the weights with this decay."},
     )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply the learning rate by this factor from each layer to the one below it: the head has "
+            "learning_rate, the last block layer_decay times that, and so on down to the stem."
+        },
+    )
+    head_lr_multiplier: float = field(
+        default=1.0,
+        metadata={"help": "Multiply the learning rate of what follows the last block (final norm, head) by this."},
+    )
 
     def check_recipe(self) -> None:
         """Raise `ConfigurationError` unless every option is usable."""
@@ -225,6 +237,12 @@ class RecipeArguments:
         check_alpha("cutmix_alpha", self.cutmix_alpha)
         if self.ema_decay is not None:
             check_decay(self.ema_decay)
+        check_layer_decay(self.layer_decay, self.head_lr_multiplier)
+
+    @property
+    def scales_learning_rates(self) -> bool:
+        """Whether layers have learning rates of their own."""
+        return self.layer_decay is not None or self.head_lr_multiplier != 1
 
     @property
     def mixes(self) -> bool:
@@ -271,6 +289,9 @@ class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArgumen
             two, drawn evenly.
         ema_decay (`float`, *optional*): above 0 and below 1: evaluate, and save at the end, an exponential moving
             average of the weights.
+        layer_decay (`float`, *optional*): above 0 and at most 1: factor of the learning rate from each layer to the
+            one below it, as in [`layer_decay_groups`]. The layers are all residual blocks of the model.
+        head_lr_multiplier (`float`, defaults to 1.0): factor of the learning rate of what follows the last block.
 
     Raises:
         ConfigurationError: an option has a value that cannot be used.

@@ -51,6 +51,7 @@ METHODS: Mapping[str, str] = {
     # Begin to train
     "train": "resume_from_checkpoint",
     "_init_training_state": ("max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial"),
+    "create_optimizer": "",
     "_prepare_for_training": "max_steps, train_dataloader, resume_from_checkpoint",
     "_load_from_checkpoint": "resume_from_checkpoint, model",
     "_load_optimizer_and_scheduler": "checkpoint",
@@ -174,13 +175,13 @@ def _advice(library: str) -> str:
 
 
 def _minor(version: str) -> tuple[int, int]:
-    """Major and minor number of a version."""
+    """Return the major and minor number of a version."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 
 def _fault(trainer: type, callers: Sequence[tuple[str, set[str]]], name: str, wanted: str) -> str | None:
-    """What is wrong with a method of Trainer."""
+    """Return what is wrong with a method of Trainer."""
     method = getattr(trainer, name, None)
     if method is None:
         return f"`Trainer.{name}({wanted})` does not exist"
@@ -198,7 +199,7 @@ def _fault(trainer: type, callers: Sequence[tuple[str, set[str]]], name: str, wa
 
 
 def _functions(cls: type) -> Iterator[tuple[str, Any]]:
-    """Methods of a class and its bases, decorators taken off, by name."""
+    """Yield the methods of a class and its bases, decorators taken off, by name."""
     for base in cls.__mro__[:-1]:
         for name, value in vars(base).items():
             value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
@@ -207,7 +208,7 @@ def _functions(cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def _names_in(function: types.FunctionType | types.CodeType) -> Iterator[str]:
-    """Attributes and functions that code mentions, inner functions included."""
+    """Yield the attributes and functions that code mentions, inner functions included."""
     code = function if isinstance(function, types.CodeType) else function.__code__
     yield from code.co_names
     for constant in code.co_consts:

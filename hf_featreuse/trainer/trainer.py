@@ -43,6 +43,7 @@ from hf_featreuse.trainer import backends
 from hf_featreuse.trainer.arguments import FeatureReuseArguments, RecipeArguments
 from hf_featreuse.trainer.console import ConsoleCallback
 from hf_featreuse.trainer.inactive_parameters import InactiveParameters
+from hf_featreuse.trainer.layer_decay import check_own_optimizer, layer_numbers, split_by_layer
 from hf_featreuse.trainer.recipe import FollowWeights, Recipe
 from hf_featreuse.trainer.resumable import ResumableTrainer
 from hf_featreuse.trainer.step_log import StepLog
@@ -135,6 +136,8 @@ class FeatureReuseTrainer(ResumableTrainer):
     # The loss function that the recipe set, and the user's own under it.
     _recipe_loss: Callable | None = None
     _own_loss: Callable | None = None
+    # Layer of each parameter, by name, if layers have learning rates of their own.
+    _layers: Mapping[str, int] = MappingProxyType({})
 
     # Set up
 
@@ -184,6 +187,11 @@ class FeatureReuseTrainer(ResumableTrainer):
         return self.args if isinstance(self.args, FeatureReuseArguments) else FeatureReuseArguments()
 
     @property
+    def recipe_args(self) -> RecipeArguments:
+        """The options of the recipe: those of `args`, or none if it is a plain `TrainingArguments`."""
+        return self.args if isinstance(self.args, RecipeArguments) else RecipeArguments()
+
+    @property
     def weight_average(self) -> WeightAverage | None:
         """The moving average of the weights."""
         return self.recipe.average
@@ -208,12 +216,13 @@ class FeatureReuseTrainer(ResumableTrainer):
         if self.reuse_args.alternates:
             check_optimizer(self.optimizer)
             check_optimizer((self.optimizer_cls_and_kwargs or (None,))[0])
+        options = self.recipe_args
+        check_own_optimizer(options.layer_decay, options.head_lr_multiplier, self.optimizer)
         super()._validate_args()
 
     def _take_up_recipe(self) -> None:
         """Follow the options of the recipe as they are now; a search changes them between two runs."""
-        options = self.args if isinstance(self.args, RecipeArguments) else RecipeArguments()
-        args = self.args
+        options, args = self.recipe_args, self.args
         self.recipe = Recipe(options, seed=args.seed, label_smoothing=args.label_smoothing_factor)
         self.recipe.check(
             self.model,
@@ -321,9 +330,32 @@ class FeatureReuseTrainer(ResumableTrainer):
                 )
         if blocks and self._dynamo_plugin is not None:
             self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
+        if self.recipe_args.scales_learning_rates:
+            self._layers = self._number_layers(model)
         self._step_log = StepLog(self.args.device, skip_non_finite=self.args.logging_nan_inf_filter)
         self._check_plans()
         return reuse
+
+    def _number_layers(self, model: nn.Module) -> dict[str, int]:
+        """Number the layers by all residual blocks, whichever of them take part in the method."""
+        return layer_numbers(model, find_residual_blocks(model, self._probe_inputs(model)))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer as `Trainer.create_optimizer`, with a learning rate for each layer if asked for."""
+        is_new, options, model = self.optimizer is None, self.recipe_args, self.model
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and options.scales_learning_rates:
+            assert model is not None
+            names = self._layers or self._number_layers(model)
+            layers = {id(parameter): names[name] for name, parameter in model.named_parameters()}
+            optimizer.param_groups[:] = split_by_layer(
+                optimizer.param_groups,
+                layers,
+                max(names.values()),
+                layer_decay=options.layer_decay,
+                head_lr_multiplier=options.head_lr_multiplier,
+            )
+        return optimizer
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
         """A batch of one to look at the model with, from its config; the data's if the model does not run on that."""
@@ -434,6 +466,9 @@ class FeatureReuseTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the steps since the last log did, then log as Trainer does."""
+        if "learning_rate" in logs and self.recipe_args.scales_learning_rates:
+            # Trainer's is that of the first group.
+            logs["learning_rate"] /= self.optimizer.param_groups[0].get("lr_scale", 1.0)
         if "loss" in logs and self._step_log is not None:
             logs.update(self._step_log.drain(self._mean_over_ranks))
             if self._step_log.not_finite:
