@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-prints the tables of docs/scaling.md and writes them into it. Parameters and arithmetic are those of real
+prints tables, and writes a summary of them into docs/distributed.md. Parameters and arithmetic are those of real
 configurations on the meta device, and what the blocks save for backward is counted with fake tensors; speeds of
 hardware are assumptions (`HARDWARE`). tests/benchmarks/test_scaling_benchmark.py checks bytes, arithmetic and
 activations against counts on small models.
@@ -41,7 +41,7 @@ from hf_featreuse import (
 )
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS = ROOT / "docs" / "scaling.md", Path(__file__).parent / "results" / "scaling.json"
+PAGE, RESULTS = ROOT / "docs" / "distributed.md", Path(__file__).parent / "results" / "scaling.json"
 BEGIN, END = "<!-- begin: benchmarks/scaling.py -->", "<!-- end -->"
 # Ranks, images a rank, and the hardware. One node over NVLink; many nodes, each GPU with a 400 Gb/s network card.
 HARDWARE = {(8, 128): Hardware(), (512, 8): Hardware(link=50e9)}
@@ -62,14 +62,14 @@ def measure_parts(make: Callable[[], nn.Module], *, train_trunk: str | bool = "a
 
 
 def saved_bytes(model: nn.Module, images: torch.Tensor) -> int:
-    """Bytes that a forward saves for backward, weights aside."""
+    """Return the bytes that a forward saves for backward, weights aside."""
     with saved_for_backward(model) as saved:
         model(pixel_values=images)
     return sum(saved.values())
 
 
 def _saved(model: nn.Module, blocks: Sequence[ResidualBlock]) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
-    """Of each block what it saves where it trains and where it is frozen, and the same of the trunk."""
+    """Return, for each block, what it saves where it trains and where it is frozen, and the same of the trunk."""
     size = model.config.image_size
     with FakeTensorMode():
         fake = model._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)).train()
@@ -111,7 +111,7 @@ MODELS = {"ViT-L/16": vit_large, "ConvNeXt-L": convnext_large}
 
 @cache
 def plans(num_blocks: int, rate: float, kind: StepKind | None, cycles: int = 200) -> list[StepPlan]:
-    """The plans of many cycles at a uniform rate, of one kind of step or of all."""
+    """Return the plans of many cycles at a uniform rate, of one kind of step or of all."""
     schedule = FeatureReuseSchedule(num_blocks, rate, "uniform", seed=0)
     every = [schedule.plan(step) for step in range(2 * cycles)]
     return [plan for plan in every if kind in (None, plan.kind)]
@@ -127,7 +127,7 @@ ROWS = {
 
 
 def predict(parts: Parts, ranks: int, images: int, hardware: Hardware) -> list[list[str]]:
-    """Rows of a table; memory is that of the largest step, all else the mean."""
+    """Return the rows of a table; memory is that of the largest step, all else the mean."""
     lines = []
     for engine, cost in ENGINES.items():
         plain = None
@@ -144,7 +144,7 @@ def predict(parts: Parts, ranks: int, images: int, hardware: Hardware) -> list[l
 
 
 def hidden_from(parts: Parts, row: str, ranks: int, hardware: Hardware) -> int:
-    """Images a rank from which the mean backward of these steps hides the mean traffic of DDP."""
+    """Return images a rank from which the mean backward of these steps hides the mean traffic of DDP."""
     draws = ROWS[row](len(parts.blocks))
     steps = [ddp_step(parts, plan, ranks, 1, hardware) for plan in draws]
     speed = hardware.peak * hardware.utilisation
@@ -153,7 +153,7 @@ def hidden_from(parts: Parts, row: str, ranks: int, hardware: Hardware) -> int:
 
 
 def tables(found: dict[str, Parts]) -> str:
-    """The predictions as Markdown."""
+    """Return the predictions as Markdown."""
     columns = ("engine", "step", "compute ms", "sent MB", "not hidden ms", "step ms", "/ vanilla", "memory GB")
     out = []
     for name, parts in found.items():
@@ -169,8 +169,23 @@ def tables(found: dict[str, Parts]) -> str:
     return "\n".join(out).rstrip()
 
 
+def summary(found: dict[str, Parts]) -> str:
+    """Return what the page shows: step times against plain training, and memory of plain training and of feature reuse."""
+    columns = ("model", "GPUs x images", "engine", "plain step, ms", *list(ROWS)[1:], "memory, GB")
+    lines = [list(columns), ["---"] * len(columns)]
+    for name, parts in found.items():
+        for (ranks, images), hardware in HARDWARE.items():
+            rows = predict(parts, ranks, images, hardware)
+            for engine in ENGINES:
+                plain, *others = (row for row in rows if row[0] == engine)
+                memory = {row[1]: row[-1] for row in others}["feature reuse, rate 0.5"]
+                shares = [f"{float(row[6]):.2f}" for row in others]
+                lines.append([name, f"{ranks} x {images}", engine, plain[5], *shares, f"{plain[-1]} to {memory}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def load() -> dict[str, Parts]:
-    """What was measured of each model."""
+    """Return what was measured of each model."""
     found = {}
     for name, values in json.loads(RESULTS.read_text(encoding="utf-8")).items():
         costs = values.pop("costs")
@@ -185,9 +200,9 @@ def main() -> None:
     if not parser.parse_args().report:
         measured = {name: asdict(measure_parts(make)) for name, make in MODELS.items()}
         RESULTS.write_text(json.dumps(measured) + "\n", encoding="utf-8")
-    text = tables(load())
-    print(text)
-    write_between(PAGE, BEGIN, END, f"{text}\n")
+    found = load()
+    print(tables(found))
+    write_between(PAGE, BEGIN, END, f"{summary(found)}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cost model of a step on N ranks: arithmetic, bytes on the wire, memory; see docs/scaling.md."""
+"""The cost model of a step on N ranks: arithmetic, bytes on the wire, memory; see docs/distributed.md."""
 
 from __future__ import annotations
 
@@ -60,41 +60,41 @@ class Parts:
         return sum(self.blocks) + self.trunk
 
     def computed(self, plan: StepPlan) -> set[int]:
-        """Blocks that run."""
+        """Return the blocks that run."""
         every = set(range(len(self.blocks)))
         return every - set(plan.dropped) if plan.kind is StepKind.STOCHASTIC_DEPTH else every
 
     def trained(self, plan: StepPlan) -> set[int]:
-        """Blocks that get gradients."""
+        """Return the blocks that get gradients."""
         return set(plan.dropped) if plan.kind is StepKind.MASKED_FREEZE else self.computed(plan)
 
     def trunk_trains(self, plan: StepPlan) -> bool:
         return self.costs.train_trunk == "all" or plan.kind is not StepKind.MASKED_FREEZE
 
     def in_backward(self, plan: StepPlan) -> set[int]:
-        """Blocks that backward passes through: with a stem that trains all that run, else those from the lowest on."""
+        """Return the blocks that backward passes through: with a stem that trains all that run, else those from the lowest on."""
         if self.trunk_trains(plan):
             return self.computed(plan)
         return {block for block in self.computed(plan) if block >= min(self.trained(plan))}
 
     def active(self, plan: StepPlan) -> int:
-        """Parameters that get gradients."""
+        """Return the parameters that get gradients."""
         return sum(self.blocks[block] for block in self.trained(plan)) + self.trunk * self.trunk_trains(plan)
 
     def activations(self, plan: StepPlan) -> int:
-        """Bytes of an image that are saved for backward."""
+        """Return the bytes of an image that are saved for backward."""
         passing = self.in_backward(plan) - self.trained(plan)
         blocks = sum(self.saved[block] for block in self.trained(plan)) + sum(self.passing[block] for block in passing)
         return blocks + (self.saved_trunk if self.trunk_trains(plan) else self.passing_trunk)
 
     def arithmetic(self, plan: StepPlan) -> tuple[float, float]:
-        """Operations of an image, in forward and in backward."""
+        """Return the operations of an image, in forward and in backward."""
         forward = sum(self.costs.trunk) + sum(self.costs.blocks[block].resting for block in self.computed(plan))
         return forward, self.costs.share(plan) * self.costs.vanilla - forward
 
 
 def ddp_bytes(parts: Parts, plan: StepPlan) -> int:
-    """Bytes of gradients that a rank hands to the all-reduce of DDP."""
+    """Return the bytes of gradients that a rank hands to the all-reduce of DDP."""
     return FULL * parts.active(plan)
 
 
@@ -149,7 +149,7 @@ class Step:
 
 
 def ddp_step(parts: Parts, plan: StepPlan, ranks: int, images: int, hardware: Hardware) -> Step:
-    """A ring all-reduce sends 2 (N - 1) / N of the bytes; it hides behind backward."""
+    """Return a ring all-reduce sends 2 (N - 1) / N of the bytes; it hides behind backward."""
     forward, backward = (work * images / (hardware.peak * hardware.utilisation) for work in parts.arithmetic(plan))
     wire = 2 * (ranks - 1) / ranks * ddp_bytes(parts, plan)
     exposed = max(0.0, wire / hardware.link - backward)
@@ -161,7 +161,7 @@ def ddp_step(parts: Parts, plan: StepPlan, ranks: int, images: int, hardware: Ha
 
 
 def fsdp_step(parts: Parts, plan: StepPlan, ranks: int, images: int, hardware: Hardware) -> Step:
-    """A gather and a reduce-scatter send (N - 1) / N of the bytes each, behind forward and behind backward."""
+    """Return a gather and a reduce-scatter send (N - 1) / N of the bytes each, behind forward and behind backward."""
     forward, backward = (work * images / (hardware.peak * hardware.utilisation) for work in parts.arithmetic(plan))
     found, share = fsdp_collectives(parts, plan), (ranks - 1) / ranks
     before, after = share * found.forward_bytes, share * (found.backward_bytes + found.reduced_bytes)

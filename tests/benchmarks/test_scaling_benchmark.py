@@ -1,4 +1,4 @@
-"""The cost model of docs/scaling.md against counts on small models: bytes, arithmetic, activations, collectives."""
+"""The cost model of docs/distributed.md against counts on small models: bytes, arithmetic, activations, collectives."""
 
 import argparse
 import sys
@@ -114,7 +114,7 @@ def test_what_does_not_hide_is_added() -> None:
 def test_the_page_shows_what_was_computed() -> None:
     found = scaling.load()
     assert set(found) == set(scaling.MODELS)
-    assert scaling.tables(found) in scaling.PAGE.read_text(encoding="utf-8")
+    assert scaling.summary(found) in scaling.PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", scaling.MODELS)

@@ -27,7 +27,7 @@ OWN_TESTS = {
 }
 PYTHON = sorted({block.page for block in BLOCKS if block.language == "python"} - OWN_TESTS)
 # Needs two processes, see below.
-DISTRIBUTED = "docs/engines.md"
+DISTRIBUTED = "docs/distributed.md"
 
 
 class QuietConfig(FeatureReuseConfig):
@@ -86,7 +86,7 @@ def test_python_blocks_run(page, here, monkeypatch):
 
 
 def loop_of_ranks(folder):
-    """The loop of the page on engines, on one rank of two; the weights after it."""
+    """The loop of the page on distributed training, on one rank of two; the weights after it."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     (text,) = (block.text for block in BLOCKS if (block.page, block.language) == (DISTRIBUTED, "python"))
     model = build("vit").train()
