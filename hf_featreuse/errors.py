@@ -1,4 +1,4 @@
-"""Errors of the package. Each says what was passed, what was found and what to do.
+"""Errors of the package. Each message names what was passed, what was found and what to do.
 
 Every class derives from [`FeatureReuseError`] and from the built-in error a caller would expect, so
 `except ValueError` keeps working.
@@ -35,7 +35,7 @@ class CheckpointError(FeatureReuseError, RuntimeError, ValueError):
 
 
 class DataError(FeatureReuseError, ValueError):
-    """The data set has no such column or split, or is empty."""
+    """The data set is empty, or lacks the requested column or split."""
 
 
 class BadImageError(FeatureReuseError, RuntimeError):
@@ -43,23 +43,23 @@ class BadImageError(FeatureReuseError, RuntimeError):
 
 
 class HubError(FeatureReuseError, RuntimeError):
-    """A push to the Hub failed; the message says how to push again. What is on disk is whole."""
+    """A push to the Hub failed; the message says how to push again. The files on disk are complete."""
 
 
 class IncompatibleVersionError(FeatureReuseError, ImportError):
-    """The installed transformers, accelerate or torch lacks what training relies on; the message says what to install.
+    """The installed transformers, accelerate or torch lacks what training needs; the message says what to install.
 
     Raised when the trainer is imported, or when training starts.
     """
 
 
 def torchvision_misfit(error: BaseException | None) -> IncompatibleVersionError | None:
-    """The error that explains a failed import in a sentence, if a torchvision built for another torch is its cause."""
+    """Return an error that explains a failed import if its cause is a torchvision built for another torch."""
     signs = ("torchvision::", "torchvision/", "torchvision were")
     while error is not None and not any(sign in str(error) for sign in signs):
         error = error.__cause__ or error.__context__
     return error and IncompatibleVersionError(
         f"The installed torchvision does not fit the installed torch ({' '.join(str(error).split())}); often one is "
-        "built for CUDA and the other for the CPU: install torchvision from the index that torch came from, or "
+        "built for CUDA and the other for the CPU. Install torchvision from the index that torch came from, or "
         "uninstall it."
     )

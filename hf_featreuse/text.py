@@ -1,4 +1,4 @@
-"""Words for messages and tables: lists that are cut, lines of errors, close matches, aligned columns."""
+"""Format text for messages and tables: shortened lists, one-line errors, close matches, aligned columns."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ def did_you_mean(name: object, names: Sequence[str]) -> str:
 
 
 def first_few(names: Sequence[str], count: int = 4) -> str:
-    """The first names, and dots if there are more."""
+    """Return the first `count` names, with dots if there are more."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def joined(names: Sequence[str], last: str = "and") -> str:
-    """The names as `a, b and c`, cut after six."""
+    """Return the names as `a, b and c`, shortened after six."""
     if len(names) > 6:
         return f"{', '.join(names[:6])}, ... ({len(names)} in all)"
     return f" {last} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with escapes for what a terminal would obey: control and direction characters, broken UTF-8."""
+    """Escape what a terminal would obey in a text: control and direction characters, broken UTF-8."""
     return "".join(
         character if character.isprintable() or character in keep else character.encode("unicode_escape").decode()
         for character in text
@@ -33,29 +33,29 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def flat(text: object) -> str:
-    """A text in one line that is safe to print."""
+    """Return a text on one line that is safe to print."""
     return printable(" ".join(str(text).split()))
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, as sentences in one line."""
+    """Return the message of an error as sentences on one line."""
     text = flat(error) or type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first sentence of what an error says."""
+    """Return the first sentence of the message of an error."""
     return one_line(error).partition(". ")[0].rstrip(".") + "."
 
 
 def kind_and_text(error: BaseException, length: int = 200) -> str:
-    """The class of an error and the beginning of what it says, in one line."""
+    """Return the class of an error and the start of its message, on one line."""
     text = flat(error)
     return f"{type(error).__name__}: {text[:length]}" if text else type(error).__name__
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """Give the dotted prefix that all names share, with its last dot; empty if they share none."""
+    """Return the dotted prefix that all names share, with its last dot; empty if they share none."""
     parts = [name.split(".")[:-1] for name in names]
     shared = []
     for level in zip(*parts, strict=False):
@@ -66,7 +66,7 @@ def common_prefix(names: Sequence[str]) -> str:
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Pad every column of a table; those of words to the right, those of numbers to the left."""
+    """Align the columns of a table: words to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     words = {index for index, heading in enumerate(rows[0]) if heading.startswith(("block", "class"))}
     return [
@@ -76,3 +76,11 @@ def aligned(rows: list[list[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def with_underscores(words: Sequence[str]) -> list[str]:
+    """Replace the dashes inside the names of flags by underscores: `--drop-rate=0.2` becomes `--drop_rate=0.2`."""
+    words, end = list(words), list(words).index("--") if "--" in words else len(words)
+    flags = [word.partition("=") if word.startswith("--") else (word, "", "") for word in words[:end]]
+    names = [f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name for name, _, _ in flags]
+    return [*(f"{name}{sign}{value}" for name, (_, sign, value) in zip(names, flags, strict=True)), *words[end:]]

@@ -1,4 +1,4 @@
-"""Checkpoints: strict weights, whether one is complete, what else it holds, changed settings, and failures."""
+"""Checkpoints: strict loading, completeness, the state that resuming needs, changed settings, and failures."""
 
 from hf_featreuse.checkpoints.changed_settings import PlanSource, check_plans, check_scaling
 

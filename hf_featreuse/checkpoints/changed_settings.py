@@ -1,4 +1,4 @@
-"""Whether the settings of feature reuse that changed since a checkpoint would have planned a past step otherwise."""
+"""Check whether settings that changed since a checkpoint would have planned its steps differently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_featreuse.method.draws import SAMPLE_DRAW_VERSION
 from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind, trunk_option
 from hf_featreuse.text import kind_and_text, one_line
 
-# What `PlanSource.to_json` gives.
+# The keys of `PlanSource.to_json`.
 _SAVED = {"version", "schedule", "sample_draw", "blocks", "trunk_trains", "samples", "options"}
 _UNREADABLE = "The checkpoint holds settings of feature reuse that cannot be read"
 _INSTEAD = "Pass the folder of another checkpoint, or start a new run from its weights with `from_pretrained`."
@@ -24,14 +24,14 @@ class _NewerVersionError(ConfigurationError):
 
 @dataclass(frozen=True)
 class PlanSource:
-    """All that the plans of a run follow from.
+    """Everything that determines the plans of a run.
 
     Args:
         schedule (`FeatureReuseSchedule`): for the blocks.
         blocks (`tuple[str, ...]`): their names, in forward order.
-        trunk_trains (`bool`, defaults to `True`): whether anything outside them trains; where nothing does, a cycle
+        trunk_trains (`bool`, defaults to `True`): whether anything outside them trains; if nothing does, a cycle
             that drops every block is vanilla.
-        samples (`int`, defaults to 1): in the global batch of an optimizer step; sets by sample are compared for all.
+        samples (`int`, defaults to 1): in the global batch of an optimizer step; sets per sample are compared for all.
         options (`dict`, *optional*): further options of the method; they change what a step does, not its plan.
 
     Example:
@@ -49,7 +49,7 @@ class PlanSource:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers, strings and lists that [`from_json`] reads back."""
+        """Return numbers, strings and lists that [`from_json`] reads back."""
         return {
             "version": __version__,
             "schedule": self.schedule.settings(),
@@ -76,11 +76,11 @@ class PlanSource:
             known_settings = FeatureReuseSchedule(1).settings().keys()
             _refuse_newer(saved, [*(schedule.keys() - known_settings), *(saved.keys() - _SAVED)])
             schedule = FeatureReuseSchedule(**schedule)
-            # Before it was a word, the option was a boolean.
+            # In older versions the option was a boolean.
             if "train_trunk" in options:
                 options["train_trunk"] = trunk_option(options["train_trunk"])
             if len(names) != schedule.num_blocks or not isinstance(more.get("samples", 1), int):
-                raise ValueError("other blocks than the schedule has")
+                raise ValueError("the blocks are not those of the schedule")
         except _NewerVersionError:
             raise
         except ConfigurationError as error:
@@ -93,13 +93,13 @@ class PlanSource:
         if schedule.drop_granularity == "sample" and version != SAMPLE_DRAW_VERSION:
             raise ConfigurationError(
                 f'The checkpoint was written with version {version} of the draw of `drop_granularity="sample"`, and '
-                f"this package has version {SAMPLE_DRAW_VERSION}, which draws other sets. Resume it with the version "
-                "of hf_featreuse that wrote it, or start a new run from its weights with `from_pretrained`."
+                f"this package has version {SAMPLE_DRAW_VERSION}, which draws different sets. Resume it with the "
+                "version of hf_featreuse that wrote it, or start a new run from its weights with `from_pretrained`."
             )
         return cls(schedule, (*blocks,), options=options, **more)
 
     def plan(self, step: int) -> tuple[StepKind, dict[str, bytes]]:
-        """Kind of a step, and by name of the dropped blocks the samples that drop them."""
+        """Return the kind of a step, and for each dropped block, by name, the samples that drop it."""
         if self.schedule.drop_granularity == "sample":
             plan = self.schedule.plan(step, batch_size=self.samples)
         else:
@@ -112,22 +112,22 @@ class PlanSource:
         return plan.kind, {self.blocks[index]: b"" for index in plan.dropped}
 
     def survival(self, step: int) -> dict[str, float]:
-        """Survival probability by name of each block, if a step divides the increments of the kept ones by it."""
+        """Return each block's survival probability by name, if a step divides the increments of kept blocks by it."""
         samples = {"batch_size": 1} if self.schedule.drop_granularity == "sample" else {}
         survival = self.schedule.plan(step, **samples).survival if self.options.get("scale_kept") else None
-        # Rounded: a change that no step could notice is none.
+        # Rounded, so that a change too small to affect a step does not count.
         return {} if survival is None else {name: round(p, 6) for name, p in zip(self.blocks, survival, strict=True)}
 
     def describe(self, step: int) -> str:
-        """The plan of a step in words."""
+        """Return the plan of a step in words."""
         survival = tuple(round(probability, 4) for probability in self.survival(step).values())
         return _describe(self.plan(step)) + (f" with survival probabilities {_short(survival)}" if survival else "")
 
     def first_difference(self, other: PlanSource, steps: int) -> int | None:
-        """The first of the steps 0..steps-1 that the two plan differently, or `None`."""
+        """Return the first of the steps 0..steps-1 that the two plan differently; `None` if there is none."""
         if not self.changes(other, with_options=False):
             return None
-        # A sample's set follows from its position, not from how many there are; `check_scaling` compares scaling.
+        # A sample's set depends on its position, not on how many there are; `check_scaling` compares the scaling.
         other = replace(other, samples=self.samples, options=self.options)
         same = (
             self.plan(step) == other.plan(step) and self.survival(step) == other.survival(step)
@@ -136,7 +136,7 @@ class PlanSource:
         return next((step for step, is_same in enumerate(same) if not is_same), None)
 
     def changes(self, now: PlanSource, *, with_options: bool = True) -> dict[str, tuple[Any, Any]]:
-        """What was and is, by name, of all settings that differ."""
+        """Return the old and the new value, by name, of all settings that differ."""
         first, second = self._named(with_options), now._named(with_options)
         names = dict.fromkeys((*second, *first))
         return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
@@ -147,7 +147,7 @@ class PlanSource:
 
 
 def check_plans(saved: PlanSource, now: PlanSource, steps: int) -> str | None:
-    """Say what changed since a checkpoint; `None` where nothing did.
+    """Describe what changed since a checkpoint; `None` if nothing did.
 
     Args:
         saved (`PlanSource`): of the run that wrote the checkpoint.
@@ -166,19 +166,19 @@ def check_plans(saved: PlanSource, now: PlanSource, steps: int) -> str | None:
     if step is not None:
         raise ConfigurationError(
             f"The settings passed plan step {step} as {now.describe(step)}, but the checkpoint was written "
-            f"after {steps} steps of which step {step} was {saved.describe(step)}. Saved: {before}. Passed: "
+            f"after {steps} steps, and its step {step} was {saved.describe(step)}. Saved: {before}. Passed: "
             f"{after}. Pass the saved settings to resume, or settings that differ only from step "
-            f"{steps} on; to start a new run from these weights, load them with `from_pretrained` and leave "
-            "`resume_from_checkpoint` out."
+            f"{steps} on. To start a new run from these weights, load them with `from_pretrained` and leave "
+            "out `resume_from_checkpoint`."
         )
     return (
-        f"Settings changed since the checkpoint, and the plans of its {steps} steps are the same: from here on "
+        f"Settings changed since the checkpoint, but the plans of its {steps} steps are the same. From here on: "
         f"{after} (before: {before})."
     )
 
 
 def check_scaling(saved: Mapping[str, Any], scale_kept: bool) -> None:
-    """Raise `ConfigurationError` if the steps taken until a checkpoint were not scaled and those to come would be.
+    """Raise `ConfigurationError` if the steps before a checkpoint were not scaled and those after it would be.
 
     Args:
         saved (`dict`): what [`PlanSource.to_json`] gave for the checkpoint.
@@ -188,8 +188,8 @@ def check_scaling(saved: Mapping[str, Any], scale_kept: bool) -> None:
     scaled_a_step = source.schedule.drop_rate > 0 and source.schedule.stochastic_depth_steps > 0
     if scale_kept and scaled_a_step and source.options.get("scale_kept") is False:
         raise ConfigurationError(
-            "The checkpoint was written with `scale_kept=False`, and this run has `scale_kept=True`, which is the "
-            "default now: the weights were trained for residual increments that are not scaled. Pass "
+            "The checkpoint was written with `scale_kept=False`, and this run has `scale_kept=True`, which is now "
+            "the default: the weights were trained for residual increments that are not scaled. Pass "
             "`scale_kept=False` to resume, or start a new run from these weights with `from_pretrained`."
         )
 
@@ -198,8 +198,8 @@ def _refuse_newer(saved: Mapping[str, Any], unknown: list[Any]) -> None:
     if unknown:
         raise _NewerVersionError(
             f"The checkpoint was written by {saved.get('version', 'another version')} of hf_featreuse, with a setting "
-            f"that this version, {__version__}, does not know: {sorted(map(str, unknown))[0]!r}. Its steps cannot be "
-            "repeated. Resume it with the version that wrote it, or start a new run from its weights with "
+            f"that this version, {__version__}, does not know: {sorted(map(str, unknown))[0]!r}. This version cannot "
+            "repeat its steps. Resume it with the version that wrote it, or start a new run from its weights with "
             "`from_pretrained`."
         )
 
@@ -214,5 +214,5 @@ def _describe(plan: tuple[StepKind, dict[str, bytes]]) -> str:
     kind, dropped = plan
     if not dropped:
         return kind.value
-    by_sample = ", by sample" if any(dropped.values()) else ""
+    by_sample = ", per sample" if any(dropped.values()) else ""
     return f"{kind.value} of {_short(tuple(dropped))}{by_sample}"

@@ -23,6 +23,9 @@ _EFFECTS = {
     "warmup_steps": "learning rates follow the new warm-up from the next step on",
     "max_grad_norm": "gradients are clipped at the new norm from here on",
     "label_smoothing_factor": "the loss is smoothed by the new factor from here on",
+    "loss": "the loss is the new one from here on",
+    "focal_gamma": "the focal loss has the new exponent from here on",
+    "class_weights": "the loss has the new weights from here on",
 }
 _RESTORED = (
     "learning_rate",

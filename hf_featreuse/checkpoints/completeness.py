@@ -1,4 +1,4 @@
-"""Tell complete checkpoints from those that were cut short or changed, and find the newest complete one."""
+"""Check that a checkpoint is complete and unchanged, and find the newest complete one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 _STEP = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)")
 _NUMBER, _NONE = (int, float), type(None)
-# What Trainer takes from its state file, and needs in this form.
+# The entries of its state file that Trainer reads, with the types it needs.
 _STATE = {
     "global_step": int,
     "train_batch_size": int,
@@ -36,12 +36,12 @@ _STATE = {
 
 
 def checkpoint_fault(folder: str | Path, *, digests: bool = True) -> str | None:
-    """Say what is wrong with a checkpoint folder, or give `None` for a complete one. No code in it is run.
+    """Describe what is wrong with a checkpoint folder; `None` for a complete one. No code in it is run.
 
     Args:
         folder (`str` or `Path`): the checkpoint folder.
-        digests (`bool`, defaults to `True`): read all files to find bytes that changed; without it, files that are
-            missing, cut short or of the wrong kind are found, without reading them through.
+        digests (`bool`, defaults to `True`): read all files to find changed bytes. If `False`, only files that are
+            missing, cut short or of the wrong kind are found.
     """
     folder = Path(folder)
     try:
@@ -53,7 +53,7 @@ def checkpoint_fault(folder: str | Path, *, digests: bool = True) -> str | None:
         _check_trainer_state(trainer_state)
         check_contents(folder)
         check_resume_state(folder, trainer_state)
-        # With `save_only_model` there is neither; sharded engines write the optimizer under other names.
+        # `save_only_model` writes neither; sharded engines write the optimizer under other names.
         if (folder / "scheduler.pt").is_file() and not [*folder.glob("optimizer*"), *folder.glob("global_step*")]:
             raise FaultError("optimizer.pt is missing")
         check_files(folder, digests=digests)
@@ -65,7 +65,7 @@ def checkpoint_fault(folder: str | Path, *, digests: bool = True) -> str | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint of a loop without a Trainer, or give `None`. No code in it is run."""
+    """Describe what is wrong with a checkpoint of a loop without a Trainer, or return `None`. No code in it is run."""
     try:
         check_sharded(folder)
         check_contents(folder)
@@ -83,7 +83,7 @@ def _check_trainer_state(state: dict[str, Any]) -> None:
     # `isinstance(True, int)` holds.
     wrong += [name for name in ("global_step", "train_batch_size") if isinstance(state.get(name), bool)]
     if wrong:
-        raise FaultError(f"{TRAINER_STATE_NAME} lacks {wrong[0]}, or holds it in another form")
+        raise FaultError(f"{TRAINER_STATE_NAME} lacks {wrong[0]}, or holds a value of another type")
     if state["global_step"] < 0 or not all(isinstance(entry, dict) for entry in state.get("log_history", [])):
         raise FaultError(f"{TRAINER_STATE_NAME} does not hold the state of a run")
     if unknown := sorted(state.keys() - TrainerState.__dataclass_fields__.keys()):
@@ -95,7 +95,7 @@ def _check_trainer_state(state: dict[str, Any]) -> None:
 def newest_whole(
     run_folder: str | Path, not_after: int | None = None, *, digests: bool = True
 ) -> tuple[str | None, list[str]]:
-    """The newest complete checkpoint of a run, or `None`, and what is wrong with each of the newer ones."""
+    """Return the newest complete checkpoint of a run, or `None`, and what is wrong with each of the newer ones."""
     found = [
         (step, path) for path in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (step := _step(path)) >= 0
     ]
@@ -109,7 +109,7 @@ def newest_whole(
 
 
 def last_whole_checkpoint(run_folder: str | Path, not_after: int | None = None) -> str | None:
-    """The newest complete checkpoint of a run; a warning names those that are skipped.
+    """Return the newest complete checkpoint of a run, and warn of newer ones that are skipped.
 
     Args:
         run_folder (`str` or `Path`): the `output_dir` of a run, with folders `checkpoint-<step>`.
@@ -119,7 +119,7 @@ def last_whole_checkpoint(run_folder: str | Path, not_after: int | None = None) 
         `str`: its folder; `None` if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is complete.
+        CheckpointError: no checkpoint is complete.
     """
     path, faults = newest_whole(run_folder, not_after)
     if path is not None:
@@ -135,7 +135,7 @@ def last_whole_checkpoint(run_folder: str | Path, not_after: int | None = None) 
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint to resume from: the one that is named, or with `True` or `"last"` the newest complete one.
+    """Return the checkpoint to resume from: the one that is named, or with `True` or `"last"` the newest complete one.
 
     Raises:
         CheckpointError: the one that is named is not complete, or there is none.
@@ -147,7 +147,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
         if found is None:
             raise CheckpointError(
                 f"No valid checkpoint found in output directory ({output_dir}). Pass the folder of a checkpoint, or "
-                "`resume_from_checkpoint=False` to start a new run."
+                "pass `resume_from_checkpoint=False` to start a new run."
             )
     else:
         found = str(resume_from_checkpoint)
@@ -155,7 +155,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if names := resaved_weights(Path(found)):
         logger.warning(
             f"The weights in {found} were saved again after the checkpoint was written ({', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}), so they have no digest and are not verified."
+            f"{', ...' if len(names) > 3 else ''}), so they have no digest and cannot be verified."
         )
     return found
 
@@ -166,7 +166,7 @@ def _check_named(asked: str) -> None:
     if not asked or not path.is_dir():
         raise CheckpointError(
             f"`resume_from_checkpoint={asked!r}` is not a directory. Pass a folder `checkpoint-<step>` of an "
-            "earlier run, or `True` for the newest one in `output_dir`."
+            "earlier run, or pass `True` for the newest one in `output_dir`."
         )
     if (fault := checkpoint_fault(path)) is not None:
         earlier, _ = newest_whole(path.parent, _step(path) - 1) if _step(path) >= 0 else (None, [])
@@ -174,7 +174,7 @@ def _check_named(asked: str) -> None:
         if earlier:
             use = f"Pass `resume_from_checkpoint={earlier!r}`, the last complete one before it"
         raise CheckpointError(
-            f"The checkpoint {path} cannot be resumed from: {fault}. {use}, or leave `resume_from_checkpoint` out to "
+            f"The checkpoint {path} cannot be resumed from: {fault}. {use}, or leave out `resume_from_checkpoint` to "
             "start a new run."
         )
 
@@ -185,7 +185,7 @@ def _step(path: Path) -> int:
 
 
 def is_whole_safetensors(path: Path) -> bool:
-    """Whether the file is as its header says, and as long."""
+    """Return whether a file matches its header and has the full length."""
     try:
         check_safetensors(path)
     except FaultError:

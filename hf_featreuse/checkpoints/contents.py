@@ -1,4 +1,4 @@
-"""Read the files of a checkpoint without running code, and say what is wrong with one that is not what it should be.
+"""Read the files of a checkpoint without running code, and report what is wrong with them.
 
 A checkpoint may come from elsewhere. Nothing is unpickled here except by `torch.load(weights_only=True)`.
 """
@@ -21,17 +21,17 @@ import torch
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-# Files of JSON that resuming reads, or that are written with the weights.
+# JSON files that resuming reads, or that are written with the weights.
 _JSON_FILES = ("*config.json", "*.index.json")
 _TORCH_FILES = (".pt", ".pth", ".bin")
 
 
 class FaultError(Exception):
-    """What is wrong with a checkpoint, in words that follow its path; raised and caught only in this folder."""
+    """What is wrong with a checkpoint, worded to follow its path; raised and caught only in this package."""
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Everything in a checkpoint folder that is not a directory; links are followed, each directory is read once.
+    """Yield every path in a checkpoint folder that is not a directory; follow links, read each directory once.
 
     Checkpoints inside, as in the folder of a run, are not part of it.
     """
@@ -47,7 +47,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def check_contents(folder: Path) -> None:
-    """Raise `FaultError` unless every file of a known name or ending can be read and holds what belongs there.
+    """Raise `FaultError` unless every file of a known name or ending can be read and holds the right content.
 
     Tensors are mapped, not read: this finds files of the wrong kind and files that were cut short, not changed bytes.
     """
@@ -65,7 +65,7 @@ def check_contents(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; `FaultError` if it holds anything else."""
+    """Return the JSON object in a file; raise `FaultError` if it holds anything else."""
     text = ""
     try:
         text = path.read_text(encoding="utf-8")
@@ -83,21 +83,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise `FaultError` unless a file is as its header says, and as long."""
+    """Raise `FaultError` unless a file matches its header and has the full length."""
     try:
         with safetensors.safe_open(path, framework="pt"):
             pass
     except (OSError, safetensors.SafetensorError) as error:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-        # A header of more than 100 MB is refused by safetensors, so it is not one.
+        # safetensors refuses a header of more than 100 MB, so such a number is not its length.
         cut = 0 <= length <= 10**8 and length != 0 and path.stat().st_size < 8 + length
         cut = cut or path.stat().st_size < 8 or "not fully covered" in str(error)
         raise FaultError(f"{path.name} is cut short" if cut else f"{path.name} is not a safetensors file") from error
 
 
 def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote to a file, its tensors mapped into memory; `FaultError` if it cannot be read safely."""
+    """Return what `torch.save` wrote, with mapped tensors; raise `FaultError` if it cannot be read safely."""
     try:
         with path.open("rb") as file:
             start = file.read(2)
@@ -112,13 +112,13 @@ def read_torch(path: Path) -> Any:
         ) from error
     except FaultError:
         raise
-    # Of bad data torch raises errors of many classes.
+    # For bad data torch raises errors of many classes.
     except Exception as error:
         raise FaultError(f"{path.name} is damaged ({type(error).__name__})") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The weights that `torch.save` wrote to a file; `FaultError` if it holds anything else."""
+    """Return the weights that `torch.save` wrote to a file; raise `FaultError` if it holds anything else."""
     content = read_torch(path)
     _check_tensors(path.name, content)
     return content
@@ -129,12 +129,12 @@ def _check_torch_file(path: Path) -> None:
     if check is not None:
         check(path.name, read_torch(path))
     elif not zipfile.is_zipfile(path):
-        # Of an engine, or `training_args.bin`: a file that nothing here reads.
+        # A file of an engine, or `training_args.bin`: nothing here reads it.
         raise FaultError(f"{path.name} is cut short")
 
 
 def _check_index(path: Path, content: Mapping[str, Any]) -> None:
-    """An index of weights in shards, each of which must be there."""
+    """Check an index of sharded weights, and that each shard exists."""
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise FaultError(f"{path.name} does not map weights to files")
@@ -156,12 +156,12 @@ def _check_optimizer(name: str, content: Any) -> None:
         raise FaultError(f"{name} holds no groups of parameters")
     keys = [key for group in groups for key in group["params"]]
     if not all(isinstance(key, (int, str)) for key in keys) or not state.keys() <= set(keys):
-        raise FaultError(f"{name} holds moments of parameters that are in none of its groups")
+        raise FaultError(f"{name} holds moments of parameters that are not in its groups")
 
 
 def _check_mapping(name: str, content: Any) -> None:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise FaultError(f"{name} does not hold values by name")
+        raise FaultError(f"{name} is not a dictionary with string keys")
 
 
 def _check_tensors(name: str, content: Any) -> None:
@@ -171,7 +171,7 @@ def _check_tensors(name: str, content: Any) -> None:
 
 
 def _check_random_state(name: str, content: Any) -> None:
-    """Try the states in generators of no use: a wrong one raises there, or would later read outside its memory."""
+    """Try the states in spare generators: a wrong state raises there, or would later read outside its memory."""
     _check_mapping(name, content)
     try:
         random.Random().setstate(content["python"])

@@ -1,4 +1,4 @@
-"""One process at a time trains into an output folder."""
+"""Let only one process at a time train into an output folder."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LOCK_NAME = ".training.lock"
 
 @contextlib.contextmanager
 def output_lock(folder: str | Path) -> Iterator[None]:
-    """Hold an output folder while training into it; other trainers of this process, and readers, are not kept out.
+    """Lock an output folder while training into it; other trainers of this process, and readers, are not blocked.
 
     The system releases the lock when the process ends, however it ends.
 
     Raises:
         CheckpointError: another process trains into the folder.
     """
-    # The lock of a path is one object in a process, and counts who holds it.
+    # A process has one lock object per path, which counts its holders.
     path = Path(os.path.realpath(folder), LOCK_NAME)
     lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True)
     try:
@@ -36,7 +36,7 @@ def output_lock(folder: str | Path) -> Iterator[None]:
     except Timeout as error:
         raise CheckpointError(
             f"`output_dir={str(folder)!r}` is in use: {_holder(path)} trains into it, and two runs would overwrite "
-            "each other's checkpoints. Pass another `output_dir`, or wait for the end of that run."
+            "each other's checkpoints. Pass another `output_dir`, or wait until that run ends."
         ) from error
     except (OSError, NotImplementedError) as error:  # The second on a system without locks.
         logger.warning(
@@ -50,7 +50,7 @@ def output_lock(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         if lock.lock_counter == 1:
-            # While it is held: who opens the name meanwhile notices that the file is another one.
+            # While the lock is held: a process that opens the path meanwhile notices that the file changed.
             with contextlib.suppress(OSError):
                 path.unlink()
         lock.release()

@@ -1,7 +1,7 @@
-"""Folders of `torch.distributed.checkpoint`, read by their known parts before torch reads them.
+"""Check folders of `torch.distributed.checkpoint` before torch reads them.
 
-torch 2.13 unpickles both the index of such a folder, `.metadata`, and every value in its shards that is not a tensor.
-Either could run code, so both are checked here: the index by the classes that it is made of, the values by
+torch 2.13 unpickles the index of such a folder, `.metadata`, and every value in its shards that is not a tensor.
+Either could run code, so both are checked here: the index by the classes it consists of, the values by
 `torch.load(weights_only=True)`.
 """
 
@@ -20,7 +20,7 @@ from hf_featreuse.checkpoints.contents import FaultError, walk
 _INDEX = ".metadata"
 _SHARD = ".distcp"
 _RECORDS = "torch.distributed.checkpoint.metadata"
-# What else an index is made of, in addition to the records of that module and dtypes of torch.
+# What an index consists of in addition to the records of that module and dtypes of torch.
 _PARTS_OF_RECORDS = {
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
     ("torch", "Size"),
@@ -30,7 +30,7 @@ _PARTS_OF_RECORDS = {
 
 
 class _ForeignNameError(pickle.UnpicklingError):
-    """A pickle names something that no index of a checkpoint holds."""
+    """A pickle names something that does not belong in the index of a checkpoint."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -40,7 +40,7 @@ class _IndexUnpickler(pickle.Unpickler):
         is_dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
         if is_dtype or (module_name, global_name) in _PARTS_OF_RECORDS or module_name == _RECORDS:
             found = super().find_class(module_name, global_name)
-            # The module of the records imports others, whose names could be reached through it.
+            # The module of the records imports others, which could be reached through it.
             if module_name != _RECORDS or (isinstance(found, type) and found.__module__ == _RECORDS):
                 return found
         raise _ForeignNameError(f"{module_name}.{global_name}")
@@ -49,7 +49,7 @@ class _IndexUnpickler(pickle.Unpickler):
 def check_sharded(folder: Path) -> None:
     """Raise `FaultError` unless every index in a folder, at any depth, is safe to read and its shards are complete.
 
-    Names are compared without case: on some file systems torch opens `.METADATA` as `.metadata`.
+    The case of names is ignored: on some file systems torch opens `.METADATA` as `.metadata`.
     """
     paths = list(walk(folder))
     indices = [path for path in paths if path.name.lower().endswith(_INDEX)]
@@ -68,10 +68,10 @@ def _check_index(path: Path, name: str) -> None:
             index = _IndexUnpickler(file).load()
     except _ForeignNameError as error:
         raise FaultError(
-            f"{name} names {error}, which is not a part of a checkpoint and could run code when it is read; nothing "
-            "of it was run"
+            f"{name} names {error}, which is not a part of a checkpoint and could run code when it is read; none of "
+            "it was run"
         ) from error
-    # Of bad data pickle raises errors of many classes.
+    # For bad data pickle raises errors of many classes.
     except Exception as error:
         raise FaultError(f"{name} is cut short") from error
     try:
@@ -103,6 +103,6 @@ def _check_shards(folder: Path, index: Metadata) -> None:
                 torch.load(value, weights_only=True)
             except Exception as error:
                 raise FaultError(
-                    f"{name} holds under {place.fqn!r} what is damaged or could run code when it is read; nothing of "
-                    "it was run"
+                    f"{name} holds under {place.fqn!r} a value that is damaged or could run code when it is read; "
+                    "none of it was run"
                 ) from error

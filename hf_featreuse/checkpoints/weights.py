@@ -1,8 +1,8 @@
-"""Read back what was saved: every weight, to the bit.
+"""Load every saved weight, bit-identical.
 
 transformers 5.23 writes a Trainer checkpoint under the key names of the published weights, and reads it back by the
-names inside the model with a load that is not strict: for ViT, DeiT, BEiT, Swin and DINOv2 most weights are then
-missing and training goes on from what was there before (huggingface/transformers#43701).
+names inside the model with a load that is not strict. For ViT, DeiT, BEiT, Swin and DINOv2 most weights are then
+missing, and training continues from the weights that the model had before (huggingface/transformers#43701).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hf_featreuse.text import kind_and_text
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Load every weight of a checkpoint into a model, whatever key names it was written under.
+    """Load every weight of a checkpoint into a model, whatever key names it uses.
 
     Args:
         model (`torch.nn.Module`): the model, of the class and configuration that were saved.
@@ -53,7 +53,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_exactly(model: nn.Module | None, folder: str | Path) -> bool:
-    """Load a plain model's weights strictly; check an adapter's file and return False: Trainer loads it."""
+    """Load a plain model's weights strictly and return `True`; only check an adapter's file, which Trainer loads."""
     if model is None:
         return False
     if is_adapter(model):
@@ -64,7 +64,7 @@ def load_exactly(model: nn.Module | None, folder: str | Path) -> bool:
 
 
 def is_adapter(model: nn.Module | None) -> bool:
-    """Whether a model is wrapped by PEFT, which saves and loads its adapters alone."""
+    """Return whether a model is wrapped by PEFT, which saves and loads only its adapters."""
     if not is_peft_available():
         return False
     from peft import PeftModel
@@ -88,7 +88,7 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def _read_file(folder: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors of a checkpoint in one file, under the names in the file; `None` for a checkpoint in shards."""
+    """Return the tensors of a checkpoint in one file, under its names; `None` for a sharded checkpoint."""
     try:
         if (folder / SAFE_WEIGHTS_NAME).is_file():
             check_safetensors(folder / SAFE_WEIGHTS_NAME)
@@ -101,7 +101,7 @@ def _read_file(folder: Path) -> dict[str, torch.Tensor] | None:
 
 
 def _read_converted(model: PreTrainedModel, folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors under the names inside the model, as `from_pretrained` converts them."""
+    """Return the tensors under the names inside the model, as `from_pretrained` converts them."""
     # float32 holds bfloat16 and float16 exactly; loading in the model's first dtype would round mixed ones.
     is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     devices = range(torch.cuda.device_count())
@@ -116,11 +116,11 @@ def _read_converted(model: PreTrainedModel, folder: str | Path) -> dict[str, tor
                 # Reported like a missing weight, and refused below.
                 ignore_mismatched_sizes=True,
             )
-        # Of bad files, transformers raises errors of many classes.
+        # For bad files transformers raises errors of many classes.
         except Exception as error:
             raise CheckpointError(_unreadable(folder, kind_and_text(error))) from error
     twin, report = loaded
-    # `from_pretrained` would fill these at random and go on.
+    # `from_pretrained` fills these at random and continues.
     problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if problems:
         raise CheckpointError(_describe(folder, type(model).__name__, problems))
@@ -141,8 +141,8 @@ def _unreadable(folder: str | Path, reason: str) -> str:
 
 
 def _describe(folder: str | Path, model: str, problems: Mapping[str, Any]) -> str:
-    said = ", ".join(f"{name}: {keys[:4]} ({len(keys)})" for name, keys in problems.items() if keys)
+    listed = ", ".join(f"{name}: {keys[:4]} ({len(keys)})" for name, keys in problems.items() if keys)
     return (
-        f"The checkpoint {folder} does not hold the weights of this {model} exactly: {said}. Nothing was loaded. "
+        f"The weights in the checkpoint {folder} are not exactly those of this {model}: {listed}. Nothing was loaded. "
         "Resume from another checkpoint, or with the model and configuration that wrote this one."
     )

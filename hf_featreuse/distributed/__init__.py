@@ -1,4 +1,4 @@
-"""Several processes with torch's DistributedDataParallel: what travels, and that all ranks do the same."""
+"""Training in several processes with DistributedDataParallel: what is sent, and that all ranks agree."""
 
 from hf_featreuse.distributed.agreement import check_ranks_agree, tell_ranks_of_failure
 from hf_featreuse.distributed.gradients import check_ddp_options, reduce_active_gradients

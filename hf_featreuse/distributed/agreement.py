@@ -1,6 +1,7 @@
-"""Stop at the start of training if the ranks would not do the same.
+"""Stop at the start of training if the ranks do not agree.
 
-Ranks with different blocks or schedules train to the end without any warning, on gradients of different parameters.
+Ranks with different blocks or schedules would train to the end without a warning, on gradients of different
+parameters.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ _FAILURE = "failure"
 
 
 def check_ranks_agree(reuse: FeatureReuse, group: dist.ProcessGroup | None = None) -> None:
-    """Compare blocks, schedule and seed over all ranks; every rank calls this, and all raise the same error.
+    """Compare blocks, schedule and seed over all ranks. Every rank must call this, and all raise the same error.
 
-    One exchange of a few hundred bytes; nothing at all in a single process.
+    The ranks exchange a few hundred bytes once; a single process does nothing.
 
     Args:
         reuse (`FeatureReuse`): of this rank.
-        group (`torch.distributed.ProcessGroup`, *optional*): ranks that train together; by default all.
+        group (`torch.distributed.ProcessGroup`, *optional*): the ranks that train together; by default all.
 
     Raises:
-        ConfigurationError: on every rank, naming what differs.
+        ConfigurationError: the ranks differ; raised on every rank, and names what differs.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -42,7 +43,7 @@ def check_ranks_agree(reuse: FeatureReuse, group: dist.ProcessGroup | None = Non
 
 
 def tell_ranks_of_failure(error: Exception) -> None:
-    """Let the ranks that wait in [`check_ranks_agree`] know that this one will not come, so that they stop too."""
+    """Tell the ranks that wait in [`check_ranks_agree`] that this one failed, so that they stop too."""
     if _world_size() > 1:
         _exchange({_FAILURE: f"{type(error).__name__}: {error}"})
 
@@ -52,14 +53,14 @@ def _world_size(group: dist.ProcessGroup | None = None) -> int:
 
 
 def _exchange(settings: dict[str, Any], group: dist.ProcessGroup | None = None) -> list[dict[str, Any]]:
-    """The settings of all ranks."""
+    """Return the settings of all ranks."""
     gathered: list[Any] = [None] * _world_size(group)
     dist.all_gather_object(gathered, settings, group=group)
     return gathered
 
 
 def _settings(reuse: FeatureReuse) -> dict[str, Any]:
-    """What must be the same on all ranks, by a name for the error."""
+    """Return what must be the same on all ranks, by its name in the error."""
     schedule = reuse.schedule
     shown = repr(schedule)
     if type(schedule).__repr__ is object.__repr__:
@@ -84,15 +85,15 @@ def _compare(settings: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     failed = [f"rank {rank} ({found[_FAILURE]})" for rank, found in enumerate(ranks) if _FAILURE in found]
     if failed:
         raise ConfigurationError(
-            f"Training stops on every rank, because it could not start on {', '.join(failed)}. Fix that, and start "
-            "all ranks again."
+            f"Training stops on every rank, because it could not start on {', '.join(failed)}. Fix this error, and "
+            "start all ranks again."
         )
     different = {name: values for name in settings if _differ(values := [found[name] for found in ranks])}
     if not different:
         return
     found = "; ".join(f"{name}: {_by_rank(values)}" for name, values in different.items())
     raise ConfigurationError(
-        f"The ranks do not agree on feature reuse, and would train different blocks in the same step. Found {found}. "
+        f"The ranks do not agree on feature reuse and would train different blocks in the same step. Found {found}. "
         "Start every rank with the same model, options and seed."
     )
 
@@ -102,7 +103,7 @@ def _differ(values: Sequence[Any]) -> bool:
 
 
 def _by_rank(values: Sequence[Any]) -> str:
-    """Each distinct value with the ranks that have it; long ones are cut."""
+    """Return each distinct value with the ranks that have it; long ones are shortened."""
     groups: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         groups.setdefault(repr(value), []).append(rank)

@@ -1,16 +1,16 @@
-"""Send only the gradients of what trains in a step, under DistributedDataParallel.
+"""Send only the gradients of the parameters that train in a step, under DistributedDataParallel.
 
-DDP sums every bucket of gradients over the ranks, also the parts of it that hold nothing but zeros, of parameters that
-rest. Every rank knows these before the forward (pytorch/pytorch#90171 asks DDP for a way to say so). Here a
-communication hook, DDP's own extension point, sums the active slices of each bucket alone.
+DDP sums every bucket of gradients over the ranks, including the parts that hold only zeros because their parameters
+are not trained. Every rank knows these before the forward (pytorch/pytorch#90171 asks DDP for a way to declare them).
+Here a communication hook, DDP's own extension point, sums only the active slices of each bucket.
 
-DDP keeps its search for unused parameters: that way alone it leaves the `grad` of a parameter at rest `None`. With
-`find_unused_parameters=False` it would write a zero gradient there, with which an optimizer moves the weight.
+DDP must keep its search for unused parameters: only then does it leave the `grad` of an inactive parameter `None`.
+With `find_unused_parameters=False` it would write a zero gradient there, with which an optimizer moves the weight.
 
 Source: hooks of DDP, `torch.nn.parallel.DistributedDataParallel.register_comm_hook`.
 """
 
-# No postponed annotations: DDP compares those of a hook with its own classes.
+# No postponed annotations: DDP compares the annotations of a hook with its own classes.
 import torch
 import torch.distributed as dist
 from torch.futures import Future
@@ -23,25 +23,25 @@ from hf_featreuse.method.schedule import StepPlan
 
 
 def reduce_active_gradients(ddp_model: DistributedDataParallel, reuse: FeatureReuse) -> bool:
-    """Let the ranks exchange, in each step of feature reuse, the gradients of its active parameters alone.
+    """Let the ranks exchange, in each step of feature reuse, only the gradients of its active parameters.
 
-    Gradients are those of plain DDP, to the bit. [`FeatureReuseTrainer`] calls this itself; in a loop of your own call
-    it once on every rank, after wrapping and before the first backward. Called again, it follows the `reuse` passed
-    last.
+    Gradients are bit-identical to those of plain DDP. [`FeatureReuseTrainer`] calls this itself. In your own loop call
+    it once on every rank, after wrapping and before the first backward. If called again, it follows the `reuse` that
+    was passed last.
 
     Args:
         ddp_model (`DistributedDataParallel`): wraps `reuse.model`, with `find_unused_parameters=True`.
         reuse (`FeatureReuse`): blocks and schedule; backwards outside its steps exchange all gradients.
 
     Returns:
-        `bool`: `False` where the model has another communication hook already, such as one that compresses: it stays,
-        and all gradients travel through it.
+        `bool`: `False` if the model already has another communication hook, such as one that compresses: it stays, and
+        all gradients are sent through it.
 
     Raises:
-        ConfigurationError: `ddp_model` is no DDP, has a static graph or does not look for unused parameters; or the
-            ranks have other blocks, schedules or options, which all of them raise.
-        BlockError: it wraps another model, or parameters of it were frozen when it was wrapped.
-        StepError: a step is open; in a backward, a parameter that rests got a gradient nevertheless.
+        ConfigurationError: `ddp_model` is not a `DistributedDataParallel`, has a static graph or does not look for
+            unused parameters; or the ranks differ in blocks, schedule or options, which all of them raise.
+        BlockError: it wraps another model, or some of its parameters were frozen when it was wrapped.
+        StepError: a step is open; in a backward, an inactive parameter got a gradient nevertheless.
 
     Source: communication hooks, `torch.nn.parallel.DistributedDataParallel.register_comm_hook`.
 
@@ -84,7 +84,7 @@ def check_ddp_options(*, static_graph: bool | None, find_unused_parameters: bool
     """Raise `ConfigurationError` unless DDP can run graphs that change from step to step.
 
     Args:
-        static_graph (`bool`, *optional*): DDP's option; `None` where it is left unset.
+        static_graph (`bool`, *optional*): DDP's option; `None` if it is unset.
         find_unused_parameters (`bool`, *optional*): the same.
 
     Example:
@@ -93,17 +93,17 @@ def check_ddp_options(*, static_graph: bool | None, find_unused_parameters: bool
     """
     if static_graph:
         raise ConfigurationError(
-            "`static_graph=True` promises DDP that every step uses the same parameters, while feature reuse trains "
-            "other ones from step to step; DDP would stop with an error or lose gradients. Leave `ddp_static_graph` "
-            "of the training arguments, or `static_graph` of `DistributedDataParallelKwargs` or "
+            "`static_graph=True` promises DDP that every step uses the same parameters, but feature reuse trains "
+            "different ones from step to step; DDP would stop with an error or lose gradients. Leave "
+            "`ddp_static_graph` of the training arguments, or `static_graph` of `DistributedDataParallelKwargs` or "
             "`DistributedDataParallel`, unset."
         )
     if find_unused_parameters is False:
         raise ConfigurationError(
-            "`find_unused_parameters=False` promises DDP that every parameter gets a gradient in every step, while "
-            "feature reuse trains some of them; DDP would stop with an error. Leave `ddp_find_unused_parameters` of "
-            "the training arguments unset, or pass `find_unused_parameters=True` to `DistributedDataParallelKwargs` "
-            "or `DistributedDataParallel`."
+            "`find_unused_parameters=False` promises DDP that every parameter gets a gradient in every step, but "
+            "feature reuse trains only some of them; DDP would stop with an error. Leave "
+            "`ddp_find_unused_parameters` of the training arguments unset, or pass `find_unused_parameters=True` to "
+            "`DistributedDataParallelKwargs` or `DistributedDataParallel`."
         )
 
 
@@ -121,20 +121,21 @@ def _check(ddp_model: DistributedDataParallel, reuse: FeatureReuse) -> None:
     if ddp_model.module is not reuse.model:
         raise BlockError(
             f"`ddp_model` wraps another {type(ddp_model.module).__name__} than `reuse.model`. Pass the wrapper of "
-            "the model that `FeatureReuse` was made with."
+            "the model that was passed to `FeatureReuse`."
         )
-    # DDP leaves out for good what required no gradient when it wrapped the model.
+    # DDP permanently ignores parameters that required no gradient when it wrapped the model.
     known = ddp_model._get_ddp_logging_data()["num_parameter_tensors"]
     trainable = sum(parameter.requires_grad for parameter in ddp_model.parameters())
     if known != trainable:
         raise BlockError(
             f"{trainable} parameters require gradients, but {known} did when DDP wrapped the model, and it "
-            "synchronises no others. Wrap the model outside of `reuse.step`, with everything that is to train."
+            "synchronises no others. Wrap the model outside of `reuse.step`, when all parameters that are to train "
+            "require gradients."
         )
 
 
 class _ActiveGradients:
-    """State of the hook: which parameters are active in the step that is open."""
+    """State of the hook: the parameters that are active in the open step."""
 
     def __init__(self, reuse: FeatureReuse, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -146,7 +147,7 @@ class _ActiveGradients:
         self._active: set[int] = set()
 
     def is_active(self, parameter: torch.Tensor) -> bool:
-        """Whether a parameter may move in the step that is open; outside of steps every one may."""
+        """Return whether a parameter may change in the open step; outside of steps every one may."""
         plan = self.reuse.current_plan
         if plan is None:
             return True
@@ -159,14 +160,14 @@ def _reduce_active_slices(
     state: _ActiveGradients,
     bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
 ) -> Future[torch.Tensor]:
-    """The hook: the mean over the ranks of the active slices of a bucket; what rests in it stays zero."""
+    """Average the active slices of a bucket over the ranks; the others stay zero. This is the hook."""
     buffer = bucket.buffer()
     slices = _active_slices(state, bucket)
     if not slices:
         done: Future[torch.Tensor] = Future()
         done.set_result(buffer)
         return done
-    # A single slice is summed where it lies, several are packed into one message.
+    # A single slice is summed in place, several are packed into one message.
     flat = slices[0] if len(slices) == 1 else torch.cat(slices)
     flat.mul_(1 / state.group.size())
     work = dist.all_reduce(flat, group=state.group, async_op=True)
@@ -186,12 +187,12 @@ def _active_slices(
     state: _ActiveGradients,
     bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
 ) -> list[torch.Tensor]:
-    """The parts of a bucket's flat buffer that hold active gradients; neighbours are one part."""
+    """Return the parts of a bucket's flat buffer that hold active gradients, with neighbours merged."""
     buffer = bucket.buffer()
     ranges: list[list[int]] = []
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
         if not state.is_active(parameter):
-            _check_rests(state, parameter)
+            _check_has_no_gradient(state, parameter)
             continue
         start = int(gradient.storage_offset() - buffer.storage_offset())
         if ranges and ranges[-1][1] == start:
@@ -201,11 +202,12 @@ def _active_slices(
     return [buffer[start:end] for start, end in ranges]
 
 
-def _check_rests(state: _ActiveGradients, parameter: torch.Tensor) -> None:
-    """Raise `StepError` if a parameter that rests got a gradient, which no other rank would get to know."""
+def _check_has_no_gradient(state: _ActiveGradients, parameter: torch.Tensor) -> None:
+    """Raise `StepError` if an inactive parameter got a gradient, which would stay on this rank."""
     if parameter.grad is not None:
         name = next(name for name, other in state.reuse.model.named_parameters() if other is parameter)
         raise StepError(
-            f"`{name}` rests in this step but got a gradient from the loss, which would move it apart on each rank. "
-            "Keep weights of dropped or frozen blocks out of the loss, for instance out of a penalty on all weights."
+            f"`{name}` does not train in this step but got a gradient from the loss, which would change it "
+            "differently on each rank. Keep weights of dropped or frozen blocks out of the loss, for instance out of "
+            "a penalty on all weights."
         )

@@ -1,4 +1,4 @@
-"""On the Hub: the model card and plot of a run, pushes while and after training, and pushing a folder again."""
+"""The Hub: the model card and plot of a run, pushes during and after training, and pushing a folder again."""
 
 from hf_featreuse.hub.card import build_model_card
 from hf_featreuse.hub.folders import push_folder

@@ -1,4 +1,4 @@
-"""Write the model of a checkpoint with the averaged weights, which lie beside those that train."""
+"""Write the model of a checkpoint with its averaged weights, which are stored next to the trained ones."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from hf_featreuse.recipe.weight_average import AVERAGE_FILE, WeightAverage
 
 
 def save_averaged(checkpoint: Path, folder: str | Path) -> list[Path]:
-    """Write the model of a checkpoint into another folder with its averaged weights; give the files.
+    """Write the model of a checkpoint with its averaged weights into another folder, and return the files.
 
     Raises:
         ConfigurationError: the checkpoint is an adapter's.
-        CheckpointError: the model cannot be loaded, or the average is of another one.
+        CheckpointError: the model cannot be loaded, or the average is of another model.
     """
     average_file = checkpoint / AVERAGE_FILE
     if (checkpoint / ADAPTER_CONFIG_NAME).is_file():
         raise ConfigurationError(
-            f"`{checkpoint}` holds an adapter's weights as they train, and their average apart in {AVERAGE_FILE}. "
-            "Pass the folder of the finished run, which has the average in place. Where there is none, resume from it "
-            f"with `max_steps` at its own step first; or delete {AVERAGE_FILE} to push the weights as they train."
+            f"`{checkpoint}` holds an adapter's weights without averaging, and their average separately in "
+            f"{AVERAGE_FILE}. Pass the folder of the finished run, which holds the averaged weights. If there is "
+            "none, first resume from this checkpoint with `max_steps` set to its own step, or delete "
+            f"{AVERAGE_FILE} to push the weights without averaging."
         )
     try:
         model = open_classifier(str(checkpoint), needs_processor=False, local_files_only=True, dtype="auto").model
@@ -33,9 +34,9 @@ def save_averaged(checkpoint: Path, folder: str | Path) -> list[Path]:
         raise CheckpointError(
             f"The model in {checkpoint} cannot be loaded to give it the weights of {AVERAGE_FILE}: "
             f"{str(error).splitlines()[0]}. Push the folder of the finished run, or delete {AVERAGE_FILE} to push the "
-            "weights as they train."
+            "weights without averaging."
         ) from error
-    # Which reports what is missing; `from_pretrained` fills it at random.
+    # Strictly: `from_pretrained` fills missing weights at random.
     load_weights(model, checkpoint)
     with safetensors.safe_open(average_file, framework="pt") as file:
         averaged = set(file.keys())

@@ -1,7 +1,7 @@
-"""Write the card of a trained model: what was trained, from what, on what, how, and with which result.
+"""Write the model card: what was trained, from which weights, on which data, how, and with which result.
 
 Only what the caller states is printed. Paths of the model, its base and its data are not: they mean nothing to a
-reader, and tell about the machine. Nothing here touches the network.
+reader and reveal details of the machine. Nothing here uses the network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_featreuse.text import flat
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("transformers", "torch", "datasets", "huggingface_hub")
-# Entries of Trainer's metrics that are no result.
+# Entries of Trainer's metrics that are not results.
 _NOT_RESULTS = re.compile(r"epoch|step|num_input_tokens_seen|.*(runtime|_per_second|preparation_time|_flos|_samples)")
 _METRIC_NAMES = {"accuracy": "Accuracy (top-1)", "top5_accuracy": "Accuracy (top-5)", "loss": "Loss"}
 
@@ -50,11 +50,11 @@ def build_model_card(
 ) -> ModelCard:
     """Build the model card of a trained image classifier, with metadata that the Hub reads.
 
-    The `model-index` of the metadata, which feeds the Hub's result tables, is written only for a data set with a name:
-    results on a folder of the user's are a table alone.
+    The `model-index` of the metadata, which feeds the Hub's result tables, is written only for a data set with a name;
+    results on a local folder are only listed in a table.
 
     Args:
-        model_name (`str`): name or Hub id of the model, such as `"ada/vit-digits"`; of a path, the last part.
+        model_name (`str`): name or Hub id of the model, such as `"ada/vit-digits"`; of a path, the last part is used.
         base_model (`str`, *optional*): Hub id of the weights it was fine-tuned from; `None` for training from scratch.
         dataset_name (`str`, *optional*): Hub id or plain name of the data set. A folder on this machine becomes "a
             local data set"; only an id with a namespace is linked.
@@ -66,17 +66,17 @@ def build_model_card(
             `test_` prefix is dropped, timings are left out.
         license (`str`, *optional*): Hub identifier of the licence, such as `"apache-2.0"`.
         plot_file (`str` or `Path`, *optional*): the training plot, relative to the repository; of an absolute path,
-            its name.
+            the name is used.
         architecture (`str`): class of the model, such as `"ViTForImageClassification"`.
         block_names (`Sequence[str]`): the residual blocks that took part, in forward order.
         training (`Mapping[str, object]`): training hyperparameters to list.
-        adapter (`str`, *optional*): type of the PEFT adapter, such as `"LORA"`, where the weights are an adapter's.
-        from_pretrained (`bool`, defaults to `True`): whether transformers loads the model, or the adapter's base; of
+        adapter (`str`, *optional*): type of the PEFT adapter, such as `"LORA"`, if the weights are an adapter's.
+        from_pretrained (`bool`, defaults to `True`): whether transformers loads the model, or the adapter's base; for
             other modules the card shows how to load the weights.
-        has_processor (`bool`, defaults to `True`): whether an image processor lies beside the model. `pipeline` needs
-            it, so without one the card shows how to load only the model.
+        has_processor (`bool`, defaults to `True`): whether an image processor is saved with the model. `pipeline`
+            needs it, so without one the card shows how to load only the model.
 
-    Names and values are quoted: Markdown, HTML and line ends in them mean themselves.
+    Names and values are escaped: Markdown, HTML and line breaks in them appear as plain text.
 
     Returns:
         `ModelCard`: its text is `str(card)`; `card.save("README.md")` writes it.
@@ -99,7 +99,7 @@ def build_model_card(
     """
     name = flat(PurePath(model_name.replace("\\", "/")).name if _is_path(model_name) else model_name)
     if not name:
-        raise ConfigurationError(f"`model_name={model_name!r}` names no model. Pass a name or Hub id.")
+        raise ConfigurationError(f"`model_name={model_name!r}` does not name a model. Pass a name or Hub id.")
     base_id = base_model if base_model and is_hub_id(base_model) else None
     dataset = flat(dataset_name) if dataset_name and not _is_local(dataset_name) else None
     results = _results(metrics)
@@ -119,7 +119,7 @@ def build_model_card(
     snippet = snippet.format(
         name=python_string(name),
         base=python_string(base_id or "the base model's folder"),
-        # Code, unlike all else here.
+        # This becomes code, unlike everything else here.
         architecture=architecture if architecture.isidentifier() else "Model",
     )
     return ModelCard.from_template(
@@ -146,33 +146,33 @@ def build_model_card(
 
 
 def has_processor(folder: Path) -> bool:
-    """Whether an image processor lies in a folder."""
+    """Return whether a folder holds an image processor."""
     return any((folder / name).is_file() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME))
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell a Hub id from a path, and from a folder here of the same name."""
+    """Return whether a name is a Hub id, not a path or an existing folder of the same name."""
     return not _is_local(name) and _HUB_ID.fullmatch(name) is not None
 
 
 def _is_path(name: str) -> bool:
-    """Tell what is written as a path on this machine from an id or a plain name."""
+    """Return whether a name is written as a path on this machine, not as an id or a plain name."""
     starts = ("/", "./", "../", "~", ".\\", "..\\")
     return name in (".", "..") or name.startswith(starts) or name.count("/") > 1 or "\\" in name
 
 
 def _is_local(name: str) -> bool:
-    """Tell what is on this machine; a folder comes before a Hub id of the same name, as in `load_dataset`."""
+    """Return whether a name is on this machine; a folder comes before a Hub id of that name, as in `load_dataset`."""
     return _is_path(name) or Path(name).exists()
 
 
 def _is_hub_dataset(name: str) -> bool:
-    """A plain name without a namespace may be a data set from elsewhere, so it is not linked."""
+    """Return whether to link a data set; a name without a namespace may be a data set from elsewhere."""
     return "/" in name and _HUB_ID.fullmatch(name) is not None
 
 
 def _dataset_text(dataset: str | None) -> str:
-    """Name the data set, linked where it is on the Hub."""
+    """Name the data set, with a link if it is on the Hub."""
     if not dataset:
         return "data that is not named here"
     if _is_local(dataset):
@@ -185,14 +185,14 @@ def _dataset_text(dataset: str | None) -> str:
 
 
 def _origin(base_model: str | None, base_id: str | None) -> str:
-    """Say what training started from."""
+    """Describe what training started from."""
     if base_id is not None:
         return f"fine-tuned from [{base_id}](https://huggingface.co/{base_id})"
     return "fine-tuned from local weights" if base_model else "trained from scratch"
 
 
 def _summary(architecture: str, adapter: str | None, origin: str, dataset: str | None, recorded: bool) -> str:
-    """Say what was trained, from what and on what; or what it is, where that was not recorded."""
+    """Describe what was trained, from which weights and on which data; or, if not recorded, only what the model is."""
     what = f"{markdown_text(adapter)} adapter for an image classifier" if adapter else "image classifier"
     kind = markdown_code(architecture)
     article = "An" if what[0] in "aeiouAEIOU" else "A"
@@ -202,7 +202,7 @@ def _summary(architecture: str, adapter: str | None, origin: str, dataset: str |
 
 
 def _adapter_tags(adapter: str | None, base_id: str | None, from_pretrained: bool) -> list[str]:
-    """The tags that PEFT gives an adapter."""
+    """Return the tags that PEFT gives an adapter."""
     if adapter is None:
         return []
     tags = [flat(adapter).lower(), *(["transformers"] if from_pretrained else [])]
@@ -210,7 +210,7 @@ def _adapter_tags(adapter: str | None, base_id: str | None, from_pretrained: boo
 
 
 def _results(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Keep the results among Trainer's metrics, without their prefix."""
+    """Select the results among Trainer's metrics, and remove their prefix."""
     results: dict[str, float] = {}
     for key, value in metrics.items():
         name = re.sub(r"^(eval|test)_", "", key)
@@ -223,14 +223,14 @@ def _results(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _eval_results(results: Mapping[str, float], dataset: str | None, split: str | None) -> list[EvalResult] | None:
-    """Make the entries of the model-index; none without a named data set."""
+    """Return the entries of the model-index; `None` without a named data set."""
     if dataset is None:
         return None
     return [
         EvalResult(
             task_type="image-classification",
             task_name="Image classification",
-            # An identifier; a data set from elsewhere has none, so its name is made one.
+            # The Hub requires an identifier, so the name of a data set from elsewhere is made into one.
             dataset_type=re.sub(r"[^\w./-]+", "-", dataset),
             dataset_name=dataset,
             dataset_split=flat(split) if split else None,
@@ -244,7 +244,7 @@ def _eval_results(results: Mapping[str, float], dataset: str | None, split: str 
 
 
 def _results_intro(dataset: str | None, split: str | None) -> str:
-    """Say what the results were measured on."""
+    """Describe what the results were measured on."""
     where = f"the {markdown_code(split)} split of {_dataset_text(dataset)}" if split else _dataset_text(dataset)
     return f"Measured with the whole network on {where}."
 
@@ -276,7 +276,7 @@ def _own_version() -> str:
 
 
 def _versions(adapter: str | None) -> list[tuple[str, str]]:
-    """List what the model was trained with."""
+    """List the versions that the model was trained with."""
     return [
         ("hf_featreuse", _own_version()),
         *((package, version(package)) for package in (*_PACKAGES, *(["peft"] if adapter else []))),

@@ -1,4 +1,4 @@
-"""The words of a model card: its template, what the settings mean, and sentences that explain the method."""
+"""The text of a model card: its template, the meaning of the settings, and sentences that explain the method."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 from hf_featreuse.method.schedule import trunk_option
 
 MEANINGS = {
-    "drop_rate": "probability of dropping a block in a cycle, of the last block if the schedule is linear; 0: plain",
+    "drop_rate": "probability of dropping a block in a cycle; of the last block if the schedule is linear; 0: plain",
     "drop_rate_schedule": "linear: rising with depth up to `drop_rate`; uniform: the same for all blocks",
     "drop_rate_over_time": "from `reuse_start` to `reuse_end`: constant, falling to 0, or rising from 0",
-    "drop_granularity": "batch: all samples of a step share one drawn set of blocks; sample: each has its own",
+    "drop_granularity": "batch: one drawn set of blocks per step; sample: one per sample",
     "vanilla_steps": "plain steps at the start of each cycle",
-    "stochastic_depth_steps": "steps of a cycle in which the drawn blocks are left out",
-    "masked_freeze_steps": "steps of a cycle in which, of the blocks, only the drawn ones train",
+    "stochastic_depth_steps": "steps of a cycle in which the drawn blocks are skipped",
+    "masked_freeze_steps": "steps of a cycle in which only the drawn blocks train, of all blocks",
     "scale_kept": "whether stochastic-depth steps divide what a kept block adds by the probability that it is kept",
     "train_trunk": "what outside the blocks trains in masked-freeze steps: all, the head after them, or none",
     "frozen_batch_norm": "statistics that frozen BatchNorm layers use in masked-freeze steps",
-    "allow_inexact_skip": "whether blocks are dropped too whose shortcut is not an identity",
-    "target_blocks": "which residual blocks take part; none given: all",
+    "allow_inexact_skip": "whether blocks whose shortcut is not an identity are dropped too",
+    "target_blocks": "which residual blocks take part; if none are given, all",
     "reuse_start": "fraction of training before which steps are plain",
     "reuse_end": "fraction of training after which steps are plain",
-    "reuse_seed": "seed of the random sets of blocks; none given: the training seed",
+    "reuse_seed": "seed of the random sets of blocks; if none is given, the training seed",
 }
 
 # The line `repository = ...` is replaced when the folder is pushed to another repository.
@@ -39,7 +39,7 @@ _MODEL_SNIPPET = """from transformers import AutoModelForImageClassification
 repository = {name}
 model = AutoModelForImageClassification.from_pretrained(repository)"""
 
-# An adapter's repository holds the labels in its config.json, and only the weights of the adapter and the new head.
+# An adapter's repository holds a config.json with the labels, and only the weights of the adapter and the new head.
 _ADAPTER_SNIPPET = """import torch
 from peft import PeftModel
 from PIL import Image
@@ -62,26 +62,26 @@ config = AutoConfig.from_pretrained(repository)
 model = AutoModelForImageClassification.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)
 model = PeftModel.from_pretrained(model, repository).eval()"""
 
-# Of a module that transformers does not know, its user brings the code.
+# For a module that transformers does not know, the user provides the code.
 _MODULE_SNIPPET = """from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
 repository = {name}
-model = {architecture}()  # made as it was for training, by its own code
+model = {architecture}()  # created by its own code, as for training
 model.load_state_dict(load_file(hf_hub_download(repository, "model.safetensors")))
 model.eval()"""
 
 _MODULE_ADAPTER_SNIPPET = """from peft import PeftModel
 
 repository = {name}
-model = {architecture}()  # made as it was for training, by its own code and with the weights it had then
+model = {architecture}()  # created by its own code, as for training and with the same initial weights
 model = PeftModel.from_pretrained(model, repository).eval()"""
 
 _WHERE = "`repository` is an id on the Hub, or a folder with its files."
 _NO_PACKAGE = "The package it was trained with is not needed to run it."
 _UNPREPARED = "There is no image processor: prepare images as for training."
-# Snippet and what to know of it, by whether the weights are an adapter's, whether transformers loads the model, and
-# whether there is an image processor.
+# Snippet and a note on it, by whether the weights are an adapter's, whether transformers loads the model, and whether
+# there is an image processor.
 SNIPPETS = {
     (False, True, True): (_SNIPPET, f"{_WHERE} It is a plain transformers model. {_NO_PACKAGE}"),
     (False, True, False): (_MODEL_SNIPPET, f"{_WHERE} It is a plain transformers model. {_UNPREPARED} {_NO_PACKAGE}"),
@@ -188,13 +188,13 @@ No hyperparameters were recorded.
 
 
 def steps_taken(settings: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Tell whether there were stochastic-depth and masked-freeze steps; by default there were both."""
+    """Return whether there were stochastic-depth and masked-freeze steps; by default there were both."""
     drops = settings.get("drop_rate", 0.5) > 0
     return tuple(drops and settings.get(f"{kind}_steps", 1) > 0 for kind in ("stochastic_depth", "masked_freeze"))
 
 
 def method_tags(settings: Mapping[str, Any] | None) -> list[str]:
-    """Tag the methods that were used."""
+    """Return the tags of the methods that were used."""
     depth, freeze = (False, False) if settings is None else steps_taken(settings)
     tags = {"feature-reuse": depth and freeze, "stochastic-depth": depth}
     return ["hf_featreuse", *(tag for tag, used in tags.items() if used), "image-classification"]
@@ -204,8 +204,8 @@ def method_text(settings: Mapping[str, Any] | None, num_blocks: int) -> str:
     """Explain the steps that took place.
 
     Args:
-        settings (`Mapping[str, Any]`, *optional*): options of the method; nothing is claimed about one that is absent.
-            `None` means that none was recorded.
+        settings (`Mapping[str, Any]`, *optional*): options of the method; absent ones are not mentioned. `None` means
+            that none was recorded.
         num_blocks (`int`): number of residual blocks that took part, 0 if it is not known.
     """
     if settings is None:
@@ -224,7 +224,7 @@ def method_text(settings: Mapping[str, Any] | None, num_blocks: int) -> str:
 
 
 def _steps(settings: Mapping[str, Any], num_blocks: int, depth: bool, freeze: bool) -> Iterator[str]:
-    """What the steps of a cycle do."""
+    """Yield what the steps of a cycle do."""
     blocks = f"a random set of the {num_blocks} residual blocks" if num_blocks else "a random set of residual blocks"
     plain = settings.get("vanilla_steps", 0)
     trunks = {"all": " and the layers outside the residual blocks", "head": " and the layers after the last block"}
@@ -235,7 +235,7 @@ def _steps(settings: Mapping[str, Any], num_blocks: int, depth: bool, freeze: bo
         yield f"Each cycle begins with {plain} plain step{'s' if plain > 1 else ''}."
     if depth:
         which = "a" if freeze else "each"
-        yield f"In {which} *stochastic-depth* step {blocks} is dropped: left out and not computed."
+        yield f"In {which} *stochastic-depth* step {blocks} is dropped: skipped and not computed."
         if settings.get("scale_kept") is not None:
             scaled = "divided by the probability that it is kept" if settings["scale_kept"] else "not scaled"
             yield f"What a block that is kept adds to its input is {scaled}."
@@ -244,7 +244,7 @@ def _steps(settings: Mapping[str, Any], num_blocks: int, depth: bool, freeze: bo
         follows = ", which follows," if depth else ""
         yield (
             f"In {which} *masked-freeze* step{follows} the whole network runs, but only {drawn}{outside} are trained; "
-            "if the set is empty, everything is."
+            "if the set is empty, everything is trained."
         )
 
 
@@ -254,7 +254,7 @@ def _draws(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _time(settings: Mapping[str, Any]) -> Iterator[str]:
-    """When these steps took place, and how often blocks were dropped then."""
+    """Describe when these steps took place, and how the drop rate changed."""
     start, end = settings.get("reuse_start", 0), settings.get("reuse_end", 1)
     all_of_it = (start, end) == (0, 1)
     if not all_of_it:

@@ -1,4 +1,4 @@
-"""What of a folder goes to the Hub, and pushing a folder that is there already."""
+"""Select the files of a folder that belong on the Hub, and push an existing folder."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ from hf_featreuse.text import first_sentence, flat, one_line, printable
 
 logger = logging.get_logger(__name__)
 
-# Never pushed. `training_args.bin` is a pickle of the training arguments, the user's token among them.
-PRIVATE = ("training_args.bin", "_*", ".*", "__pycache__")
-# What a checkpoint holds for resuming alone.
+# Never pushed. `training_args.bin` is a pickle of the training arguments, including the user's token.
+# The options, the report of the evaluation and the predictions of a run hold paths and images of its data.
+PRIVATE = ("training_args.bin", "run.yaml", "evaluation", "predictions.csv", "_*", ".*", "__pycache__")
+# What only resuming needs.
 FOR_RESUMING = (
     *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "resume_state*.json", "global_step*"),
     AVERAGE_FILE,
 )
-# Trials of a search and of trackers, and checkpoints that a kill cut short.
+# Trials of a search, runs of trackers, and unfinished checkpoints of a killed process.
 _ELSEWHERE = ("run-*", "unfinished-*")
 _CHECKPOINTS = (f"{PREFIX_CHECKPOINT_DIR}-*", "last-checkpoint")
-# Of a model, in one file or in shards.
+# One file or shards.
 _WEIGHTS = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 _REPOSITORY_LINE = re.compile(r'^repository = "(?:[^"\\\n]|\\.)*"$', re.MULTILINE)
 
@@ -46,13 +47,14 @@ _REPOSITORY_LINE = re.compile(r'^repository = "(?:[^"\\\n]|\\.)*"$', re.MULTILIN
 def files_to_push(folder: str | Path, *, checkpoints: bool = False, for_resuming: bool = False) -> dict[str, Path]:
     """List the files of a run or checkpoint folder that belong on the Hub, by their path in the repository.
 
-    Folders of single trials of a hyperparameter search, `run-<trial>`, do not. Links that leave the folder, or that
-    lead to what is never pushed, are skipped with a warning.
+    Folders of the trials of a hyperparameter search, `run-<trial>`, do not. Links that leave the folder, or that point
+    to a file that is never pushed, are skipped with a warning.
 
     Args:
         folder (`str` or `Path`): the folder.
-        checkpoints (`bool`, defaults to `False`): the folders `checkpoint-<step>` too, with what resuming needs.
-        for_resuming (`bool`, defaults to `False`): optimizer, scheduler and random states of the folder itself too.
+        checkpoints (`bool`, defaults to `False`): include the folders `checkpoint-<step>`, with what resuming needs.
+        for_resuming (`bool`, defaults to `False`): include optimizer, scheduler and random states of the folder
+            itself.
     """
     root, found = Path(folder), {}
     real_root = root.resolve()
@@ -79,28 +81,28 @@ def push_folder(
     """Push a finished run, or any folder that `save_pretrained` wrote, to a repository on the Hub.
 
     Everything is checked before anything is sent, and nothing in the folder changes. Optimizer states and other files
-    for resuming stay here unless `checkpoints` is set; `training_args.bin`, which holds the token that training was
-    given, always does. Of a checkpoint of a run with `ema_decay` the averaged weights are pushed. The snippet on a
-    card of this package is made to name the repository.
+    for resuming are not sent unless `checkpoints` is set; `training_args.bin`, which holds the token that training
+    used, is never sent. For a checkpoint of a run with `ema_decay` the averaged weights are pushed. The snippet on a
+    card written by this package is changed to name the repository.
 
     Args:
         folder (`str` or `Path`): with a model or a PEFT adapter in safetensors, its configuration and a model card.
-        repo_id (`str`): `"owner/name"`, or a name in your own namespace. It is made if missing.
-        private (`bool`, *optional*): visibility of a repository that is made; by default the owner's setting.
-        revision (`str`, *optional*): branch, made if missing; by default the main one.
-        token (`str`, *optional*): by default the stored one, or `HF_TOKEN`.
+        repo_id (`str`): `"owner/name"`, or a name in your own namespace. It is created if missing.
+        private (`bool`, *optional*): visibility of a new repository; by default the owner's setting.
+        revision (`str`, *optional*): branch, created if missing; by default the main one.
+        token (`str`, *optional*): by default `HF_TOKEN` or the stored one.
         checkpoints (`bool`, defaults to `False`): push the folders `checkpoint-<step>` too.
-        new_card (`bool`, defaults to `False`): where the folder holds no card, push a short one made from its
-            configuration. It says nothing of training.
-        message (`str`, defaults to `"Upload model"`): of the commit.
+        new_card (`bool`, defaults to `False`): if the folder holds no card, push a short one made from its
+            configuration, without details of training.
+        message (`str`, defaults to `"Upload model"`): message of the commit.
 
     Returns:
         `str`: address of the commit.
 
     Raises:
-        ConfigurationError: the folder is none, or holds no model or card; `repo_id` is no id; or the average of an
-            adapter's weights lies beside them.
-        CheckpointError: a file of weights is cut short or missing, or the average is of another model.
+        ConfigurationError: `folder` is not a directory, or holds no model or card; `repo_id` is not an id; or the
+            folder holds an adapter with a separate average of its weights.
+        CheckpointError: a weights file is cut short or missing, or the average is of another model.
         HubError: the push failed.
 
     Example:
@@ -108,7 +110,7 @@ def push_folder(
         >>> push_folder("no/such/folder", "ada/vit-digits")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        hf_featreuse.errors.ConfigurationError: `no/such/folder` is no folder. Pass the `output_dir` of a run, or ...
+        hf_featreuse.errors.ConfigurationError: `no/such/folder` is not a directory. Pass the `output_dir` of ...
     """
     folder = Path(folder)
     if not message.strip():
@@ -131,7 +133,7 @@ def push_folder(
 
 
 def check_folder_to_push(folder: Path, repo_id: str, *, new_card: bool = False) -> str:
-    """Raise unless a folder can be pushed to a repository; give the text of its card."""
+    """Check that a folder can be pushed to a repository, and return the text of its card."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -140,14 +142,14 @@ def check_folder_to_push(folder: Path, repo_id: str, *, new_card: bool = False) 
         ) from error
     if not folder.is_dir():
         raise ConfigurationError(
-            f"`{folder}` is no folder. Pass the `output_dir` of a run, or a folder that `save_pretrained` wrote."
+            f"`{folder}` is not a directory. Pass the `output_dir` of a run, or a folder that `save_pretrained` wrote."
         )
     _check_weights(folder)
     path = folder / CARD_FILE
     if path.is_file():
         try:
             return str(ModelCard.load(path))
-        except Exception as error:  # Of the YAML parser, or of the metadata's own checks.
+        except Exception as error:  # The YAML parser and the checks of the metadata raise many classes.
             raise ConfigurationError(
                 f"The metadata of {path} cannot be read: {one_line(error)} Fix it, or delete the file and pass "
                 "`--new_card`."
@@ -155,18 +157,18 @@ def check_folder_to_push(folder: Path, repo_id: str, *, new_card: bool = False) 
     if not new_card:
         raise ConfigurationError(
             f"`{folder}` holds no model card ({CARD_FILE}). Pass the `output_dir` of a run, write a card, or pass "
-            "`--new_card` for a short one that says nothing of training."
+            "`--new_card` for a short one without details of training."
         )
     return _short_card(folder, repo_id)
 
 
 def _walk(folder: Path, root: Path, inside: tuple[Path, ...]) -> Iterator[Path]:
-    """The files of a folder; folders that are never pushed are not looked into.
+    """Yield the files of a folder, without entering folders that are never pushed.
 
     Args:
         folder (`Path`): the folder.
-        root (`Path`): what is pushed, without links.
-        inside (`tuple[Path, ...]`): the folders on the way here, without links: one that holds itself would never end.
+        root (`Path`): resolved path of what is pushed.
+        inside (`tuple[Path, ...]`): resolved paths of the parent folders, to stop at a link to one of them.
     """
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and (why := _link_fault(path, root)):
@@ -180,35 +182,35 @@ def _walk(folder: Path, root: Path, inside: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def _link_fault(path: Path, root: Path) -> str | None:
-    """Why a link is not followed, if it is not."""
+    """Return why a link is not followed, if it is not."""
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError):
-        return "leads nowhere"
+        return "has no target"
     if not real.is_relative_to(root):
         return "leaves the folder"
     if any(_matches(part, PRIVATE) for part in real.relative_to(root).parts):
-        return "leads to what is never pushed"
+        return "points to a file that is never pushed"
     return None
 
 
 def processor_note(folder: Path) -> str | None:
-    """What a user of a folder without an image processor should know, if it has none."""
+    """Return a warning for a folder without an image processor; `None` if it has one."""
     if has_processor(folder):
         return None
     return (
         f"{printable(str(folder))} holds no image processor, so `pipeline` cannot load what is pushed. Save the one "
-        "that the model was trained with beside it: `processor.save_pretrained(folder)`."
+        "that the model was trained with next to it: `processor.save_pretrained(folder)`."
     )
 
 
 def _check_links(folder: Path, files: Container[str]) -> None:
-    """Raise if what the model consists of is not pushed, as in a folder of the Hub's cache."""
+    """Raise if a part of the model would not be pushed, as in a folder of the Hub's cache."""
     missing = [path.name for path in (folder / CONFIG_NAME, *_weights(folder)[1]) if path.is_symlink()]
     if missing := [name for name in missing if name not in files]:
         raise ConfigurationError(
             f"`{folder}` holds {missing[0]} only as a link that leaves it. Push a copy that holds the files "
-            "themselves: `cp -rL` makes one."
+            "themselves, such as `cp -rL` makes."
         )
 
 
@@ -217,7 +219,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _weights(folder: Path) -> tuple[str, list[Path]]:
-    """What a folder of its kind must hold, in words, and its files of weights."""
+    """Return what a folder of this kind must hold, for messages, and its weights files."""
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return ADAPTER_SAFE_WEIGHTS_NAME, [folder / ADAPTER_SAFE_WEIGHTS_NAME]
     needed, index = f"{CONFIG_NAME} and {SAFE_WEIGHTS_NAME}", folder / SAFE_WEIGHTS_INDEX_NAME
@@ -235,18 +237,17 @@ def _weights(folder: Path) -> tuple[str, list[Path]]:
 
 
 def _check_weights(folder: Path) -> None:
-    """Raise unless the folder holds a configuration and every file of its weights, whole."""
+    """Raise unless the folder holds a configuration and every weights file, complete."""
     needed, weights = _weights(folder)
     if not any(path.is_file() for path in weights):
         raise ConfigurationError(
-            f"`{folder}` holds no model: {needed} are looked for. Pass the `output_dir` of a run after "
-            "`save_model()`, or one of its folders `checkpoint-<step>`."
+            f"`{folder}` holds no model: {needed} was not found. Pass the `output_dir` of a run after `save_model()`, "
+            "or one of its folders `checkpoint-<step>`."
         )
     for path in weights:
         if not path.is_file() or not is_whole_safetensors(path):
             raise CheckpointError(
-                f"{path} is not whole: it is missing or cut short. Save the model again, or push an earlier "
-                "checkpoint of it."
+                f"{path} is missing or cut short. Save the model again, or push an earlier checkpoint of it."
             )
 
 
@@ -255,7 +256,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not whole: {flat(error)}. Save the model again, or push an earlier checkpoint of it."
+            f"{path} is not complete: {flat(error)}. Save the model again, or push an earlier checkpoint of it."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -266,12 +267,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _text(value: object) -> str | None:
-    """A string of a configuration; what is none there is not quoted."""
+    """Return a string of a configuration; `None` for any other value."""
     return value if isinstance(value, str) and value.strip() else None
 
 
 def _short_card(folder: Path, repo_id: str) -> str:
-    """A card of what the configuration says."""
+    """Return a card made from the configuration."""
     adapter = _read(folder / ADAPTER_CONFIG_NAME) if (folder / ADAPTER_CONFIG_NAME).is_file() else None
     config = _read(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     names = config.get("architectures")

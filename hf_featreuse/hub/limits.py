@@ -1,9 +1,9 @@
-"""Limits on what the client of huggingface_hub waits for and reads while a push runs.
+"""Limit what the client of huggingface_hub waits for and reads while a push runs.
 
-The client has none: a server that is silent, that sends without end or that asks to wait for a day would hold a push
-for good. The limits are hooks of the client that `set_client_factory` makes, around that of the user if there is one,
-and do nothing while no push runs. They leave alone what a push never asks for: downloads of files, such as a data set
-that is streamed while a push runs in the background, may be large and come from another server.
+The client has no limits: a server that is silent, that sends without end or that asks to wait for a day would block a
+push forever. The limits are hooks of the client that `set_client_factory` makes, around the user's factory if there is
+one, and do nothing while no push runs. They do not affect what a push never requests: downloads of files, such as a
+data set that is streamed while a push runs in the background, may be large and come from another server.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from huggingface_hub.utils import hf_raise_for_status, set_client_factory
 
 from hf_featreuse.hub.http_errors import HTTPError, SyncByteStream, TransportError
 
-# Seconds without a byte in either direction, for a whole answer, and that a busy server may ask to wait.
+# Seconds without a byte in either direction, for a whole answer, and that a busy server may ask us to wait.
 SILENCE_SECONDS, ANSWER_SECONDS, WAIT_SECONDS = 60.0, 300.0, 300
-# Bytes of an answer: all are JSON, a few kilobytes; what is compressed, though nobody asked for it, may unfold.
+# Bytes of an answer: all are JSON of a few kilobytes; compressed ones, which nobody requested, may expand.
 ANSWER_BYTES, COMPRESSED_BYTES = 16 << 20, 64 << 10
 _RESET, _AFTER = re.compile(r";\s*t\s*=\s*(\d+)", re.ASCII), re.compile(r"^\s*(\d+)\s*$", re.ASCII)
 _API = f"{urlsplit(constants.ENDPOINT).path.rstrip('/')}/api/"
@@ -35,16 +35,16 @@ _running = 0
 
 
 class RefusedAnswer(HTTPError):
-    """An answer that is not followed: asking again gives the same."""
+    """An answer that is refused; asking again would give the same."""
 
 
 class BusyServer(TransportError):
-    """Another operation on the account runs; later it does not."""
+    """Another operation on the account runs; a later request may succeed."""
 
 
 @contextlib.contextmanager
 def limited_requests() -> Iterator[None]:
-    """Hold the requests of the client to the limits until the exit."""
+    """Apply the limits to the requests of the client until the exit."""
     global _running
     with _lock:
         make = hub_http._GLOBAL_CLIENT_FACTORY
@@ -59,7 +59,7 @@ def limited_requests() -> Iterator[None]:
 
 
 class _LimitedClients:
-    """Makes the client that another factory makes, with hooks."""
+    """A client factory that adds hooks to the clients of another factory."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make = make
@@ -82,7 +82,7 @@ def _before(request: Any) -> None:
 
 
 def _after(response: Any) -> None:
-    """Limit the body of an answer, and refuse what would send the client elsewhere or to sleep."""
+    """Limit the body of an answer, and refuse redirects to other servers and long waits."""
     if not _running or not _is_of_pushes(response.request):
         return
     response.stream = _LimitedStream(response.stream, "Content-Encoding" in response.headers)
@@ -94,7 +94,7 @@ def _after(response: Any) -> None:
     wait = _asked_to_wait(response.headers)
     if wait > WAIT_SECONDS and response.status_code >= 400:
         raise RefusedAnswer(f"status {response.status_code}, and the server asks to wait {wait:,} seconds")
-    # The client repeats the first in a loop without end, and reads an answer to the second before its status.
+    # The client repeats the first request in an endless loop, and reads an answer to the second before its status.
     if response.status_code == 409 and request.url.path.endswith("/repos/create"):
         response.read()
         if _CONFLICT in response.text:
@@ -104,18 +104,18 @@ def _after(response: Any) -> None:
 
 
 def _is_of_pushes(request: Any) -> bool:
-    """Whether a push makes such requests: all that change something, and those to the API of the Hub."""
+    """Return whether a push makes such a request: one that changes something, or one to the API of the Hub."""
     return request.method not in ("GET", "HEAD") or request.url.path.startswith(_API)
 
 
 def _asked_to_wait(headers: Any) -> int:
-    """The seconds that a server asks to wait, as the client would take them; 0 if it does not ask."""
+    """Return the seconds that a server asks the client to wait, as the client reads them; 0 if it does not ask."""
     asked = _RESET.findall(headers.get("RateLimit", "")) + _AFTER.findall(headers.get("Retry-After", ""))
     return max((int(seconds[:12]) for seconds in asked), default=0)
 
 
 class _LimitedStream(SyncByteStream):
-    """The body of an answer, cut off with an error if it is too long or takes too long."""
+    """The body of an answer, which raises if it is too long or takes too long."""
 
     def __init__(self, stream: Any, compressed: bool) -> None:
         self.stream, self.most = stream, COMPRESSED_BYTES if compressed else ANSWER_BYTES

@@ -1,4 +1,4 @@
-"""Quote foreign words in a model card: names and values may hold Markdown, HTML, formulas or line ends."""
+"""Escape text in a model card: names and values may hold Markdown, HTML, formulas or line breaks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 
 from hf_featreuse.text import flat
 
-# What Markdown, its tables, HTML and the Hub's formulas read; `_` only at the edge of a word.
+# Characters with a meaning in Markdown, its tables, HTML and the Hub's formulas; `_` only at the edge of a word.
 _SPECIAL = re.compile(r"[\\`*\[\]<>|&~$#!]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def markdown_text(value: object) -> str:
-    """A value as words of Markdown, in one line, that mean themselves."""
+    """Return a value as plain text in Markdown, on one line."""
     return _SPECIAL.sub(lambda match: f"\\{match[0]}", flat(value))
 
 
 def markdown_code(value: object, in_table: bool = False) -> str:
-    """A value as code in a line, in a fence of backticks that it does not hold; a table reads its pipes first."""
+    """Return a value as inline code, with a fence of backticks that it does not hold; a table needs escaped pipes."""
     text = flat(value).replace("|", "\\|") if in_table else flat(value)
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     edge = " " if text.startswith("`") or text.endswith("`") or not text else ""
@@ -25,5 +25,5 @@ def markdown_code(value: object, in_table: bool = False) -> str:
 
 
 def python_string(value: object) -> str:
-    """A value as a string of Python in double quotes."""
+    """Return a value as a Python string in double quotes."""
     return json.dumps(flat(value), ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Pushes of a run that hold what they say and never fail silently."""
+"""Push a run, from snapshots in the background, without silent failures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_featreuse.hub.sending import CARD_FILE, Target, make_repository, send
 logger = logging.get_logger(__name__)
 
 _SNAPSHOT_PREFIX = "_push-"
-# Snapshot, where to, message, folder in the repository, and whether files for resuming belong.
+# Snapshot, target, message, folder in the repository, and whether files for resuming are included.
 _Job = tuple[Path, Target, str, str, bool]
 
 
@@ -41,10 +41,10 @@ class Pusher:
     """Push the folder of a run and its checkpoints, in the foreground or from snapshots in the background.
 
     Args:
-        args (`TrainingArguments`): where to push (`output_dir`, `hub_*`); read at each push.
+        args (`TrainingArguments`): what to push and where (`output_dir`, `hub_*`); read at each push.
 
     Attributes:
-        repo_id (`str`, *optional*): with its owner, once the repository was made.
+        repo_id (`str`, *optional*): id with its owner, once the repository exists.
         progress (`PushInProgress`, *optional*): the pushes in the background.
 
     Example:
@@ -63,7 +63,7 @@ class Pusher:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The folder of the run."""
         return Path(str(self.args.output_dir))
 
     @property
@@ -72,7 +72,7 @@ class Pusher:
         return self.progress is not None and not self.progress.is_done()
 
     def target(self, token: str | None = None, revision: str | None = None, private: bool | None = None) -> Target:
-        """Where to push: what is given, else what the training arguments say."""
+        """Return where to push: the given values, else those of the training arguments."""
         args = self.args
         return Target(
             self.repo_id or args.hub_model_id or self.folder.absolute().name,
@@ -82,7 +82,7 @@ class Pusher:
         )
 
     def make_repository(self, target: Target) -> None:
-        """Make the repository and its branch unless they exist; raise `HubError` if the Hub refuses."""
+        """Create the repository and its branch unless they exist; raise `HubError` if the Hub refuses."""
         self.repo_id = make_repository(hf_api(), target, str(self.args.output_dir))
         self.progress = None
 
@@ -98,7 +98,7 @@ class Pusher:
         return self._in_background([(snapshot, target, message, "", False)], self.folder)[0]
 
     def is_due(self, checkpoint: str | Path, step: int) -> bool:
-        """Whether a checkpoint that was just written is to be pushed; logs why not."""
+        """Return whether to push a checkpoint that was just written; if not, log the reason."""
         if self.args.hub_strategy == "end":
             return False
         if self.is_running and not self.args.hub_always_push:
@@ -107,7 +107,7 @@ class Pusher:
         if not any(Path(checkpoint).glob("*.safetensors")):
             logger.warning_once(
                 f"Step {step} and later ones are not pushed: checkpoints hold the weights in shards, which only FSDP2 "
-                'reads. The model is pushed whole at the end; `state_dict_type="FULL_STATE_DICT"` pushes each step.'
+                'reads. The whole model is pushed at the end; `state_dict_type="FULL_STATE_DICT"` pushes each step.'
             )
             return False
         return True
@@ -127,18 +127,18 @@ class Pusher:
         Args:
             checkpoint (`str` or `Path`): folder of a checkpoint that was just written.
             step (`int`): optimizer steps until then.
-            finish (`Callable`): writes the card, and what else belongs, into a folder with the model.
+            finish (`Callable`): writes the card and further files into a folder with the model.
             save_averaged (`Callable`, *optional*): saves the model with averaged weights into a folder; by default
                 the model of the checkpoint is pushed.
         """
         checkpoint = Path(checkpoint)
-        if not self.is_running:  # What a process that was killed left behind.
+        if not self.is_running:  # Left by a process that was killed.
             for stale in self.folder.glob(f"{_SNAPSHOT_PREFIX}*"):
                 shutil.rmtree(stale, ignore_errors=True)
         try:
             jobs = self._checkpoint_jobs(checkpoint, step, finish, save_averaged)
         except Exception as error:
-            # The checkpoint is complete; neither a full disk here nor a card is a reason to stop training.
+            # The checkpoint is complete; a full disk here, or a card that fails, is not a reason to stop training.
             again = self.target().again(checkpoint)
             logger.error(f"Step {step} is not pushed: {error}. Push it later with `{again}`.")
             return
@@ -151,16 +151,16 @@ class Pusher:
         finish: Callable[[Path], None],
         save_averaged: Callable[[Path], None] | None,
     ) -> list[_Job]:
-        """Pushes of the model of a checkpoint and, if the strategy asks for it, of the checkpoint, as they are now."""
+        """Prepare the pushes of a checkpoint's model and, if the strategy asks for it, of the checkpoint."""
         target, message, strategy = self.target(), f"Training in progress, step {step}", self.args.hub_strategy
         resumes = strategy in ("checkpoint", "all_checkpoints")
         if save_averaged is None:
-            # Links cost no space, and stay when the checkpoint itself is deleted.
+            # Links take no space, and stay when the checkpoint itself is deleted.
             model = self._snapshot(checkpoint, _link_or_copy, for_resuming=resumes)
         else:
             model = self._new_snapshot()
             save_averaged(model)
-        (model / CARD_FILE).unlink(missing_ok=True)  # PEFT's, which may be a link to that of the checkpoint.
+        (model / CARD_FILE).unlink(missing_ok=True)  # PEFT's card, which may be a link to that of the checkpoint.
         finish(model)
         jobs = [(model, target, message, "", False)]
         if resumes:
@@ -175,7 +175,7 @@ class Pusher:
         return Path(tempfile.mkdtemp(prefix=_SNAPSHOT_PREFIX, dir=self.folder))
 
     def _snapshot(self, folder: Path, copy: Callable[[str, str], Any], for_resuming: bool = False) -> Path:
-        """Keep the files of a folder as they are now, next to the run; those for resuming only if they are sent."""
+        """Copy the files of a folder next to the run as they are now; those for resuming only if they are sent."""
         snapshot = self._new_snapshot()
         for name, path in files_to_push(folder, for_resuming=for_resuming).items():
             (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ class Pusher:
         return snapshot
 
     def _in_background(self, jobs: list[_Job], folder: Path) -> list[Future[CommitInfo]]:
-        """Send, one after the other, commits from snapshots, then delete those; report what fails."""
+        """Send commits from snapshots one after the other, log failures, and then delete the snapshots."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         futures = []
@@ -212,7 +212,7 @@ def _send_and_report(*job: Any) -> CommitInfo:
 def _send(
     source: Path, target: Target, message: str, folder: Path, prefix: str = "", for_resuming: bool = False
 ) -> CommitInfo:
-    """Push the files of `source`; on failure, `folder` is what can be pushed again."""
+    """Push the files of `source`; an error names `folder` as what can be pushed again."""
     files = files_to_push(source, for_resuming=for_resuming)
     return send(hf_api(), target, {f"{prefix}{name}": path for name, path in files.items()}, message, folder)
 

@@ -1,4 +1,4 @@
-"""Write the card and the plot of a run next to its model, from a summary of the run."""
+"""Write the model card and the training plot of a run next to its model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hf_featreuse.method.schedule import FeatureReuseSchedule
 
 logger = logging.get_logger(__name__)
 
-# Name of the training plot beside the model.
+# Name of the training plot, next to the model.
 PLOT_FILE = "training.png"
 _LISTED_ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "per_device_train_batch_size",
@@ -34,7 +34,7 @@ _LISTED_ARGUMENTS = (
 # Listed if they are in use.
 _LISTED_IF_SET = ("label_smoothing_factor", "mixup_alpha", "cutmix_alpha", "ema_decay")
 _LICENCE_TIMEOUT_SECONDS = 5.0
-# An identifier, as the Hub's metadata has it.
+# A licence identifier in the Hub's metadata.
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _IN_CARD = ("finetuned_from", "dataset", "license", "tags", "model_name")
 # Further arguments of `Trainer.create_model_card`.
@@ -42,7 +42,7 @@ _WITHOUT_PLACE = ("language", "tasks", "dataset_tags", "dataset_args")
 
 
 def card_arguments(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `card_details` that have a place in the card; raise `ConfigurationError` for what is no argument."""
+    """Return the entries of `card_details` that the card shows; raise `ConfigurationError` for unknown ones."""
     if unknown := sorted(set(details) - {*_IN_CARD, *_WITHOUT_PLACE}):
         raise ConfigurationError(
             f"`card_details` holds {unknown}, which the model card does not know. Pass some of {', '.join(_IN_CARD)}."
@@ -55,17 +55,17 @@ class RunSummary:
     """What the card and the plot of a run are made from.
 
     Args:
-        name (`str`): of the model; the id of its repository if there is one: the card's snippet loads from it.
-        model (`torch.nn.Module`): as it trained, not wrapped; may be an adapter's.
+        name (`str`): name of the model, or the id of its repository if there is one; the card's snippet loads it.
+        model (`torch.nn.Module`): the trained model, not wrapped; may be an adapter.
         settings (`dict`): options of feature reuse.
         schedule (`FeatureReuseSchedule`, *optional*): `None` if nothing was trained here.
         block_names (`list[str]`): of the residual blocks.
         arguments (`dict`): the training arguments, as plain values.
-        processes (`int`): that trained together.
+        processes (`int`): number of processes that trained together.
         steps (`int`): optimizer steps taken.
-        max_steps (`int`): optimizer steps that were planned.
-        log_history (`list[dict]`): of the Trainer's state.
-        best_step (`int`, *optional*): of the model that was loaded when training ended.
+        max_steps (`int`): optimizer steps planned.
+        log_history (`list[dict]`): from the Trainer's state.
+        best_step (`int`, *optional*): step of the best model, if it was loaded at the end of training.
     """
 
     name: str
@@ -82,7 +82,7 @@ class RunSummary:
 
     @property
     def evaluation(self) -> Mapping[str, Any]:
-        """The last evaluation; if training loaded its best model and none followed, that of this model."""
+        """The last evaluation; if training ended by loading its best model and none followed, that of this model."""
         places = [at for at, entry in enumerate(self.log_history) if any(key.startswith("eval_") for key in entry)]
         if not places:
             return {}
@@ -138,12 +138,12 @@ def write_run_card(
 
 
 def _is_metric(key: str, value: object) -> bool:
-    """Whether an entry of the log is a figure of an evaluation; a metric may also give lists or words."""
+    """Return whether a log entry is a number of an evaluation; metrics may also return lists or words."""
     return key.startswith("eval_") and isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def write_run_plot(run: RunSummary, folder: str | Path) -> None:
-    """Write the training plot of a run into a folder; nothing if there is nothing to draw or no matplotlib."""
+    """Write the training plot of a run into a folder, unless there is nothing to draw or no matplotlib."""
     from hf_featreuse.plotting import plot_training
 
     if run.schedule is None:  # Nothing was trained here; a plot of an earlier run stays.
@@ -155,7 +155,7 @@ def write_run_plot(run: RunSummary, folder: str | Path) -> None:
 
 
 def write_base_config(model: nn.Module, folder: str | Path) -> None:
-    """Write the configuration of an adapter's base into a folder: an adapter's own files name no labels."""
+    """Write the configuration of an adapter's base model into a folder: the adapter's own files hold no labels."""
     base: Any = model.get_base_model() if is_adapter(model) else None  # pyright: ignore[reportCallIssue]
     if isinstance(base, PreTrainedModel):
         base.config.save_pretrained(folder)
@@ -163,13 +163,13 @@ def write_base_config(model: nn.Module, folder: str | Path) -> None:
 
 @functools.lru_cache
 def licence_of(model_id: str) -> str | None:
-    """The licence of a model on the Hub; `None` where it states none, or cannot be asked."""
+    """Return the licence of a model on the Hub; `None` if it states none or the Hub cannot be reached."""
     if is_offline_mode():
         return None
     try:
         with limited_requests():
             tags = HfApi().model_info(model_id, timeout=_LICENCE_TIMEOUT_SECONDS).tags or []
-    except Exception:  # Of the connection, or of a client that cannot read the answer.
+    except Exception:  # The connection fails, or the client cannot read the answer.
         return None
     found = (tag.removeprefix("license:") for tag in tags if isinstance(tag, str) and tag.startswith("license:"))
     return next((licence for licence in found if _LICENCE.fullmatch(licence)), None)

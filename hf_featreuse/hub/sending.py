@@ -1,4 +1,4 @@
-"""Send files to a repository on the Hub in one commit, again where the connection failed, and say why it failed."""
+"""Send files to a repository on the Hub in one commit, retry if the connection fails, and explain failures."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from hf_featreuse.text import flat, kind_and_text, printable
 logger = logging.get_logger(__name__)
 
 _Result = TypeVar("_Result")
-# Seconds before each further attempt. The client itself repeats uploads of large files; it asks for a repository,
+# Seconds before each further attempt. The client itself repeats only uploads of large files; it creates a repository,
 # has the card checked and commits once.
 _WAITS = (1.0, 4.0)
 CARD_FILE = "README.md"
 _PASSING = (408, 429, 500, 502, 503, 504)
 _MOST_WORDS = 400
-# What git allows in the name of a branch, and no leading dash, which is an option.
+# What git allows in the name of a branch; a leading dash would make it an option.
 _BRANCH = re.compile(r"(?![-/.])(?!.*(\.\.|//|@\{|[/.]$|\.lock$))[^\s\x00-\x20\x7f~^:?*\[\\]+")
 
 
@@ -47,11 +47,11 @@ class Target:
     Args:
         repo_id (`str`): id of the repository, with or without its owner.
         revision (`str`, *optional*): branch; the main one by default.
-        private (`bool`, *optional*): visibility of a repository that is made; the owner's default where `None`.
+        private (`bool`, *optional*): visibility of a new repository; the owner's default if `None`.
         token (`str`, *optional*): the stored one by default.
 
     Raises:
-        ConfigurationError: the token or the revision is none.
+        ConfigurationError: the token or the revision is not valid.
     """
 
     repo_id: str
@@ -69,7 +69,7 @@ class Target:
             )
 
     def again(self, folder: str | Path) -> str:
-        """The command that pushes a folder here; a checkpoint of a run has no card yet."""
+        """Return the command that pushes a folder to this target; a checkpoint of a run has no card yet."""
         more = [f"--revision {shlex.quote(self.revision)}"] if self.revision else []
         more += {True: ["--private"], False: ["--public"], None: []}[self.private]
         has_card = (Path(folder) / CARD_FILE).is_file()
@@ -78,7 +78,7 @@ class Target:
 
 
 def make_repository(api: HfApi, target: Target, folder: str | Path) -> str:
-    """Make the repository and the branch unless they exist, and give the repository's id with its owner.
+    """Create the repository and the branch unless they exist, and return the repository's id with its owner.
 
     Raises:
         HubError: the Hub refuses or does not answer.
@@ -106,17 +106,17 @@ def send(
 
     Args:
         api (`HfApi`): the client.
-        target (`Target`): where to.
+        target (`Target`): where to send them.
         files (`Mapping[str, Path | bytes]`): what to send.
-        message (`str`): of the commit.
-        folder (`str` or `Path`): what the user can push again, for the error.
+        message (`str`): message of the commit.
+        folder (`str` or `Path`): what the user can push again, named in the error.
 
     Raises:
-        HubError: the push failed for good.
+        HubError: the push failed, also when repeated.
     """
 
     def commit() -> CommitInfo:
-        # A client's operations are used up by an attempt.
+        # Operations cannot be used for a second attempt.
         operations = [CommitOperationAdd(path, str(f) if isinstance(f, Path) else f) for path, f in files.items()]
         info = api.create_commit(
             target.repo_id, operations, commit_message=message, token=target.token, revision=target.revision
@@ -129,14 +129,14 @@ def send(
 
 
 def _attempt(call: Callable[[], _Result], target: Target, folder: str | Path, what: str) -> _Result:
-    """Call, and call again after failures that pass."""
+    """Call a function, again after failures that may be temporary."""
     if target.token is None:
         check_stored_token()
     for wait in (*_WAITS, None):
         try:
             with limited_requests():
                 return call()
-        except Exception as error:  # Whatever it is, the user must be told how to push again.
+        except Exception as error:  # Whatever it is, the user must learn how to push again.
             if wait is None or not _passes(error):
                 told = (
                     f"{what} failed: {_reason(error)} Nothing in {folder} is lost: `{target.again(folder)}` pushes it."
@@ -152,7 +152,7 @@ def _attempt(call: Callable[[], _Result], target: Target, folder: str | Path, wh
 
 
 def _of_request(error: Exception) -> Exception:
-    """The error of the request, which the client may have wrapped in one of its own."""
+    """Return the error of the request, which the client may have wrapped in its own."""
     found: BaseException | None = error
     kinds = (RefusedAnswer, TransportError, HfHubHTTPError, HTTPStatusError)
     while found is not None and not isinstance(found, kinds):
@@ -161,25 +161,25 @@ def _of_request(error: Exception) -> Exception:
 
 
 def _status(error: Exception) -> int | None:
-    """The status of the answer that an error is about."""
+    """Return the status of the answer that an error is about."""
     return error.response.status_code if isinstance(error, (HTTPStatusError, HfHubHTTPError)) else None
 
 
 def _passes(error: Exception) -> bool:
-    """Whether a later attempt may succeed."""
+    """Return whether a later attempt may succeed."""
     error = _of_request(error)
     return isinstance(error, TransportError) or _status(error) in _PASSING
 
 
 def _words(error: Exception) -> str:
-    """What the server said of its refusal, as a sentence; empty if it said nothing."""
+    """Return the server's reason for its refusal as a sentence; empty if it gave none."""
     said = flat(error.server_message or "") if isinstance(error, HfHubHTTPError) else ""
-    # A gateway sends a page.
+    # A gateway sends an HTML page.
     return f' The Hub says: "{said[:_MOST_WORDS]}".' if said and not said.startswith("<") else ""
 
 
 def _reason(error: Exception) -> str:
-    """Say what went wrong and what to do, before the push is repeated."""
+    """Describe what went wrong and what to do before the push is repeated."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it."
     if isinstance(error, LocalTokenNotFoundError):
@@ -197,8 +197,8 @@ def _reason(error: Exception) -> str:
         )
     if status == 403:
         return (
-            f"the token may not write there.{words} Use a token with write access, or a namespace of your own; if the "
-            "Hub names a quota, free space first."
+            f"the token may not write there.{words} Use a token with write access, or your own namespace; if the Hub "
+            "names a quota, free space first."
         )
     if isinstance(error, RefusedAnswer):
         return f"the Hub's answer is refused: {flat(error)}. Check HF_ENDPOINT and your proxy, or wait."
@@ -214,5 +214,5 @@ def _reason(error: Exception) -> str:
 
 
 def _shown(error: Exception, status: int | None) -> str:
-    """The status of an answer, else the error."""
+    """Return the status of an answer, else the error."""
     return kind_and_text(error) if status is None else f"status {status}"

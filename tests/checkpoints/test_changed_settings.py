@@ -1,4 +1,4 @@
-"""Settings that changed since a checkpoint: refused only where a step that was taken would have been another."""
+"""Settings that changed since a checkpoint are refused only if a past step would have differed."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_first_step_that_differs_is_the_first_that_the_schedules_plan_otherwise(change: str) -> None:
+def test_the_first_difference_is_the_first_step_that_the_schedules_plan_differently(change: str) -> None:
     saved, now = source(), source(**CHANGES[change])
     differing = [step for step in range(40) if saved.plan(step) != now.plan(step)]
     assert differing
@@ -62,7 +62,7 @@ def test_plans_are_compared_by_the_names_of_the_blocks() -> None:
     assert saved.plan(0) == (StepKind.STOCHASTIC_DEPTH, dict.fromkeys(dropped, b""))
 
 
-def test_sets_by_sample_are_compared_for_every_sample() -> None:
+def test_sets_per_sample_are_compared_for_every_sample() -> None:
     # Rates of 8 and 9 sixteenths: one sample in 16 drops a block more. Two samples agree at first.
     saved, now = (source(drop_granularity="sample", drop_rate=rate, samples=2, seed=2) for rate in (0.5, 0.5 + 1 / 16))
     masks = [
@@ -82,26 +82,26 @@ def test_rates_that_are_rounded_to_the_same_sixteenth_plan_the_same() -> None:
     assert "drop_rate=0.502 (before: drop_rate=0.5)" in check_plans(saved, now, 20)
 
 
-def test_another_number_of_samples_is_no_other_plan() -> None:
+def test_another_number_of_samples_does_not_change_the_plan() -> None:
     saved = source(drop_granularity="sample", samples=4, last_step=30)
     assert check_plans(saved, source(drop_granularity="sample", samples=8), 20) is not None
 
 
-def test_a_cycle_that_drops_all_is_vanilla_where_the_trunk_is_frozen() -> None:
+def test_a_cycle_that_drops_all_is_vanilla_if_the_trunk_is_frozen() -> None:
     free, frozen = source(drop_rate=0.99), source(drop_rate=0.99, trunk_trains=False)
     assert free.plan(0) == (StepKind.STOCHASTIC_DEPTH, dict.fromkeys(NAMES, b""))
     assert frozen.plan(0) == (StepKind.VANILLA, {})
     assert free.first_difference(frozen, 5) == 0
 
 
-def test_nothing_is_said_where_nothing_changed() -> None:
+def test_nothing_is_reported_if_nothing_changed() -> None:
     saved = source(options={"train_trunk": "head"}, drop_rate_over_time="falling", last_step=40, vanilla_steps=1)
     again = PlanSource.from_json(json.loads(json.dumps(saved.to_json())))
     assert check_plans(again, saved, 10) is None
     assert again == dataclasses.replace(saved, schedule=again.schedule)
 
 
-def test_an_option_that_changes_no_plan_is_said() -> None:
+def test_an_option_that_changes_no_plan_is_reported() -> None:
     said = check_plans(source(options={"train_trunk": "none"}), source(options={"train_trunk": "all"}), 10)
     assert "train_trunk='all' (before: train_trunk='none')" in said
 
@@ -145,9 +145,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("said_of_it", REFUSED)
-def test_the_trainer_refuses_what_would_have_changed_a_step_taken(
-    said_of_it: str, folder: Path, tmp_path: Path
-) -> None:
+def test_the_trainer_refuses_changes_to_past_steps(said_of_it: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"Passed: .*{said_of_it}"):
         resume(folder, 5, tmp_path, **REFUSED[said_of_it])
 
@@ -169,13 +167,13 @@ def test_the_window_of_an_extended_run_may_move_behind_the_steps_taken(tmp_path:
         resume(tmp_path / "run", 6, tmp_path / "again", max_steps=10, **window)
 
 
-def test_a_rate_may_change_where_no_step_taken_drew_otherwise(folder: Path, tmp_path: Path, said: list[str]) -> None:
+def test_a_rate_may_change_if_no_past_step_drew_differently(folder: Path, tmp_path: Path, said: list[str]) -> None:
     resume(folder, 2, tmp_path, drop_rate=0.5 + 1e-9)
     assert len(said) == 1
     assert "drop_rate=0.500000001 (before: drop_rate=0.5)" in said[0]
 
 
-def test_feature_reuse_may_begin_after_plain_training(tmp_path: Path) -> None:
+def test_feature_reuse_may_start_after_plain_training(tmp_path: Path) -> None:
     plain = {"stochastic_depth_steps": 0, "masked_freeze_steps": 0}
     train(resumable("vit", tmp_path / "run", max_steps=3, **plain))
     resumed = resume(tmp_path / "run", 3, tmp_path / "again", reuse_start=0.5)
@@ -184,7 +182,7 @@ def test_feature_reuse_may_begin_after_plain_training(tmp_path: Path) -> None:
         resume(tmp_path / "run", 3, tmp_path / "again")
 
 
-def test_a_schedule_of_ones_own_is_not_compared(folder: Path, tmp_path: Path) -> None:
+def test_a_custom_schedule_is_not_compared(folder: Path, tmp_path: Path) -> None:
     class Own(FeatureReuseSchedule):
         pass
 
@@ -206,7 +204,7 @@ def test_a_refusal_leaves_the_weights_of_the_checkpoint(folder: Path, tmp_path: 
     assert all(parameter.requires_grad for parameter in refused.model.parameters())
 
 
-def test_scaled_steps_whose_survival_changed_are_other_steps():
+def test_scaled_steps_whose_survival_changed_differ():
     """A falling run that is to end later: its steps so far drew the same sets, with other divisors."""
     names = ("a", "b")
 

@@ -1,4 +1,4 @@
-"""Options of training that changed since a checkpoint: what they do is reported, and what does nothing."""
+"""Training options that changed since a checkpoint: their effect is reported, or that they have none."""
 
 import re
 from pathlib import Path
@@ -35,12 +35,12 @@ CHANGES = {
         r"`gradient_accumulation_steps=1` \(before: 2\): the position in the data follows from",
     ),
     "precision": ({"bf16": True}, r"`precision='bf16'` \(before: 'float32'\): steps are computed"),
-    "learning rate": ({"learning_rate": 0.5}, r"Without effect.*`learning_rate=0.5` \(before: 0.01\)"),
+    "learning rate": ({"learning_rate": 0.5}, r"have no effect.*`learning_rate=0.5` \(before: 0.01\)"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_reported_with_what_it_does(
+def test_a_change_is_reported_with_its_effect(
     change: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed, expected = CHANGES[change]
@@ -56,7 +56,7 @@ def test_nothing_is_reported_if_nothing_changed(folder: Path, tmp_path: Path, mo
 
 
 def test_another_optimizer_is_one_clear_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigurationError, match=r"written with the optimizer torch.*AdamW, and this run has .*SGD"):
+    with pytest.raises(ConfigurationError, match=r"written with the optimizer torch.*AdamW, but this run has .*SGD"):
         resume(folder, tmp_path, monkeypatch, optim="sgd")
 
 

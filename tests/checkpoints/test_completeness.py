@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint is a pickle: its known parts are read, and code in it is not run."""
+"""The index of a sharded checkpoint is a pickle: only its known parts are read, and code in it is not run."""
 
 import os
 import pickle
@@ -75,10 +75,10 @@ def test_an_index_without_shards_next_to_it_is_checked(name: str, place: str, tm
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_value_in_a_shard_that_could_run_code_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    """torch unpickles every value in a shard that is no tensor, such as a learning rate."""
+    """torch unpickles every value in a shard that is not a tensor, such as a learning rate."""
     state = {"lr": Harmful(os.mkdir, str(tmp_path / "ran"))}
     distributed_checkpoint.save(state, checkpoint_id=checkpoint / "more", no_dist=True)
-    assert "holds under 'lr' what is damaged or could run code" in checkpoint_fault(checkpoint)
+    assert "holds under 'lr' a value that is damaged or could run code" in checkpoint_fault(checkpoint)
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,4 +1,4 @@
-"""A run that cannot go on says why, leaves the last whole checkpoint, and no model that skips or is frozen."""
+"""A run that cannot continue reports why, and leaves the last complete checkpoint and no skipping or frozen model."""
 
 import math
 import os
@@ -24,7 +24,7 @@ LAST = 6
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RecordingTrainer:
-    """The run that nothing disturbs, of 6 steps with a checkpoint after each."""
+    """An undisturbed run of 6 steps with a checkpoint after each."""
     return train(resumable("vit", tmp_path_factory.mktemp("whole")))
 
 
@@ -36,7 +36,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def broken_off(trainer: RecordingTrainer, error: type[BaseException], match: str | None, step: int) -> str:
-    """Train until the error; what must be true of model and checkpoints then. Gives the message."""
+    """Train until the error, check the model and the checkpoints, and return the message."""
     before = traces(trainer.model)
     with pytest.raises(error, match=match) as caught:
         trainer.train()
@@ -122,7 +122,7 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path, whole: RecordingTrainer
     try:
         message = broken_off(resumable("vit", folder, kind=Closing), CheckpointError, "Read-only file system", 2)
         assert "checkpoint-2" in message
-        # Begun in such a folder, a run ends before its first step.
+        # A run that starts in such a folder ends before its first step.
         late = resumable("vit", folder)
         with pytest.raises(CheckpointError, match=r"cannot be written: Read-only file system. Pass another folder"):
             late.train(resume_from_checkpoint=True)

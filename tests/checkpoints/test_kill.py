@@ -1,4 +1,4 @@
-"""kill -9 at random points, again and again: the run ends where the uninterrupted one ends, to the bit."""
+"""kill -9 at random points, again and again: the run ends bit-identical to the uninterrupted one."""
 
 import os
 import random
@@ -47,7 +47,7 @@ def lines(receiving: Connection, count: int | None = None) -> list[str]:
 
 
 def finished(folder: Path, case: str) -> dict[str, Any]:
-    """What a run ends with that nothing stops any more."""
+    """Finish the run without further kills, and return its end."""
     process, receiving = start(folder, case)
     lines(receiving)
     process.join()
@@ -56,7 +56,7 @@ def finished(folder: Path, case: str) -> dict[str, Any]:
 
 
 def kill_at_random(folder: Path, case: str, chance: random.Random, awaited: str | None) -> str | None:
-    """Start or resume the run and kill it at a random point; give what it was doing, `None` if it was done before."""
+    """Start or resume the run, kill it at a random point and return what it was doing; `None` if it ended before."""
     process, receiving = start(folder, case)
     # Mostly within a step or two, so that a run of few steps is killed often; now and then while it is starting.
     count = chance.randrange(10) if awaited is None else 1

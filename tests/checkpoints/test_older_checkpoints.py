@@ -1,4 +1,4 @@
-"""Checkpoints of runs that did not scale, of an older draw, or of an older version of the options."""
+"""Checkpoints of runs without scaling, of an older draw, or of older versions of the options."""
 
 import json
 from collections.abc import Callable
@@ -58,14 +58,14 @@ def test_a_run_that_did_not_scale_is_not_resumed_with_scaling(tmp_path: Path) ->
     with pytest.raises(ConfigurationError, match=r"written with `scale_kept=False`.*Pass `scale_kept=False`"):
         resumed.train(resume_from_checkpoint=str(folder))
     assert same_bits(state_of(resumed.model), before)
-    # With the option of the checkpoint it goes on.
+    # With the option of the checkpoint it resumes.
     assert resume(folder, tmp_path / "again", scale_kept=False).state.global_step == STEP + 1
 
 
 def test_scaling_may_be_turned_off_and_that_is_reported(tmp_path: Path, said: list[str]) -> None:
     resume(checkpoint(tmp_path / "run"), tmp_path / "again", scale_kept=False)
     assert len(said) == 1
-    assert "from here on scale_kept=False (before: scale_kept=True)" in said[0]
+    assert "From here on: scale_kept=False (before: scale_kept=True)" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_records_no_settings_warns(tmp_path: Path, said: list[
     assert "records no settings" in said[0]
     assert "`scale_kept`" in said[0]
     assert {plan.kind for _, plan in resumed.plans} == {StepKind.STOCHASTIC_DEPTH}
-    # Where this run has a custom schedule too, there is nothing to compare.
+    # If this run has a custom schedule too, there is nothing to compare.
     resume(folder, tmp_path / "again", OwnSchedule)
     assert len(said) == 1
 

@@ -1,4 +1,4 @@
-"""The moments of a checkpoint fit the parameters, or it is refused before anything of it is loaded."""
+"""The moments of a checkpoint fit the parameters, or it is refused before any of it is loaded."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A second process that trains into an output folder is refused; nothing else is."""
+"""Only a second process that trains into an output folder is refused."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed equals the run that was not, to the bit."""
+"""An interrupted and resumed run is bit-identical to an uninterrupted one."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ STEPS = 6
 def resumable(
     architecture: str, folder: Path, kind: type[RecordingTrainer] = RecordingTrainer, **changed: Any
 ) -> RecordingTrainer:
-    """A trainer with dropout and accumulation, three optimizer steps an epoch and a checkpoint at each step."""
+    """A trainer with dropout and accumulation, three optimizer steps per epoch and a checkpoint at each step."""
     arguments = config(
         folder,
         **{
@@ -38,7 +38,7 @@ def resumable(
 
 
 def history(trainer: Trainer) -> list[dict[str, float]]:
-    """The log from the first step on, times aside."""
+    """The log from the first step on, without times."""
     return [
         {key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in trainer.state.log_history
     ]
@@ -99,7 +99,7 @@ def test_the_newest_checkpoint_is_taken_when_asked_for(request_: str | bool, tmp
     assert_same_run(resumed, whole, 3)
 
 
-def test_resuming_where_there_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No valid checkpoint found"):
         resumable("vit", tmp_path).train(resume_from_checkpoint=True)
 

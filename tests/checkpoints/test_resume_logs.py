@@ -1,4 +1,4 @@
-"""The log history of a run that was interrupted equals the uninterrupted run's, times aside, to the bit."""
+"""The log history of an interrupted run is bit-identical to that of an uninterrupted one, except for times."""
 
 import json
 import math
@@ -103,7 +103,7 @@ def warnings_said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-def test_an_older_checkpoint_resumes_and_says_what_that_means(tmp_path: Path, warnings_said: list[str]) -> None:
+def test_an_older_checkpoint_resumes_and_warns_of_the_consequences(tmp_path: Path, warnings_said: list[str]) -> None:
     whole = train(run(tmp_path, logging_steps=4))
     without_state(tmp_path / "checkpoint-3")
     assert checkpoint_fault(tmp_path / "checkpoint-3") is None
@@ -113,11 +113,11 @@ def test_an_older_checkpoint_resumes_and_says_what_that_means(tmp_path: Path, wa
     assert history(resumed) != history(whole)
     assert len(warnings_said) == 1
     assert "resume_state.json" in warnings_said[0]
-    # What it writes says so in its turn, and a resume from there is no whole mean either.
+    # What it writes records this too, so a resume from there does not have the full mean either.
     assert read_resume_state(tmp_path / "again" / "checkpoint-4")["total_loss"] is None
 
 
-def test_a_state_that_was_cut_is_passed_over(tmp_path: Path, warnings_said: list[str]) -> None:
+def test_a_state_that_was_cut_short_is_skipped(tmp_path: Path, warnings_said: list[str]) -> None:
     whole = train(run(tmp_path, logging_steps=4))
     path = tmp_path / "checkpoint-6" / "resume_state.json"
     content = path.read_bytes()
@@ -137,7 +137,7 @@ def test_a_file_that_is_gone_is_found(name: str, tmp_path: Path) -> None:
     assert checkpoint_fault(tmp_path / "checkpoint-1") == f"{name} is missing"
 
 
-def test_the_mark_of_a_whole_checkpoint_goes_before_it_is_overwritten(tmp_path: Path) -> None:
+def test_the_mark_of_a_complete_checkpoint_is_removed_before_it_is_overwritten(tmp_path: Path) -> None:
     trainer = run(tmp_path)
     trainer.train()
     marked = tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json"

@@ -1,4 +1,4 @@
-"""The table of SECURITY.md, row by row: a pickle that makes a folder is in each place, and the folder is not made."""
+"""The table of SECURITY.md, row by row: a pickle that creates a folder is put in each place, and no folder appears."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ class Harmful:
 
 @pytest.fixture
 def trace(tmp_path: Path):
-    """A path that must not be there at the end, and would be if a pickle were read."""
+    """A path that exists at the end only if a pickle was read."""
     path = tmp_path / "trace"
     pickle.loads(pickle.dumps(Harmful(path)))
     path.rmdir()
@@ -57,7 +57,7 @@ def checkpoint(finished: Path, tmp_path: Path) -> Path:
 
 
 def refused(checkpoint: Path) -> None:
-    """Digests are those of the files as they are: forged, as they could be."""
+    """Recompute the digests from the changed files, as a forger could."""
     with contextlib.suppress(ValueError):
         state = json.loads((checkpoint / "resume_state.json").read_text())
         write_resume_state(checkpoint, {k: v for k, v in state.items() if k not in ("files", "digest")})

@@ -1,4 +1,4 @@
-"""Checkpoints are whole, and read back exactly, or refused."""
+"""Checkpoints are complete and are loaded exactly, or they are refused."""
 
 import copy
 import json
@@ -120,7 +120,7 @@ def reshape_one(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("change", [lose_one, add_one, reshape_one])
 @pytest.mark.parametrize("write", [legacy_names, inside_names])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_checkpoint_that_does_not_fit_is_refused_whole(
+def test_a_checkpoint_that_does_not_fit_is_refused_entirely(
     architecture: str, write: Callable, change: Callable, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     write(build(architecture), tmp_path / "saved")
@@ -144,7 +144,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         load_weights(build("vit"), tmp_path)
 
 
-def test_a_model_that_is_not_of_transformers_is_loaded_strictly(tmp_path: Path) -> None:
+def test_a_model_from_outside_transformers_is_loaded_strictly(tmp_path: Path) -> None:
     saved, model = nn.Linear(2, 3), nn.Linear(2, 3)
     safetensors.torch.save_file(saved.state_dict(), tmp_path / WEIGHTS)
     load_weights(model, tmp_path)
@@ -214,7 +214,7 @@ def test_checkpoints_are_ordered_by_number_and_other_folders_ignored(run: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [*FILES, "deleted state"])
-def test_resuming_falls_back_to_the_last_whole_checkpoint_and_says_so(
+def test_resuming_falls_back_to_the_last_complete_checkpoint_and_warns(
     fault: str, run: Path, finished: tuple[Any, Path], warnings_said: list[str]
 ) -> None:
     if fault == "deleted state":

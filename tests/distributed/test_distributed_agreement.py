@@ -1,4 +1,4 @@
-"""Ranks that would not do the same stop at the start, all with one error; launches that lost processes say so."""
+"""Ranks that disagree stop at the start, all with one error; launches with missing processes are reported."""
 
 import os
 import re
@@ -52,7 +52,7 @@ class OneRankFailsTrainer(FeatureReuseTrainer):
 
 
 class OwnOptionsTrainer(FeatureReuseTrainer):
-    """Hands accelerate options of DDP of its own."""
+    """Passes its own DDP options to accelerate."""
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True, static_graph=True)]
@@ -148,8 +148,8 @@ def test_options_of_ddp_that_cannot_work_are_refused(name: str, message: str, re
         ({"WORLD_SIZE": "1"}, 1, None),
         ({"WORLD_SIZE": "2"}, 2, None),
         ({"WORLD_SIZE": ""}, 1, None),
-        ({"WORLD_SIZE": "2"}, 1, r"started 2 processes \(WORLD_SIZE=2\).*world of 1.*--use_cpu"),
-        ({"WORLD_SIZE": "4"}, 2, r"started 4 processes \(WORLD_SIZE=4\).*world of 2"),
+        ({"WORLD_SIZE": "2"}, 1, r"started 2 processes \(WORLD_SIZE=2\).*world size of 1.*--use_cpu"),
+        ({"WORLD_SIZE": "4"}, 2, r"started 4 processes \(WORLD_SIZE=4\).*world size of 2"),
         ({"OMPI_COMM_WORLD_SIZE": "3"}, 1, r"OMPI_COMM_WORLD_SIZE=3"),
         ({"ACCELERATE_MIXED_PRECISION": "no"}, 1, None),
         ({"MASTER_ADDR": "127.0.0.1"}, 1, None),
@@ -202,10 +202,10 @@ def test_the_example_runs_on_two_processes(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message", "succeeds"),
     [
-        # Two processes that train alone would write into one folder.
+        # Two processes that train separately would write into one folder.
         ("torchrun", "error: The launcher started 2 processes", False),
         ("accelerate_cpu", "was asked for several processes", True),
     ],
 )
-def test_a_launch_that_trains_alone_says_so(name: str, message: str, succeeds: bool, tmp_path: Path) -> None:
+def test_a_launch_that_trains_in_one_process_warns(name: str, message: str, succeeds: bool, tmp_path: Path) -> None:
     assert message in launch(name, tmp_path, succeeds=succeeds)

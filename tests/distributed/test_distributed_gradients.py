@@ -1,4 +1,4 @@
-"""reduce_active_gradients in loops of one's own: the bits of plain DDP, fewer bytes, and what it refuses."""
+"""reduce_active_gradients in custom loops: bit-identical to plain DDP, fewer bytes, and what it refuses."""
 
 import re
 from collections.abc import Callable
@@ -129,7 +129,7 @@ def both_ways(folder: Path, make: Callable[[], nn.Module], **options: Any) -> di
 
 LOOPS: dict[str, Callable[[Path], Any]] = {
     "vit": partial(both_ways, make=partial(build, "vit")),
-    # Buckets of a few kB: wholly at rest, wholly active, or with one active slice. One bucket for all has several.
+    # Buckets of a few kB: inactive, active, or with one active slice. One bucket for all has several slices.
     "vit_small_buckets": partial(both_ways, make=partial(build, "vit"), bucket_cap_mb=0.01),
     "vit_one_bucket_a_weight": partial(both_ways, make=partial(build, "vit"), bucket_cap_mb=1e-6),
     "vit_bucket_views": partial(both_ways, make=partial(build, "vit"), gradient_as_bucket_view=True),
@@ -140,7 +140,7 @@ LOOPS: dict[str, Callable[[Path], Any]] = {
 
 
 def twelve_layers(folder: Path) -> dict[str, Any]:
-    """Bytes a step of a ViT of 12 layers at uniform rate 0.5, and of plain DDP, read at the process group."""
+    """Bytes per step of a ViT of 12 layers at uniform rate 0.5, and of plain DDP, read at the process group."""
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=12, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=8
     )
@@ -252,7 +252,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_gradients_and_weights_are_those_of_plain_ddp_to_the_bit(name: str, results: dict[str, list[Any]]) -> None:
+def test_gradients_and_weights_are_bit_identical_to_plain_ddp(name: str, results: dict[str, list[Any]]) -> None:
     for run in results[name]:
         assert isinstance(run, dict), run
         assert {StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE} <= set(run["ours"]["kinds"])
@@ -277,8 +277,10 @@ def test_bytes_are_those_of_the_gradients_that_exist(name: str, results: dict[st
 def test_a_step_of_twelve_layers_sends_at_most_six_tenths(results: dict[str, list[Any]]) -> None:
     run = results["twelve_layers"][0]
     share = run["ours"] / run["plain"]
-    print(f"bytes a step: plain DDP {run['plain'] / 20:.0f}, feature reuse {run['ours'] / 20:.0f}, share {share:.3f}")
-    # Besides gradients plain DDP sends, once, the order of its buckets.
+    print(
+        f"bytes per step: plain DDP {run['plain'] / 20:.0f}, feature reuse {run['ours'] / 20:.0f}, share {share:.3f}"
+    )
+    # In addition to gradients plain DDP sends, once, the order of its buckets.
     assert 0 <= run["plain"] - 20 * 4 * run["parameters"] < 1000
     assert share <= 0.6
 
@@ -305,7 +307,7 @@ def test_a_loop_of_accelerate_gives_what_one_process_gives(results: dict[str, li
         ("frozen_when_wrapped", "BlockError", "[0-9]+ parameters require gradients, but [0-9]+ did when DDP wrapped"),
         ("inside_a_step", "StepError", "called inside a step"),
         ("other_seed", "ConfigurationError", "The ranks do not agree .*seed: 0 on rank 0, 1 on rank 1"),
-        ("penalty", "StepError", "rests in this step but got a gradient"),
+        ("penalty", "StepError", "does not train in this step but got a gradient"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(name: str, error: str, message: str, results: dict[str, list[Any]]) -> None:

@@ -51,7 +51,7 @@ def positions(folder: Path, *, stream: bool = False, accumulation: int = 1, **ho
     args = arguments(
         folder,
         drop_granularity="sample",
-        train_trunk="all",  # So that a sample with an empty set, alone on its rank, trains something.
+        train_trunk="all",  # So that the only sample of a rank trains something, even with an empty set.
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=accumulation,
         remove_unused_columns=False,

@@ -1,4 +1,4 @@
-"""FeatureReuseTrainer on two processes with FSDP2: exact, and what is skipped or frozen is not sent."""
+"""FeatureReuseTrainer on two processes with FSDP2: exact, and skipped or frozen parts are not sent."""
 
 import argparse
 import sys
@@ -96,7 +96,7 @@ def adapters(folder: Path) -> dict[str, Any]:
 
 
 def end(trainer: Any) -> dict[str, Any]:
-    """All that a run ends with, times aside."""
+    """The end of a run, without times."""
     history = [
         {key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in trainer.state.log_history
     ]
@@ -237,7 +237,7 @@ def test_a_model_with_stages_gives_what_one_process_gives(results: dict[str, lis
 
 
 @pytest.mark.parametrize("name", AT_REST)
-def test_what_rests_does_not_move_nor_its_moments(name: str, results: dict[str, list[Any]]) -> None:
+def test_inactive_parameters_and_their_moments_do_not_change(name: str, results: dict[str, list[Any]]) -> None:
     # StepWatch asserted it in both processes.
     for run in results[name]:
         assert isinstance(run, dict), run
@@ -251,7 +251,7 @@ def test_compiled_blocks_give_what_plain_ones_give(results: dict[str, list[Any]]
 
 
 def test_evaluations_between_steps_change_nothing(results: dict[str, list[Any]]) -> None:
-    # After one the outermost unit stays gathered, and would go on with the gradients it asked for before.
+    # After one the outermost unit stays gathered, and would continue with the gradients it asked for before.
     assert same_bits(result(results, "adamw")["states"], result(results, "evaluations_between")["states"])
 
 
@@ -351,7 +351,7 @@ def test_base_weights_of_adapters_do_not_move(results: dict[str, list[Any]]) -> 
 
 
 def test_units_can_be_named_by_the_user(results: dict[str, list[Any]]) -> None:
-    # The stock Trainer ran with them named: so it does what it did, and something else than feature reuse.
+    # The stock Trainer ran with named units, so they work as they did, and unlike those of feature reuse.
     stock_end = result(results, "stock")
     assert largest_difference(stock_end, result(results, "plain")["states"][-1]) > 1e-3
 
@@ -370,7 +370,7 @@ def test_the_best_checkpoint_is_loaded(results: dict[str, list[Any]]) -> None:
         ("poisoned", "StepError", "After 4 optimizer steps the weight"),
     ],
 )
-def test_what_cannot_go_on_is_refused_on_both_ranks(
+def test_a_run_that_cannot_continue_stops_on_both_ranks(
     name: str, error: str, said: str, results: dict[str, list[Any]]
 ) -> None:
     for kind, message in results[name]:

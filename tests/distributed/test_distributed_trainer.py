@@ -138,7 +138,7 @@ def test_two_ranks_give_what_one_process_gives(name: str, results: dict[str, lis
 
 
 @pytest.mark.parametrize("name", AT_REST)
-def test_what_rests_does_not_move_nor_its_moments(name: str, results: dict[str, list[Any]]) -> None:
+def test_inactive_parameters_and_their_moments_do_not_change(name: str, results: dict[str, list[Any]]) -> None:
     # StepWatch asserted it in both processes; here that it saw both kinds of step, with gradients gone after each.
     for run in results[name]:
         weights(run)

@@ -1,4 +1,4 @@
-"""One of two processes is lost: the other ends soon with a clear message, and the run goes on to the same bits."""
+"""One of two processes is lost: the other soon ends with a clear message, and the resumed run is bit-identical."""
 
 import json
 import signal
@@ -59,7 +59,7 @@ def run_ranks(folder: Path, fault: str = "", point: str = "") -> list[int]:
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
-    """What both ranks of a run end with that nothing stops any more."""
+    """Finish the run without further losses, and return the end of both ranks."""
     codes = run_ranks(folder)
     assert codes == [0, 0], (folder / "log_0.txt").read_text()[-3000:] + (folder / "log_1.txt").read_text()[-3000:]
     return [torch.load(folder / f"result_{rank}.pt") for rank in range(RANKS)]
@@ -82,7 +82,7 @@ def assert_goes_on_to_the_same_bits(folder: Path, whole: list[dict[str, Any]]) -
 
 
 @pytest.mark.parametrize(("fault", "point"), FAULTS, ids=[" in ".join(fault) for fault in FAULTS])
-def test_the_other_rank_ends_soon_and_the_run_goes_on(
+def test_the_other_rank_ends_soon_and_the_run_can_be_resumed(
     fault: str, point: str, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     codes = run_ranks(tmp_path, fault, point)
@@ -95,7 +95,7 @@ def test_the_other_rank_ends_soon_and_the_run_goes_on(
         end = json.loads((tmp_path / f"survivor_{rank}.json").read_text())
         assert end["model is as before"] and end["all train"] and end["no step is open"], end
         said = "".join(end["said"])
-        if "save" in point and not said:  # Where an exchange of the save itself failed, the error says it.
+        if "save" in point and not said:  # If an exchange of the save itself failed, the error reports it.
             said = end["error"]
         assert said.count(f"The last complete checkpoint is {newest_whole(tmp_path)[0]}") == 1, end
         assert f"This is rank {rank} of 2 processes; if an exchange between them failed, another one ended" in said

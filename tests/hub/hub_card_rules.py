@@ -30,7 +30,7 @@ def card_problems(text: str) -> list[str]:
     ]
     ids = [data["base_model"]] if "base_model" in data else []
     ids += data.get("datasets") or []
-    problems += [f"{value!r} is no Hub id" for value in ids if not _ID.fullmatch(str(value))]
+    problems += [f"{value!r} is not a Hub id" for value in ids if not _ID.fullmatch(str(value))]
     for model in data.get("model-index", []):
         if not isinstance(model.get("name"), str) or not model.get("results"):
             problems.append('"model-index" needs a name and results')

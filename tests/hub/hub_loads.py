@@ -24,7 +24,7 @@ def weights(repo: str, token: str | None = None, revision: str = "main") -> dict
 
 
 def answers(repo: str, token: str | None = None) -> tuple[str, list[Any]]:
-    """The class of the processor, and what the pipeline says."""
+    """The class of the processor, and the prediction of the pipeline."""
     processor = AutoImageProcessor.from_pretrained(repo, token=token)
     return type(processor).__name__, pipeline("image-classification", model=repo, token=token)(
         Image.new("RGB", (40, 30))

@@ -1,4 +1,4 @@
-"""What the tests of the Hub run in a process of its own, whose client talks to the local server."""
+"""What the tests of the Hub run in a separate process, whose client uses the local server."""
 
 import contextlib
 import importlib.util
@@ -72,7 +72,7 @@ def train(
     details: dict[str, Any] | None = None,
     **changed: Any,
 ) -> dict[str, Any]:
-    """Train a tiny ViT, or LoRA on `base`; `push` are arguments of a push afterwards. Tell what happened."""
+    """Train a tiny ViT, or LoRA on `base`; `push` are arguments of a push afterwards. Return what happened."""
     with listening() as said:
         try:
             model: Any = build("vit")

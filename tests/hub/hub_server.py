@@ -50,7 +50,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as no good server gives it.
+    """An answer of a misbehaving server.
 
     Args:
         status (`int`): of the answer.
@@ -102,7 +102,7 @@ class Hub(ThreadingHTTPServer):
         return self.repositories[repo].branches[branch][1:]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that hang up."""
+        """Ignore clients that hang up."""
 
 
 @contextmanager
@@ -186,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
 
     def _may(self, repo: str | None = None, **_: Any) -> bool:
-        """Answer 401, 403 or 404 where the token does not allow the request."""
+        """Answer 401, 403 or 404 if the token does not allow the request."""
         if "/lfs/" in self.path or self.path.endswith(("/api/validate-yaml", "/verify")):
             return True
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")

@@ -1,4 +1,4 @@
-"""Pushes with the real client to a server on loopback: what arrives, what fails and how it is said, and loading back.
+"""Pushes with the real client to a server on loopback: what arrives, how failures are reported, and loading again.
 
 Runs happen in a process whose client was told of the server before it was imported; loading, in one that cannot
 import this package.
@@ -145,7 +145,7 @@ def test_an_adapter_is_published_with_its_labels_and_loads_by_its_card(world, tm
     assert (tmp_path / "lora" / "config.json").is_file()
 
 
-# While training goes on
+# During training
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
@@ -186,7 +186,7 @@ def test_a_commit_of_step_k_holds_the_weights_of_step_k(world, tmp_path, strateg
 
 
 def _resume_from_a_download(world, commit, folder, last):
-    """A pushed checkpoint goes on exactly."""
+    """A pushed checkpoint resumes exactly."""
     again = folder / "again" / "checkpoint-4"
     again.mkdir(parents=True)
     for name, content in commit.files.items():
@@ -221,7 +221,7 @@ def test_failures_that_pass_are_retried(world, tmp_path, status):
     assert any("trying again" in text for text in pushed["said"])
 
 
-def test_a_commit_whose_answer_is_lost_is_made_once(world, tmp_path):
+def test_a_commit_whose_answer_is_lost_is_created_once(world, tmp_path):
     world.hub.fail("/commit/", LOSE)
     pushed = world.run(hub_runs.push, Path(save(tmp_path / "model")), "ada/lost", new_card=True)
     assert pushed["error"] is None and len(world.hub.commits("ada/lost")) == 1

@@ -1,4 +1,4 @@
-"""The model card says what was stated, parses back and invents nothing."""
+"""The model card shows what was stated, can be parsed and invents nothing."""
 
 import os
 import re
@@ -176,7 +176,7 @@ STEPS = ("*stochastic-depth*", "*masked-freeze*")
     ],
     ids=str,
 )
-def test_method_tells_which_steps_took_place(settings, tags, present, absent):
+def test_the_method_describes_the_steps_that_took_place(settings, tags, present, absent):
     card = build(settings=settings)
     assert card.data.to_dict()["tags"] == tags
     # Without the table of settings, whose meanings name everything.
@@ -212,7 +212,7 @@ def test_empty_parts_are_left_out():
 
 
 def test_unusable_arguments_are_refused():
-    with pytest.raises(ConfigurationError, match="names no model"):
+    with pytest.raises(ConfigurationError, match="does not name a model"):
         build(model_name=" ")
     with pytest.raises(ConfigurationError, match="eval_accuracy='high'"):
         build(metrics={"eval_accuracy": "high"})
@@ -254,7 +254,7 @@ def test_the_rules_of_the_hub_are_not_always_met():
     assert card_problems("# no metadata")
 
 
-def test_the_recipe_is_listed_where_it_is_in_use(tmp_path):
+def test_the_recipe_is_listed_if_it_is_used(tmp_path):
     for changed, listed in (({}, False), ({"mixup_alpha": 0.8, "ema_decay": 0.99}, True)):
         trainer = FeatureReuseTrainer(
             build_model("vit"), config(tmp_path, **changed), train_dataset=examples(), eval_dataset=examples(4)

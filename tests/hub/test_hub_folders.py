@@ -1,4 +1,4 @@
-"""What of a folder belongs on the Hub, and what is refused before anything is sent."""
+"""Which files of a folder belong on the Hub, and what is refused before anything is sent."""
 
 import re
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_trials_of_a_search_and_unfinished_checkpoints_stay_and_checkpoints_lie_
 
 
 def average_beside(folder: Path, value: float) -> None:
-    """An average, all of one value, beside the weights of a saved model."""
+    """An average, all of one value, next to the weights of a saved model."""
     average = WeightAverage(AutoModelForImageClassification.from_pretrained(folder), 0.5)
     average.load_state_dict({name: torch.full_like(t, value) for name, t in average.state_dict().items()})
     average.save(folder)
@@ -107,7 +107,7 @@ def test_an_average_that_cannot_be_put_in_place_is_refused(tmp_path):
         save_averaged(folder, tmp_path / "to")
 
 
-def test_the_private_names_are_those_below_the_folder_alone(tmp_path):
+def test_only_names_below_the_folder_are_private(tmp_path):
     folder = fill(tmp_path / "_private" / ".run", *RUN)
     assert set(files_to_push(folder)) == set(RUN)
 
@@ -119,13 +119,13 @@ def test_the_private_names_are_those_below_the_folder_alone(tmp_path):
         (lambda _: None, "ada/x", ConfigurationError, "no model card.*--new_card"),
         (lambda f: (f / "model.safetensors").unlink(), "ada/x", ConfigurationError, "holds no model"),
         (lambda f: (f / "config.json").unlink(), "ada/x", ConfigurationError, "holds no model"),
-        (lambda f: f.rename(f.parent / "elsewhere"), "ada/x", ConfigurationError, "is no folder"),
+        (lambda f: f.rename(f.parent / "elsewhere"), "ada/x", ConfigurationError, "is not a directory"),
         (lambda f: fill(f, "adapter_config.json"), "ada/x", ConfigurationError, "adapter_model.safetensors"),
         (
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-8]),
             "ada/x",
             CheckpointError,
-            "model.safetensors is not whole",
+            "model.safetensors is missing or cut short",
         ),
         (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "ada/x", ConfigurationError, "cannot be read"),
     ],
@@ -149,17 +149,17 @@ def test_a_model_in_shards_needs_each_of_them(tmp_path):
     with pytest.raises(CheckpointError, match="00002-of-00002"):
         check_folder_to_push(folder, "ada/x", new_card=True)
     (folder / "model.safetensors.index.json").write_text(index[:30])
-    with pytest.raises(CheckpointError, match=r"index\.json is not whole"):
+    with pytest.raises(CheckpointError, match=r"index\.json is not complete"):
         check_folder_to_push(folder, "ada/x", new_card=True)
 
 
-def test_a_short_card_says_what_the_configuration_says(tmp_path):
+def test_a_short_card_is_made_from_the_configuration(tmp_path):
     card = check_folder_to_push(Path(save(tmp_path / "model")), "ada/small", new_card=True)
     assert "# small" in card and "`ViTForImageClassification`" in card and 'repository = "ada/small"' in card
     assert "scratch" not in card and str(tmp_path) not in card
 
 
-def test_without_a_network_the_error_says_so_and_how_to_push_again(tmp_path):
+def test_without_a_network_the_error_names_the_cause_and_how_to_push_again(tmp_path):
     # The tests run with HF_HUB_OFFLINE=1.
     folder = save(tmp_path / "model")
     with pytest.raises(HubError, match=f"HF_HUB_OFFLINE is set.*featreuse push {folder} ada/x"):
@@ -174,7 +174,7 @@ def test_the_command_to_push_again_fits_a_shell_and_hides_the_token():
     assert Target("ada/x").again("run") == "featreuse push run ada/x"
 
 
-def test_a_checkpoint_in_shards_is_not_pushed_and_said(tmp_path, monkeypatch):
+def test_a_checkpoint_in_shards_is_not_pushed_with_a_warning(tmp_path, monkeypatch):
     trainer = FeatureReuseTrainer(build("vit"), config(tmp_path))
     trainer.push_in_progress = None
     said = []
@@ -187,10 +187,10 @@ def test_a_checkpoint_in_shards_is_not_pushed_and_said(tmp_path, monkeypatch):
     assert list(tmp_path.glob("_push-*")) == []
 
 
-def test_a_configuration_that_was_cut_short_is_said(tmp_path):
+def test_a_configuration_that_was_cut_short_is_reported(tmp_path):
     folder = Path(save(tmp_path / "model"))
     (folder / "config.json").write_text((folder / "config.json").read_text()[:30])
-    with pytest.raises(CheckpointError, match=r"config\.json is not whole"):
+    with pytest.raises(CheckpointError, match=r"config\.json is not complete"):
         check_folder_to_push(folder, "ada/x", new_card=True)
 
 
@@ -198,7 +198,7 @@ def test_a_configuration_that_was_cut_short_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(("strategy", "resumes"), [("every_save", False), ("all_checkpoints", True)])
-def test_a_snapshot_keeps_the_optimizer_only_where_it_is_sent(tmp_path, strategy, resumes):
+def test_a_snapshot_keeps_the_optimizer_only_if_it_is_sent(tmp_path, strategy, resumes):
     trainer = FeatureReuseTrainer(build("vit"), config(tmp_path, hub_strategy=strategy, max_steps=1))
     checkpoint = Path(save(tmp_path / "checkpoint-1"))
     (checkpoint / "optimizer.pt").write_bytes(b"moments")
@@ -285,7 +285,7 @@ def test_the_card_of_a_plain_module_is_not_that_of_a_transformers_model(tmp_path
         assert not (folder / "config.json").exists()
 
 
-def test_the_card_gives_the_results_of_the_best_model_where_it_was_loaded(tmp_path):
+def test_the_card_shows_the_results_of_the_best_model_if_it_was_loaded(tmp_path):
     accuracies = iter((0.5, 0.9, 0.1, 0.3))
     options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}

@@ -30,7 +30,7 @@ def test_links_that_leave_the_folder_are_skipped_with_a_warning(tmp_path, said):
         (run / name).symlink_to(target)
     assert set(files_to_push(run)) == {"config.json"}
     assert len(said) == 4 and sum("leaves the folder" in text for text in said) == 3
-    assert [text for text in said if "leads nowhere" in text and "gone" in text]
+    assert [text for text in said if "has no target" in text and "gone" in text]
 
 
 def test_loops_of_links_end_and_links_inside_the_folder_are_followed(tmp_path, said):
@@ -45,10 +45,10 @@ def test_loops_of_links_end_and_links_inside_the_folder_are_followed(tmp_path, s
     (run / "latest").symlink_to("logs")
     (run / "alias.out").symlink_to("logs/events.out")
     assert set(files_to_push(run)) == {"logs/events.out", "latest/events.out", "alias.out"}
-    assert len(said) == 2 and all("leads nowhere" in text for text in said)
+    assert len(said) == 2 and all("has no target" in text for text in said)
 
 
-def test_a_link_to_what_is_never_pushed_is_not_pushed_under_another_name(tmp_path, said):
+def test_a_link_to_a_file_that_is_never_pushed_is_not_pushed_under_another_name(tmp_path, said):
     run = tmp_path / "run"
     (run / ".git").mkdir(parents=True)
     (run / ".git" / "config").write_text("token")
@@ -95,5 +95,5 @@ def test_an_index_that_names_no_files_of_the_folder_is_refused(tmp_path, map):
 def test_a_configuration_of_another_kind_of_json_is_refused(tmp_path, content):
     folder = Path(save(tmp_path / "model"))
     (folder / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config\.json (holds a|is not whole)"):
+    with pytest.raises(CheckpointError, match=r"config\.json (holds a|is not complete)"):
         check_folder_to_push(folder, "ada/x", new_card=True)

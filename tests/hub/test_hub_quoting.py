@@ -1,4 +1,4 @@
-"""What a card quotes means itself: Markdown, HTML, YAML, formulas and Python in names and values change nothing."""
+"""A card escapes what it quotes: Markdown, HTML, YAML, formulas and Python in names and values have no effect."""
 
 import ast
 import json
@@ -69,7 +69,7 @@ def _parts(card: str) -> tuple[dict, str]:
     return yaml.safe_load(block[1]), block[2]
 
 
-def test_words_keep_their_look_where_nothing_is_special():
+def test_plain_words_are_not_escaped():
     assert markdown_text("adamw_torch 1e-3, cosine (0.1)") == "adamw_torch 1e-3, cosine (0.1)"
     assert markdown_text("_x_ a__b <b>") == r"\_x\_ a\_\_b \<b\>"
     assert markdown_code("a`b``c") == "```a`b``c```" and markdown_code("`x`") == "`` `x` ``"
@@ -91,7 +91,7 @@ def test_the_architecture_is_code_only_if_it_is_a_name():
 
 
 @pytest.mark.parametrize("architectures", [["<img src=x>`|"], [5], {"a": 1}, "ViT", [], None])
-def test_a_foreign_configuration_is_quoted(tmp_path, architectures):
+def test_a_foreign_configuration_is_escaped(tmp_path, architectures):
     folder = Path(save(tmp_path / "model"))
     config = {**json.loads((folder / "config.json").read_text()), "architectures": architectures}
     (folder / "config.json").write_text(json.dumps(config))

@@ -65,12 +65,12 @@ def test_of_two_tokens_that_begin_alike_nothing_is_left(monkeypatch):
 
 
 @pytest.mark.parametrize("branch", ["", "a b", "x..y", "-x", "a\nb", "a~1", "x.lock", "/x", "x/", "a\\b", "\x1b[31m"])
-def test_a_revision_that_is_no_branch_is_refused_before_anything_is_sent(branch, tmp_path):
+def test_a_revision_that_is_not_a_branch_is_refused_before_anything_is_sent(branch, tmp_path):
     with pytest.raises(ConfigurationError, match="not the name of a branch") as error:
         push_folder(Path(save(tmp_path / "model")), "ada/x", revision=branch, new_card=True)
     assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("branch", ["main", "v1.0", "feature/x-y", "refs/pr/3"])
-def test_a_branch_is_taken(branch):
+def test_a_branch_is_accepted(branch):
     assert Target("ada/x", branch).revision == branch

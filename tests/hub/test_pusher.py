@@ -1,4 +1,4 @@
-"""The pusher by itself: where it pushes, what a snapshot holds, and that a failure is only logged."""
+"""The pusher: where it pushes, what a snapshot holds, and that a failure is only logged."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def write_card(folder: Path) -> None:
     (folder / "README.md").write_text("A card.", encoding="utf-8")
 
 
-def test_the_target_is_what_is_given_else_what_the_arguments_say(tmp_path):
+def test_given_values_take_precedence_over_the_training_arguments(tmp_path):
     one = pusher_of(tmp_path / "my-run", hub_token="hf_stored", hub_private_repo=True)
     target = one.target()
     assert (target.repo_id, target.revision, target.private, target.token) == ("my-run", None, True, "hf_stored")
@@ -33,7 +33,7 @@ def test_the_target_is_what_is_given_else_what_the_arguments_say(tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "due"), [("end", False), ("every_save", True), ("checkpoint", True), ("all_checkpoints", True)]
 )
-def test_a_checkpoint_is_pushed_as_the_strategy_says(tmp_path, strategy, due):
+def test_a_checkpoint_is_pushed_according_to_the_strategy(tmp_path, strategy, due):
     checkpoint = save(tmp_path / "checkpoint-1")
     one = pusher_of(tmp_path, hub_strategy=strategy)
     assert one.is_due(checkpoint, 1) == due
