@@ -3,9 +3,10 @@
     python benchmarks/memory.py              # seconds, and no memory: fake tensors in the place of a CPU's
     python benchmarks/memory.py --device cuda --json memory_cuda.json
 
-writes benchmarks/results/memory.json, the tables and the picture of docs/memory.md. Fake tensors of torch have shapes
-and storages but no data, and choose the kernels of the CPU: the counts are those of a real run, to the byte, which
-tests/benchmarks/test_memory_benchmark.py checks. On a CUDA device the peak is `torch.cuda.max_memory_allocated`.
+prints tables, and writes benchmarks/results/memory.json and the table and the picture of docs/memory.md. Fake tensors
+of torch have shapes and storages but no data, and choose the kernels of the CPU: the counts are those of a real run,
+to the byte, which tests/benchmarks/test_memory_benchmark.py checks. On a CUDA device the peak is
+`torch.cuda.max_memory_allocated`.
 
 Source: `torch.autograd.graph.saved_tensors_hooks`; `torch.distributed._tools.mem_tracker.MemTracker`.
 """
@@ -38,6 +39,7 @@ BEGIN, END = "<!-- begin: benchmarks/memory.py -->", "<!-- end -->"
 MEGABYTE = 1e6
 RATES, GRAINS, CYCLES = (0.5, 0.2), ("batch", "sample"), 4
 KINDS = (StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE)
+HALVES = tuple(f"masked freeze, the {half} half trains, trunk frozen" for half in ("low", "high"))
 
 
 def vit_small() -> nn.Module:
@@ -62,7 +64,7 @@ class Fixed(FeatureReuseSchedule):
 
 
 def fixed_schedule(num_blocks: int, kind: StepKind, dropped: Sequence[int] = ()) -> FeatureReuseSchedule:
-    """A schedule of steps that are all alike; stochastic depth has a survival probability of one half."""
+    """Return a schedule of steps that are all alike; stochastic depth has a survival probability of one half."""
     schedule = Fixed(num_blocks, 0.5, "uniform")
     survival = (0.5,) * num_blocks if kind is StepKind.STOCHASTIC_DEPTH else None
     schedule.fixed = StepPlan(kind, tuple(dropped), survival=survival)
@@ -118,7 +120,7 @@ class Bench:
     def measure(
         self, schedule: FeatureReuseSchedule, step: int = 0, *, train_trunk: str = "all", in_backward: bool = False
     ) -> dict[str, int]:
-        """Bytes in one whole step: saved for backward, gradients at its end, moments, and the peak of all there is.
+        """Return bytes in one whole step: saved for backward, gradients at its end, moments, and the peak of all there is.
 
         Args:
             schedule (`FeatureReuseSchedule`): plans the step.
@@ -171,7 +173,7 @@ class Bench:
 
 
 def measure_model(make: Callable[[], nn.Module], device: str, batch_size: int) -> dict[str, Any]:
-    """All rows of one model. `draws` lists the steps of a kind; `fixed` has one step each."""
+    """Return all rows of one model. `draws` lists the steps of a kind; `fixed` has one step each."""
     bench = Bench(make, device, batch_size)
     growing = []
     for step in range(2):
@@ -211,7 +213,7 @@ def mean(rows: Sequence[dict[str, int]], part: str) -> float:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """The figures as Markdown, and for each rate and grain the peak of the pair of steps against plain training."""
+    """Return the figures as Markdown, and for each rate and grain the peak of the pair of steps against plain training."""
     parts = []
     for name, figures in found["models"].items():
         plain = figures["fixed"]["vanilla"]
@@ -239,7 +241,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def pair_peak(figures: dict[str, Any], rate: float, grain: str) -> int:
-    """The peak of the worse of the two kinds of step."""
+    """Return the peak of the worse of the two kinds of step."""
     return max(step["peak"] for kind in KINDS for step in figures["draws"][row_name(kind, rate, grain)])
 
 
@@ -271,10 +273,31 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def summary(found: dict[str, Any]) -> str:
+    """Return one table: activations and peak of plain training, and those of other steps as shares of these."""
+    models = found["models"]
+    columns = ["step", *(f"{name}, {part}" for name in models for part in ("activations", "peak"))]
+    rows = {"plain training": [f"{sizes / 1e9:.2f} GB" for name in models for sizes in _sizes(models[name])]}
+    for row in (*next(iter(models.values()))["draws"], *HALVES):
+        rows[row] = [
+            f"{size / plain:.2f}"
+            for figures in models.values()
+            for size, plain in zip(_sizes(figures, row), _sizes(figures), strict=True)
+        ]
+    lines = [columns, ["---"] * len(columns), *([name, *cells] for name, cells in rows.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _sizes(figures: dict[str, Any], row: str = "vanilla") -> tuple[float, int]:
+    """Return the mean activations and the largest peak of a row."""
+    steps = figures["draws"].get(row) or [figures["fixed"][row]]
+    return mean(steps, "activations"), max(step["peak"] for step in steps)
+
+
 def page(found: dict[str, Any]) -> str:
-    """What the page shows: the picture and the tables."""
+    """Return what the page shows: the picture and a summary of the tables."""
     alternative = "Memory of each kind of step by its parts (SD: stochastic depth, MF: masked freeze)"
-    return f"![{alternative}](images/{PICTURE.name})\n\n{tables(found)}"
+    return f"![{alternative}](images/{PICTURE.name})\n\n{summary(found)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -170,7 +170,7 @@ def tables(found: dict[str, Parts]) -> str:
 
 
 def summary(found: dict[str, Parts]) -> str:
-    """Return what the page shows: step times against plain training, and memory of plain training and of feature reuse."""
+    """Return what the page shows: step times against plain training, and memory per GPU."""
     columns = ("model", "GPUs x images", "engine", "plain step, ms", *list(ROWS)[1:], "memory, GB")
     lines = [list(columns), ["---"] * len(columns)]
     for name, parts in found.items():

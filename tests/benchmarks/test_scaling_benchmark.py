@@ -1,4 +1,4 @@
-"""The cost model of docs/distributed.md against counts on small models: bytes, arithmetic, activations, collectives."""
+"""The cost model of docs/distributed.md against counts on small models: bytes, arithmetic, activations, calls."""
 
 import argparse
 import sys
