@@ -13,17 +13,14 @@ import contextlib
 import itertools
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import image_classification_checkpoints as checkpoints
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DistributedDataParallelKwargs
-from image_classification import Progress, Setup, make_loader, make_optimizer, set_up, start_logging
-from image_classification_arguments import check_output_dir, parse_arguments
+from image_classification_loop import Progress, make_loader, make_optimizer
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
@@ -31,8 +28,8 @@ from transformers import get_scheduler, set_seed
 
 from hf_featreuse import (
     BatchMixer,
+    ConfigurationError,
     FeatureReuse,
-    FeatureReuseError,
     WeightAverage,
     check_finite,
     find_residual_blocks,
@@ -41,12 +38,12 @@ from hf_featreuse import (
     reduce_active_gradients,
     trainable_blocks,
 )
+from hf_featreuse.checkpoints import plain_loop
 from hf_featreuse.data.metrics import TopKAccuracy, rank_top_k
-from hf_featreuse.folders import new_folder
 from hf_featreuse.hub import PLOT_FILE
 from hf_featreuse.plotting import plot_training
+from hf_featreuse.program import Setup, exit_on_error, prepare, saved_options
 from hf_featreuse.recipe.mixing import classification_loss
-from hf_featreuse.text import one_line
 from hf_featreuse.trainer.console import closing_summary, describe_kind, opening_summary
 
 
@@ -78,7 +75,7 @@ class Loop:
         names = ("scale_kept", "train_trunk", "frozen_batch_norm", "allow_inexact_skip")
         schedule = args.schedule(len(blocks), steps, args.seed)
         self.reuse = FeatureReuse(model, blocks, schedule, **{name: getattr(args, name) for name in names})
-        self.plans = checkpoints.plan_source(self.reuse, args, accelerator.num_processes)
+        self.plans = plain_loop.plan_source(self.reuse, args, accelerator.num_processes)
         self.costs = measure_step_costs(model, blocks, train_trunk=args.train_trunk) if blocks else None
         self.mixer, self.max_steps = BatchMixer(args.mixup_alpha, args.cutmix_alpha, args.seed), steps
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, args))
@@ -106,7 +103,7 @@ class Loop:
         epoch, skipped = divmod(first, self.steps_per_epoch)
         # The loader draws from the random state when it begins: inside an epoch the checkpoint comes after it.
         if checkpoint is not None and (not skipped or first >= self.max_steps):
-            checkpoint = checkpoints.load_checkpoint(self, checkpoint)
+            checkpoint = plain_loop.load_checkpoint(self, checkpoint)
         shows = accelerator.is_main_process and not self.args.disable_tqdm
         if shows:
             engine = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
@@ -115,7 +112,7 @@ class Loop:
         while max(first, progress.step) < self.max_steps:
             for batches in self.steps_of_epoch(epoch, skipped):
                 if checkpoint is not None:
-                    checkpoint = checkpoints.load_checkpoint(self, checkpoint)
+                    checkpoint = plain_loop.load_checkpoint(self, checkpoint)
                 bar.set_postfix_str(describe_kind(self.step(batches)), refresh=False)
                 bar.update()
                 ended = progress.step == self.max_steps
@@ -178,7 +175,7 @@ class Loop:
             with contextlib.nullcontext() if self.average is None else self.average.applied():
                 self.log(self.evaluate())
         if due(args.save_strategy, args.save_steps):
-            checkpoints.save_checkpoint(self)
+            plain_loop.save_checkpoint(self)
 
     def log(self, logs: dict[str, float]) -> None:
         self.progress.history.append({**logs, "step": self.progress.step})
@@ -217,33 +214,30 @@ class Loop:
 
 
 def run(argv: list[str]) -> Loop:
-    model_args, data_args, args = parse_arguments(argv)
-    start_logging(args)
-    checkpoint = checkpoints.find_checkpoint(check_output_dir(model_args, args), args)
-    with new_folder(args.output_dir):  # Without files if what follows fails, it is removed again.
-        loop = Loop(set_up(model_args, data_args, args))
+    with prepare(argv) as setup:
+        args = setup.args
+        if setup.options.run.early_stopping_patience is not None:
+            raise ConfigurationError("`--early_stopping_patience` is not for this loop. Leave it out.")
+        checkpoint = plain_loop.find_checkpoint(setup.resume_from, args)
+        loop = Loop(setup)
         if args.report_to:
             loop.accelerator.init_trackers(args.project, config=args.settings())
         if args.do_train:
-            with checkpoints.hold_folder(loop.accelerator, args):
+            with plain_loop.hold_folder(loop.accelerator, args), saved_options(setup.options):
                 loop.train(checkpoint)
                 loop.save()
         if args.do_eval:
             results = loop.evaluate()
             if loop.accelerator.is_main_process:
-                (Path(args.output_dir) / "all_results.json").write_text(
-                    json.dumps(results, indent=2), encoding="utf-8"
-                )
+                file = Path(args.output_dir) / "all_results.json"
+                file.write_text(json.dumps(results, indent=2), encoding="utf-8")
                 print(results)
         loop.accelerator.end_training()
     return loop
 
 
 def main() -> None:
-    try:
-        run(sys.argv[1:])
-    except (FeatureReuseError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
+    exit_on_error(run)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The console command `featreuse`: a table of verbs; each has a module of its name in `hf_featreuse.commands`.
 
-Results go to stdout. What went wrong goes to stderr, in one line, and the exit code is 1; argparse's own complaints
-exit with 2. What either holds of file names, models and servers is escaped where a terminal would obey it. An error
-that nobody foresaw is one line too; `python -X dev -m hf_featreuse ...` shows where it happened.
+Results go to stdout. What went wrong goes to stderr, in one line, and the exit code is 1, or 2 if the command line
+cannot be read. Dashes and underscores are the same in the name of a flag. What either output holds of file names, models and
+servers is escaped where a terminal would obey it. An error that nobody foresaw is one line too;
+`python -X dev -m hf_featreuse ...` shows where it happened.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from hf_featreuse.errors import ConfigurationError, FeatureReuseError, torchvision_misfit
-from hf_featreuse.text import flat, kind_and_text, printable
+from hf_featreuse.text import flat, kind_and_text, printable, with_underscores
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,27 @@ class Verb:
 
     Args:
         name (`str`): what the user types after `featreuse`; also of its module, which has `add_arguments(parser)` and
-            `run(options)`, called with stdout diverted to stderr, which returns the text for stdout.
+            `run(options)`, called with stdout diverted to stderr, which returns the text for stdout. The module of a
+            program has `run_program(argv)`, which reads its own flags, prints as it runs and returns the exit code.
         summary (`str`): one line for `featreuse --help`.
         description (`str`): for `featreuse NAME --help`.
+        is_program (`bool`, defaults to `False`): whether the module has `run_program`.
     """
 
     name: str
     summary: str
     description: str
+    is_program: bool = False
 
 
 VERBS = (
+    Verb(
+        name="train",
+        summary="train or fine-tune an image classifier with feature reuse",
+        description="Train an image classifier from scratch, or fine-tune a checkpoint, with every option of the "
+        "method and of Trainer; then evaluate it and write model, metrics, report, plot and model card to a folder.",
+        is_program=True,
+    ),
     Verb(
         name="inspect",
         summary="show a model's residual blocks and what training them costs",
@@ -75,9 +86,9 @@ VERBS = (
     Verb(
         name="export",
         summary="write a trained model for another runtime and check its logits",
-        description="Export a trained image classifier to ONNX, OpenVINO, ExecuTorch or a program of torch.export, for "
-        "any batch size. What was saved is loaded again; its logits are compared with those of the model, and both are "
-        "timed.",
+        description="Export a trained image classifier to ONNX, OpenVINO, ExecuTorch or a program of torch.export, "
+        "for any batch size. The saved export is loaded again; its logits are compared with those of the model, and "
+        "both are timed.",
     ),
     Verb(
         name="push",
@@ -85,6 +96,11 @@ VERBS = (
         description="Push model, image processor, configuration, plot, results and model card of a folder to a "
         "repository on the Hub, also again after a push that failed. Everything is checked first, nothing in the "
         "folder changes, and optimizer states stay here unless --checkpoints is given.",
+    ),
+    Verb(
+        name="env",
+        summary="list versions and devices for a bug report",
+        description="List the versions of Python, of this package and of what it uses, the platform and the devices.",
     ),
 )
 
@@ -102,14 +118,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         12 residual blocks of class ViTLayer, ...
         0
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = with_underscores(sys.argv[1:] if arguments is None else arguments)
+    if verb := next((verb for verb in VERBS if verb.is_program and arguments[:1] == [verb.name]), None):
+        module = importlib.import_module(f"hf_featreuse.commands.{verb.name}")
+        return _guarded(lambda: module.run_program(arguments[1:]))
     options = _parser(arguments).parse_args(arguments)
+    return _guarded(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run a verb and print what it returns."""
+    _check_words(options)
+    with _quiet():
+        text = options.run(options)
     try:
-        _check_words(options)
-        with _quiet():
-            text = options.run(options)
+        print(_encodable(printable(text, keep="\n")), flush=True)
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; Python would complain of the rest once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _guarded(action: Callable[[], int]) -> int:
+    """The exit code of an action; an error becomes one line on stderr."""
+    try:
+        return action()
     except (FeatureReuseError, OSError) as error:
-        return _fail(flat(error) or type(error).__name__)
+        return _fail(flat(error) or type(error).__name__, code=getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C.", code=130)
     except Exception as error:
@@ -121,12 +156,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"an error that was not foreseen: {kind_and_text(error)}. `python -X dev -m hf_featreuse` with the same "
             "arguments shows where."
         )
-    try:
-        print(_encodable(printable(text, keep="\n")), flush=True)
-    except BrokenPipeError:
-        # The reader, such as `head`, has seen enough; Python would complain of the rest once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _check_words(options: argparse.Namespace) -> None:
@@ -158,9 +187,20 @@ class _Parser(argparse.ArgumentParser):
         super().error(flat(message))
 
 
+class _Version(argparse.Action):
+    """Prints the version, which only this option needs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from hf_featreuse import __version__
+
+        print(f"featreuse {__version__}")
+        parser.exit()
+
+
 def _parser(named: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with the arguments of those verbs that are named: what they import takes time."""
     parser = _Parser(prog="featreuse", description="Train residual image classifiers whose layers reuse features.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for verb in VERBS:
         verb_parser = verbs.add_parser(
@@ -169,7 +209,7 @@ def _parser(named: Sequence[str]) -> argparse.ArgumentParser:
             description=verb.description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        if verb.name in named:
+        if verb.name in named and not verb.is_program:
             module = importlib.import_module(f"hf_featreuse.commands.{verb.name}")
             module.add_arguments(verb_parser)
             verb_parser.set_defaults(run=module.run)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import sys
 from pathlib import Path
 
 from option_advice import WHEN
@@ -18,20 +17,21 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_featreuse import FeatureReuseConfig
 from hf_featreuse.cli import VERBS
+from hf_featreuse.program import DataArguments, ModelArguments, RunArguments
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
 def cell(text: str) -> str:
-    """Text for a table: one line, with nothing outside of code that Markdown would take for markup."""
+    """Return text for a table: one line, with nothing outside of code that Markdown would take for markup."""
     parts = " ".join(text.split()).replace("|", "\\|").split("`")
     prose = [part.replace("<", "&lt;").replace("*", "\\*") if i % 2 == 0 else part for i, part in enumerate(parts)]
     return "`".join(prose)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown."""
+    """Return a table of Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -40,12 +40,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def shown(value: object) -> str:
-    """A default as it is written on the command line."""
+    """Return a default as it is written on the command line."""
     return "-" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def method_options() -> str:
-    """The options that FeatureReuseConfig adds to TrainingArguments, with when to use each."""
+    """Return the options that FeatureReuseConfig adds to TrainingArguments, with when to use each."""
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     ours = [field for field in dataclasses.fields(FeatureReuseConfig) if field.name not in theirs]
     rows = [
@@ -56,7 +56,7 @@ def method_options() -> str:
 
 
 def parser_options(parser: argparse.ArgumentParser, *, skip: frozenset[str] = frozenset()) -> str:
-    """The arguments of a parser, with their help."""
+    """Return the arguments of a parser, with their help."""
     rows = []
     for action in parser._actions:
         if action.dest in skip or action.dest == "help" or action.help == argparse.SUPPRESS:
@@ -69,22 +69,21 @@ def parser_options(parser: argparse.ArgumentParser, *, skip: frozenset[str] = fr
         help_text = str(action.help).replace("%%", "%")
         text = f"{help_text}{'' if str(action.help).endswith('.') else '.'}{choices}"
         rows.append([name, shown(given), cell(text)])
-    return table(["option", "default", "what it does"], rows)
+    return table(["option", "default", "what it does"], rows) if rows else "It takes no option.\n"
 
 
-def example_options() -> str:
-    """The options of the training example that are neither ours above nor of TrainingArguments."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import image_classification_arguments as example
-
-    parser = HfArgumentParser((example.ModelArguments, example.DataArguments))
-    return parser_options(parser)
+def program_options() -> str:
+    """Return the options of `featreuse train` that are neither of the method nor of TrainingArguments, by topic."""
+    topics = {"data": DataArguments, "model": ModelArguments, "run": RunArguments}
+    return "\n".join(f"### The {topic}\n\n{parser_options(HfArgumentParser(kind))}" for topic, kind in topics.items())
 
 
 def verb_options() -> str:
-    """The arguments of each verb of the command `featreuse`."""
+    """Return the arguments of each verb of the command `featreuse`."""
     texts = []
     for verb in VERBS:
+        if verb.is_program:
+            continue
         parser = argparse.ArgumentParser()
         importlib.import_module(f"hf_featreuse.commands.{verb.name}").add_arguments(parser)
         texts.append(f"### `featreuse {verb.name}`\n\n{verb.description}\n\n{parser_options(parser)}")
@@ -99,8 +98,8 @@ unchanged and not listed: learning rate, batch size, checkpoints and others.
 
 ## Of the method
 
-Fields of [`FeatureReuseConfig`](api/training.md), and flags of `run_image_classification.py`, of the example without a
-Trainer and of `finetune_lora.py`. [The method](method.md) explains what a step does with each, and
+Fields of [`FeatureReuseConfig`](api/training.md), and flags of `featreuse train`, of the example without a Trainer and
+of `finetune_lora.py`. [The method](method.md) explains what a step does with each, and
 [which of them make a published method](method.md#published-methods-as-options).
 
 {method}
@@ -110,23 +109,24 @@ Trainer and of `finetune_lora.py`. [The method](method.md) explains what a step 
 
 `--torch_compile`, of TrainingArguments, compiles block by block instead of the whole model.
 
-## Of the training example
+## Of the training program
 
-`examples/run_image_classification.py` takes these in addition, or one `.json` file with any of them.
+[`featreuse train`](training.md) and `examples/run_image_classification.py` take these in addition. Dashes and
+underscores are the same in a flag.
 
-{example}
-## Of the command
+{program}
+## Of the other commands
 
 {verbs}"""
 
 
 def options_page() -> str:
-    """The whole page of options."""
-    return OPTIONS.format(method=method_options(), example=example_options(), verbs=verb_options())
+    """Return the whole page of options."""
+    return OPTIONS.format(method=method_options(), program=program_options(), verbs=verb_options())
 
 
 def pages() -> dict[Path, str]:
-    """Each generated file with its text."""
+    """Return each generated file with its text."""
     return {DOCS / "options.md": options_page()}
 
 

@@ -15,7 +15,7 @@ from hf_featreuse.commands.data_options import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb's parser its arguments."""
+    """Return the verb's parser its arguments."""
     parser.add_argument("model", metavar="MODEL", help="a local checkpoint folder of an image classifier, or a Hub id")
     add_data_arguments(parser)
     parser.add_argument(
@@ -35,11 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Evaluate the model, write the report, and give it as text."""
-    from PIL import Image
     from torch import nn
 
-    from hf_featreuse.data.evaluation import class_names, class_notes, evaluation_loader, open_classifier
-    from hf_featreuse.evaluation import evaluate_model, write_evaluation
+    from hf_featreuse.data.evaluation import open_classifier
+    from hf_featreuse.evaluation.splits import report_on_split
     from hf_featreuse.plotting.report_folder import check_output_dir
 
     check_least(options, batch_size=1, num_workers=0, num_mistakes=0, seed=0)
@@ -49,39 +48,20 @@ def run(options: argparse.Namespace) -> str:
     check_output_dir(options.output_dir, options.overwrite_output_dir)
     with progress_bars(not options.disable_tqdm):
         data = load_data(options)
-        split = data.splits[options.split]
         opened = open_classifier(options.model)
-        loader = evaluation_loader(
-            opened,
-            split,
-            data.label_names,
-            batch_size=options.batch_size,
-            max_samples=getattr(options, "max_samples", len(split)),
-            seed=options.seed,
-            num_workers=options.num_workers,
-        )
         nn.Module.to(opened.model, device)
-        evaluation = evaluate_model(
-            opened.model,
-            loader,
-            class_names(opened.model.config),
+        evaluation, page = report_on_split(
+            opened,
+            data.splits[options.split],
+            data.label_names,
+            options.output_dir,
+            about={"data": options.data if data.name is None else data.name, "split": options.split},
+            batch_size=options.batch_size,
+            seed=options.seed,
+            max_samples=getattr(options, "max_samples", None),
+            num_workers=options.num_workers,
             num_mistakes=options.num_mistakes,
-            name=opened.name,
-            notes=class_notes(opened, data.label_names),
+            overwrite=options.overwrite_output_dir,
             disable_tqdm=options.disable_tqdm,
         )
-    about = {
-        "data": options.data if data.name is None else data.name,
-        "split": options.split,
-        "images": evaluation.accuracy.total,
-    }
-    originals, order = split.with_transform(None), list(loader.sampler)
-
-    def image(index: int) -> Image.Image:
-        pixels = originals[order[index]]["pixel_values"]
-        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-    page = write_evaluation(
-        evaluation, options.output_dir, image=image, data=about, overwrite=options.overwrite_output_dir
-    )
     return f"{evaluation}\n\nReport: {page}"

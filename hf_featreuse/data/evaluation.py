@@ -99,13 +99,17 @@ def evaluation_loader(
     max_samples: int,
     seed: int,
     num_workers: int = 0,
+    shuffle: bool = True,
 ) -> DataLoader:
     """Batches of a split as the model takes them: images and order depend on only the split and the seed.
 
-    The order is random, as CKA compares the images of a batch and data sets are often sorted by class.
+    The order is random unless `shuffle` is false, as CKA compares the images of a batch and data sets are often sorted
+    by class.
     """
     assert opened.processor is not None
-    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.arange(len(split))
+    if shuffle:
+        shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     relabelled = split.with_class_ids(class_ids_of(opened, label_names))
     return DataLoader(
         relabelled.with_transform(EvalTransform(opened.processor)),

@@ -132,6 +132,20 @@ class ImageSplit(torch.utils.data.Dataset):
         """
         self._epoch.fill_(epoch)
 
+    def file_names(self, indices: Sequence[int]) -> list[str]:
+        """Return what each image is called: its file if the source names one, else its row there.
+
+        Args:
+            indices (`Sequence[int]`): positions in the split.
+
+        Example:
+            >>> from hf_featreuse.data import load_image_data
+            >>> load_image_data(splits=("train",)).splits["train"].file_names([0])
+            ['row 0']
+        """
+        rows = self.rows[list(indices)]
+        return [stored["path"] or f"row {row}" for row, stored in zip(rows.tolist(), self._read(rows), strict=True)]
+
     def without_bad_images(self) -> "ImageSplit":
         """Decode every image once and return the split without those that fail, which are counted and logged.
 

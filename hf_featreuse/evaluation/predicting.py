@@ -7,7 +7,7 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def predict_files(
     quiet = transformers.logging.get_verbosity() > logging.WARNING if disable_tqdm is None else disable_tqdm
     count, unreadable = 0, []
     with (
-        _writer(output) as write,
+        writer(output) as write,
         tqdm(total=len(found), desc="Classifying", unit="image", disable=quiet) as progress,
         undisturbed(opened.model),
         torch.inference_mode(),
@@ -114,7 +114,7 @@ def predict_files(
         for start in range(0, len(found), batch_size):
             batch = found[start : start + batch_size]
             images, failures = _decoded(batch)
-            rows = _classify(opened.model, preprocess, images, names, top_k) if images else []
+            rows = classify(opened.model, preprocess(list(images.values())), images, names, top_k) if images else []
             write(rows)
             count, unreadable = count + len(rows), unreadable + failures
             progress.update(len(batch))
@@ -124,7 +124,7 @@ def predict_files(
 
 
 def image_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files, and the images in the folders and their subfolders, in order.
+    """Return the files, and the images in the folders and their subfolders, in order.
 
     Raises:
         DataError: a path does not exist, or a folder holds no image.
@@ -169,7 +169,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def _preprocessing(opened: OpenModel) -> Callable[[Sequence[Image.Image]], torch.Tensor]:
-    """From decoded images to what the model takes."""
+    """Return from decoded images to what the model takes."""
     if opened.processor is None:
         raise ConfigurationError(f"`{opened.name}` has no image processor. Pass a model with one.")
     transform, collator = EvalTransform(opened.processor), ImageCollator.from_processor(opened.processor)
@@ -181,7 +181,7 @@ def _preprocessing(opened: OpenModel) -> Callable[[Sequence[Image.Image]], torch
 
 
 def _decoded(files: Sequence[Path]) -> tuple[dict[Path, Image.Image], list[str]]:
-    """The images by file, and the files that cannot be decoded, each with the reason."""
+    """Return the images by file, and the files that cannot be decoded, each with the reason."""
     images, unreadable = {}, []
     for file in files:
         try:
@@ -191,18 +191,13 @@ def _decoded(files: Sequence[Path]) -> tuple[dict[Path, Image.Image], list[str]]
     return images, unreadable
 
 
-def _classify(
-    model: PreTrainedModel,
-    preprocess: Callable[[Sequence[Image.Image]], torch.Tensor],
-    images: Mapping[Path, Image.Image],
-    names: Sequence[str],
-    top_k: int,
+def classify(
+    model: PreTrainedModel, pixels: torch.Tensor, files: Iterable[object], names: Sequence[str], top_k: int
 ) -> list[Row]:
-    """One row per image."""
-    pixels = preprocess(list(images.values())).to(model.device, model.dtype)
-    scores, ids = model(pixel_values=pixels).logits.float().softmax(-1).topk(top_k)
+    """Return one row per image."""
+    scores, ids = model(pixel_values=pixels.to(model.device, model.dtype)).logits.float().softmax(-1).topk(top_k)
     rows = []
-    for file, values, classes in zip(images, scores.tolist(), ids.tolist(), strict=True):
+    for file, values, classes in zip(files, scores.tolist(), ids.tolist(), strict=True):
         row: Row = {"file": str(file)}
         for place, (value, index) in enumerate(zip(values, classes, strict=True), 1):
             ending = "" if place == 1 else f"_{place}"
@@ -212,8 +207,8 @@ def _classify(
 
 
 @contextlib.contextmanager
-def _writer(output: Path) -> Iterator[Callable[[list[Row]], None]]:
-    """A function that adds rows to a file, which takes its name at the end unless something fails."""
+def writer(output: Path) -> Iterator[Callable[[list[Row]], None]]:
+    """Return a function that adds rows to a file, which takes its name at the end unless something fails."""
     partial = output.with_name(f".{output.name}.partial")
     try:
         with _WRITERS[output.suffix](partial) as write:

@@ -1,37 +1,30 @@
-"""What both image classification examples share: data, model, transforms and optimizer."""
+"""Data, model and transforms of a run, from its options."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
-from image_classification_arguments import DataArguments, ModelArguments, logger
-from image_classification_checkpoints import start_anew
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedModel,
-    Trainer,
     set_seed,
 )
 
 # Under its short name transformers 5.17 asks for torchvision, which it does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_featreuse import ConfigurationError, FeatureReuseConfig, FeatureReuseError
 from hf_featreuse.data import (
     EvalTransform,
-    ImageCollator,
     ImageData,
     ImageSplit,
     RandAugment,
@@ -45,13 +38,122 @@ from hf_featreuse.data import (
     open_classifier,
     relabelled,
 )
+from hf_featreuse.errors import ConfigurationError, FeatureReuseError
+from hf_featreuse.folders import new_folder
+from hf_featreuse.program.arguments import DataArguments, ModelArguments, Options
+from hf_featreuse.program.output_dir import check_output_dir, delete_checkpoints
+from hf_featreuse.program.parsing import parse_arguments
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
 from hf_featreuse.text import flat, one_line
-from hf_featreuse.trainer.step_log import StepLog
+from hf_featreuse.trainer.arguments import FeatureReuseConfig
+
+logger = logging.getLogger(__name__)
 
 
-def load_data(model_args: ModelArguments, data_args: DataArguments, args: FeatureReuseConfig) -> ImageData:
+@dataclass
+class Setup:
+    """Everything that training needs, from [`prepare`].
+
+    Args:
+        options (`Options`): the options of the run.
+        data (`ImageData`): the data set as it was loaded, with the class ids of the model.
+        splits (`dict[str, ImageSplit]`): the splits with their transforms: `"train"`, `"validation"`, `"test"`.
+        model (`PreTrainedModel`): on the CPU.
+        processor (`BaseImageProcessor`): of the model.
+        resume_from (`str` or `bool`, *optional*): the checkpoint to resume from; `True` for the last one.
+    """
+
+    options: Options
+    data: ImageData
+    splits: dict[str, ImageSplit]
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    resume_from: str | bool | None = None
+
+    @property
+    def args(self) -> FeatureReuseConfig:
+        """The options of training."""
+        return self.options.training
+
+    @property
+    def card_details(self) -> dict[str, str | None]:
+        """What the model card cannot know by itself."""
+        data = self.options.data
+        return {
+            "finetuned_from": self.options.model.model_name_or_path,
+            # Of a local folder the card says only that it is one.
+            "dataset": self.data.name or data.dataset_name or data.train_dir or data.validation_dir,
+            "license": self.options.run.license,
+        }
+
+
+@contextlib.contextmanager
+def prepare(argv: Sequence[str]) -> Iterator[Setup]:
+    """Read the options of a run, check its output folder, and load data and model.
+
+    The output folder exists inside the `with` block. If the block fails and left nothing in it, it is removed again.
+
+    Args:
+        argv (`Sequence[str]`): the command line without the program's name, as for [`parse_arguments`].
+
+    Yields:
+        `Setup`: what training needs.
+
+    Raises:
+        ConfigurationError: an option has a value that cannot be used.
+        DataError: the data cannot be used.
+
+    Example:
+        >>> from hf_featreuse.program import prepare
+        >>> with prepare(["--model_type", "resnet", "--use_cpu", "--log_level", "error"]) as setup:
+        ...     type(setup.model).__name__, len(setup.splits["train"])
+        ('ResNetForImageClassification', 1437)
+    """
+    options = parse_arguments(argv)
+    if options.run.launch is not None:
+        raise ConfigurationError(
+            f"`--launch {options.run.launch}` is of the command `featreuse train`. Start other programs by "
+            f"`accelerate launch --multi_gpu --num_processes {options.run.launch}` and leave it out."
+        )
+    start_logging(options.training)
+    resume_from = check_output_dir(options)
+    with new_folder(str(options.training.output_dir)):
+        setup = set_up(options)
+        setup.resume_from = resume_from
+        yield setup
+
+
+def start_logging(args: FeatureReuseConfig) -> None:
+    """Show messages of the program at level info, those of the libraries at the level asked for."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    level = args.get_process_log_level()
+    logging.getLogger("hf_featreuse").setLevel(level)
+    logging.getLogger("hf_featreuse.program").setLevel(logging.INFO if args.should_log else level)
+    transformers.utils.logging.set_verbosity(level)
+
+
+def set_up(options: Options) -> Setup:
+    """Seed, load the data, load or make the model, and choose the transforms."""
+    args = options.training
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+    set_seed(args.seed)
+    with args.main_process_first(desc="loading the data"):
+        data = load_data(options)
+    data, model, processor = load_model(options.model, data, bool(args.do_train))
+    if args.device.type == "cpu" and max(image_size(processor)) <= 16 and "OMP_NUM_THREADS" not in os.environ:
+        # Operations on images this small are over before a second thread wakes up; on a busy machine waiting for it
+        # made the run ten times longer.
+        torch.set_num_threads(1)
+    if args.do_train and options.run.overwrite_output_dir:
+        delete_checkpoints(args)  # Not before data and model are there: either may be in the folder, or missing.
+    splits = add_transforms(data, processor, options.data, args.seed)
+    return Setup(options, data, splits, model, processor)
+
+
+def load_data(options: Options) -> ImageData:
     """Load the splits that will be used."""
+    model_args, data_args, args = options.model, options.data, options.training
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     data = load_image_data(
         data_args.dataset_name,
@@ -87,12 +189,7 @@ def load_model(
         size = model_args.image_size or min(max(first.shape[-2:]), 224)
         config = small_config(model_type, size, len(labels), labels, model_args.config_overrides)
         return data, AutoModelForImageClassification.from_config(config), small_image_processor(config, size)
-    common = {
-        "cache_dir": model_args.cache_dir,
-        "revision": model_args.model_revision,
-        "token": model_args.token,
-        "trust_remote_code": model_args.trust_remote_code,
-    }
+    common = source_options(model_args)
     source = str(model_args.model_name_or_path or model_args.config_name)
     try:
         if model_args.model_name_or_path is not None and not trains:
@@ -104,6 +201,16 @@ def load_model(
         raise ConfigurationError(
             f"`{flat(source)}` cannot be loaded: {one_line(error)} Pass a checkpoint folder or a Hub id."
         ) from error
+
+
+def source_options(model_args: ModelArguments) -> dict[str, Any]:
+    """Give the arguments of `from_pretrained` that say where a checkpoint comes from."""
+    return {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
 
 
 def load_trained(
@@ -167,107 +274,3 @@ def add_transforms(
         name: split.with_transform(train_transform if name == "train" else EvalTransform(processor))
         for name, split in data.splits.items()
     }
-
-
-@dataclass
-class Setup:
-    """Everything that training needs."""
-
-    model_args: ModelArguments
-    data_args: DataArguments
-    args: FeatureReuseConfig
-    data: ImageData
-    splits: dict[str, ImageSplit]
-    model: PreTrainedModel
-    processor: BaseImageProcessor
-
-    @property
-    def card_details(self) -> dict[str, str | None]:
-        """What the model card cannot know by itself."""
-        data = self.data_args
-        return {
-            "finetuned_from": self.model_args.model_name_or_path,
-            # Of a local folder the card says only that it is one.
-            "dataset": self.data.name or data.dataset_name or data.train_dir or data.validation_dir,
-            "license": self.model_args.license,
-        }
-
-
-def start_logging(args: FeatureReuseConfig) -> None:
-    """Messages of the example at level info, those of the libraries at the level asked for."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    level = args.get_process_log_level()
-    logger.setLevel(logging.INFO if args.should_log else level)
-    logging.getLogger("hf_featreuse").setLevel(level)
-    transformers.utils.logging.set_verbosity(level)
-
-
-def set_up(model_args: ModelArguments, data_args: DataArguments, args: FeatureReuseConfig) -> Setup:
-    """Seed, load the data, load or make the model, and choose the transforms."""
-    if args.device.type == "cpu":
-        args.dataloader_pin_memory = False
-    set_seed(args.seed)
-    with args.main_process_first(desc="loading the data"):
-        data = load_data(model_args, data_args, args)
-    data, model, processor = load_model(model_args, data, bool(args.do_train))
-    if args.device.type == "cpu" and max(image_size(processor)) <= 16 and "OMP_NUM_THREADS" not in os.environ:
-        # Operations on images this small are over before a second thread wakes up; on a busy machine waiting for it
-        # made the run ten times longer.
-        torch.set_num_threads(1)
-    if args.do_train and model_args.overwrite_output_dir:
-        start_anew(args)  # Not before data and model are there: either may be in the folder, or missing.
-    splits = add_transforms(data, processor, data_args, args.seed)
-    return Setup(model_args, data_args, args, data, splits, model, processor)
-
-
-def make_optimizer(model: PreTrainedModel, args: FeatureReuseConfig) -> torch.optim.Optimizer:
-    """The optimizer that Trainer would make: as `--optim` says, without weight decay on biases and norms."""
-    undecayed = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], undecayed))
-    named = [(name in decayed, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for decays, p in named if decays], "weight_decay": args.weight_decay},
-        {"params": [p for decays, p in named if not decays], "weight_decay": 0.0},
-    ]
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    return optimizer_class(groups, **options)
-
-
-def make_loader(setup: Setup, split: str, accelerator: Accelerator) -> DataLoader:
-    """A loader for a loop without a Trainer; that of the training split shuffles as Trainer's does."""
-    args, train = setup.args, split == "train"
-    loader = DataLoader(
-        setup.splits[split],
-        batch_size=args.per_device_train_batch_size if train else args.per_device_eval_batch_size,
-        shuffle=train,
-        collate_fn=ImageCollator.from_processor(setup.processor),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
-    )
-    # `accelerator.prepare` would put the sampler, and with it the data set, into every checkpoint.
-    return prepare_data_loader(
-        loader,
-        accelerator.device,
-        accelerator.num_processes,
-        accelerator.process_index,
-        put_on_device=True,
-        rng_types=["generator"],
-        use_seedable_sampler=True,
-        data_seed=args.data_seed,
-    )
-
-
-class Progress:
-    """Where training is and what was logged, for accelerate's `save_state`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.step, self.history = 0, []
-        self.loss, self.logged, self.by_kind = torch.zeros((), device=device), 0, StepLog(device)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**vars(self), "by_kind": self.by_kind.state(), "loss": self.loss.item()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.history, self.logged = state["step"], state["history"], state["logged"]
-        self.loss.fill_(state["loss"])
-        self.by_kind.restore(state["by_kind"])

@@ -1,4 +1,7 @@
-"""Checkpoints of the example without a Trainer, and starting a new run in the folder of an earlier one."""
+"""Checkpoints of a plain loop on accelerate, without a Trainer: complete or not there, and resumed exactly.
+
+A run is given to the functions as an object with the attributes of [`Training`].
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,19 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_featreuse import (
-    CheckpointError,
-    ConfigurationError,
-    FeatureReuse,
-    FeatureReuseConfig,
-    WeightAverage,
-    check_finite,
-)
-from hf_featreuse.checkpoints import PlanSource, check_plans, check_scaling
+from hf_featreuse.checkpoints.changed_settings import PlanSource, check_plans, check_scaling
 from hf_featreuse.checkpoints.completeness import folder_fault
+from hf_featreuse.checkpoints.failures import check_finite
 from hf_featreuse.checkpoints.optimizer_state import check_optimizer_state, check_scheduler_state
 from hf_featreuse.checkpoints.output_lock import output_lock
 from hf_featreuse.checkpoints.resume_state import RESUME_STATE_NAME, read_resume_state, write_resume_state
+from hf_featreuse.errors import CheckpointError
+from hf_featreuse.method.feature_reuse import FeatureReuse
+from hf_featreuse.recipe.weight_average import WeightAverage
 
-logger = logging.getLogger("run_image_classification")
+logger = logging.getLogger(__name__)
+
+__all__ = ["Training", "find_checkpoint", "hold_folder", "load_checkpoint", "plan_source", "save_checkpoint"]
 
 # In each checkpoint: the settings that decide what its steps did.
 PLANS_FILE = "plans.json"
@@ -45,25 +46,11 @@ class Training(Protocol):
     scheduler: Any
     average: WeightAverage | None
     progress: Any
-    args: FeatureReuseConfig
+    args: Any
     plans: PlanSource
 
 
-def start_anew(args: FeatureReuseConfig) -> None:
-    """Delete the checkpoints of an earlier run, from which a new one that is killed would resume."""
-    folder = Path(str(args.output_dir))
-    with args.main_process_first(desc="deleting earlier checkpoints"):
-        if not args.should_save:
-            return
-        with output_lock(folder):  # A run that is still writing them keeps its checkpoints.
-            for old in (*folder.glob("checkpoint-*"), *folder.glob("unfinished-*")):
-                if old.is_dir():
-                    shutil.rmtree(old)
-            # This file marks the earlier run as finished.
-            (folder / "trainer_state.json").unlink(missing_ok=True)
-
-
-def plan_source(reuse: FeatureReuse, args: FeatureReuseConfig, processes: int) -> PlanSource:
+def plan_source(reuse: FeatureReuse, args: Any, processes: int) -> PlanSource:
     """What the steps of a run follow from, to compare with a checkpoint's."""
     blocks = tuple(block.name for block in reuse.blocks)
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
@@ -100,21 +87,15 @@ def name_checkpoint(unfinished: Path, folder: Path, limit: int | None) -> None:
         shutil.rmtree(old)
 
 
-def hold_folder(accelerator: Accelerator, args: FeatureReuseConfig) -> contextlib.AbstractContextManager[None]:
+def hold_folder(accelerator: Accelerator, args: Any) -> contextlib.AbstractContextManager[None]:
     """Refuse a second process that trains into the output folder."""
     return output_lock(str(args.output_dir)) if accelerator.is_main_process else contextlib.nullcontext()
 
 
-def find_checkpoint(asked: str | bool | None, args: FeatureReuseConfig) -> str | None:
+def find_checkpoint(asked: str | bool | None, args: Any) -> str | None:
     """The checkpoint to resume from: the one asked for, or with `True` the last complete one."""
     if not asked:
         return None
-    if not args.resume_from_checkpoint:
-        # Only on request: the checkpoints may come from elsewhere.
-        raise ConfigurationError(
-            f"`--output_dir {args.output_dir}` holds checkpoints. Pass `--resume_from_checkpoint last` to resume from "
-            "the last one, `--overwrite_output_dir` to start a new run, or another folder."
-        )
     if asked is True:
         last, skipped = _last_whole(Path(str(args.output_dir)))
         if last is None:

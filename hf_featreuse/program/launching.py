@@ -1,0 +1,78 @@
+"""`featreuse train --launch N`: the same command in N processes, by accelerate's launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from hf_featreuse.errors import ConfigurationError
+from hf_featreuse.program.arguments import Options
+from hf_featreuse.program.output_dir import check_output_dir
+from hf_featreuse.text import with_underscores
+
+# What the launcher would ask for with a warning if it were not given. Port 0 is any free one.
+_LAUNCHER = (
+    *("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    *("--main_process_port", "0"),
+)
+
+
+def launch(options: Options, argv: Sequence[str]) -> int:
+    """Run `featreuse train` in several processes and wait for them.
+
+    Args:
+        options (`Options`): of the run, with `run.launch` processes.
+        argv (`Sequence[str]`): the command line that the processes get, without the program's name.
+
+    Returns:
+        `int`: exit code; 0 if all processes ended well. What a process has to say, it prints itself.
+
+    Raises:
+        ConfigurationError: a launcher has started this process already, or there are fewer GPUs than processes.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    count = options.run.launch or 1
+    _check(count, options.training.use_cpu)
+    # In this process, whose error is one line; a launcher shows the traces of its own.
+    check_output_dir(options)
+    # torchrun's default, which it warns of.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    words = [*_LAUNCHER, "--num_processes", str(count), "-m", "hf_featreuse", "train", *without_launch(argv)]
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except ChildFailedError as error:
+        code = next((failure.exitcode for failure in error.failures.values()), 1)
+        print(f"featreuse: a process ended with exit code {code}; see above.", file=sys.stderr)
+        return code if code > 0 else 1
+    return 0
+
+
+def without_launch(argv: Sequence[str]) -> list[str]:
+    """Give the command line without `--launch N`."""
+    words, left = iter(with_underscores(argv)), []
+    for word in words:
+        if word == "--launch":
+            next(words, None)
+        elif not word.startswith("--launch="):
+            left.append(word)
+    return left
+
+
+def _check(count: int, use_cpu: bool) -> None:
+    import torch
+
+    if "RANK" in os.environ or "LOCAL_RANK" in os.environ:
+        raise ConfigurationError(
+            f"`--launch {count}`: a launcher has started this process already. Leave out `--launch`, or the launcher."
+        )
+    gpus = torch.cuda.device_count()
+    if not use_cpu and gpus < count:
+        found = "no GPU" if not gpus else "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        fewer = f", `--launch {gpus}`" if gpus > 1 else ""
+        raise ConfigurationError(
+            f"`--launch {count}` needs {count} GPUs, and there is {found}. Pass `--use_cpu` to train on CPUs{fewer}, "
+            "or leave it out."
+        )
