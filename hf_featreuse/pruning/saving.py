@@ -1,4 +1,4 @@
-"""Write a shallower model where plain `from_pretrained` finds it, whole or not at all."""
+"""Save a shallower model for plain `from_pretrained`, completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_featreuse.errors import CheckpointError, ConfigurationError
-from hf_featreuse.folders import new_folder
+from hf_featreuse.folders import finished_folder, new_folder
 from hf_featreuse.pruning.removing import logits_difference
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise `ConfigurationError` if a folder that is to be written holds something."""
+    """Raise `ConfigurationError` if a folder to write is not empty or cannot be written."""
     folder = Path(folder)
     try:
         taken = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
         if not taken:
             with new_folder(folder, keep=False), tempfile.TemporaryFile(dir=folder):
                 pass
-    except (OSError, ValueError) as error:  # The second for a null character.
+    except (OSError, ValueError) as error:  # `ValueError` for a null character.
         raise ConfigurationError(
             f"`--output_dir {folder}` cannot be written: {getattr(error, 'strerror', None) or error}. Pass another "
             "folder."
@@ -33,29 +33,22 @@ def check_folder(folder: str | Path) -> None:
 
 
 def save_whole(model: PreTrainedModel, processor: BaseImageProcessor | None, folder: str | Path) -> None:
-    """Save a model and its image processor, read them back, and only then give the folder its name.
+    """Save a model and its image processor, load them again, and only then give the folder its name.
 
     Raises:
-        ConfigurationError: the folder holds something.
-        CheckpointError: what was written does not load as the same model.
+        ConfigurationError: the folder is not empty.
+        CheckpointError: the saved model does not load as the same model.
     """
     check_folder(folder)
-    folder = Path(os.path.abspath(folder))
-    with (
-        new_folder(folder.parent),
-        tempfile.TemporaryDirectory(prefix=".pruned-", dir=folder.parent) as temporary,
-    ):
-        written = Path(temporary) / "model"
+    with finished_folder(folder) as written:
         model.save_pretrained(written)
         if processor is not None:
             processor.save_pretrained(written)
         _check_reload(model, written)
-        # Replaces an empty folder; on one file system it happens at once.
-        written.replace(folder)
 
 
 def _check_reload(model: PreTrainedModel, folder: Path) -> None:
-    """Load a checkpoint as a user would and compare."""
+    """Load a checkpoint as a user would, and compare."""
     with torch.random.fork_rng([]):
         loaded: Any = type(model).from_pretrained(folder, output_loading_info=True, local_files_only=True)
     again, report = loaded
