@@ -1,6 +1,8 @@
 """The docs as a site: built strictly, every page in the navigation, every link and picture there, pages up to date."""
 
+import collections
 import html.parser
+import os
 import re
 import shutil
 import subprocess
@@ -103,6 +105,17 @@ def test_every_file_that_a_page_links_to_exists(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert [link for link in links if link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_counts_of_hostile_inputs_are_those_of_the_tests():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n0", "tests/adversarial"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    cases = collections.Counter(re.findall(r"^(tests/adversarial/\w+\.py)::\w+\[", done.stdout, flags=re.MULTILINE))
+    text = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8").partition("## Tested with damaged")[2]
+    assert sorted(cases.values()) == sorted(map(int, re.findall(r"^\| [^|]+ \| (\d+) \|", text, flags=re.MULTILINE)))
 
 
 # Generated pages
