@@ -24,6 +24,7 @@ from hf_featreuse.method.cost import StepCosts
 from hf_featreuse.method.feature_reuse import FeatureReuse
 from hf_featreuse.method.fsdp import unsharded_class
 from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind
+from hf_featreuse.trainer.overfitting import overfitting_line
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +127,14 @@ def _some_cycles(schedule: FeatureReuseSchedule, max_steps: int) -> list[int]:
 
 
 def closing_summary(
-    log_history: Sequence[Mapping[str, Any]], *, steps: int, seconds: float, output_dir: str | None = None
+    log_history: Sequence[Mapping[str, Any]],
+    *,
+    steps: int,
+    seconds: float,
+    output_dir: str | None = None,
+    compare_losses: bool = True,
 ) -> str:
-    """Say what came of a run: time, arithmetic saved, accuracy, and where things are.
+    """Say what came of a run: time, arithmetic saved, accuracy, how far it overfits, and where things are.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`, with `compute_share`, and
@@ -136,6 +142,8 @@ def closing_summary(
         steps (`int`): optimizer steps taken.
         seconds (`float`): how long training took, in seconds.
         output_dir (`str`, *optional*): folder of the run.
+        compare_losses (`bool`, defaults to `True`): compare the losses of training and evaluation, and report what the
+            accuracy study supports. Pass `False` if they are not comparable, as with Mixup.
 
     Example:
         >>> from hf_featreuse.trainer.console import closing_summary
@@ -156,6 +164,8 @@ def closing_summary(
         lines.append(f"  accuracy    {last:.1%} after step {step}{more}")
     elif evaluations:
         lines.append(f"  eval loss   {evaluations[-1][0]:.4g} after step {evaluations[-1][1]}")
+    if compare_losses and (line := overfitting_line(log_history)) is not None:
+        lines.append(f"  losses      {line}")
     if output_dir is not None:
         lines.append(f"  files       {output_dir}")
     # Python writes 70.0%; the house style is that of the SI.
@@ -221,7 +231,11 @@ class ConsoleCallback(TrainerCallback):
         seconds = time.monotonic() - self._begin
         _say(
             lambda: closing_summary(
-                state.log_history, steps=state.global_step, seconds=seconds, output_dir=str(args.output_dir)
+                state.log_history,
+                steps=state.global_step,
+                seconds=seconds,
+                output_dir=str(args.output_dir),
+                compare_losses=not (args.label_smoothing_factor or getattr(args, "mixes", False)),
             ),
             args,
             state,
