@@ -22,7 +22,8 @@ def final_losses(log_history: Sequence[Mapping[str, Any]]) -> tuple[float, float
     Returns:
         `None` if the run did not evaluate, or logged no step in which the whole network ran.
 
-    The training loss is the mean over the logs of the last twentieth of the steps, of steps that ran the whole network.
+    The training loss is that of steps that ran the whole network, as mean over the logs of the last twentieth of the
+    steps.
     """
     evaluations = [entry["eval_loss"] for entry in log_history if isinstance(entry.get("eval_loss"), Real)]
     kind = next((key for key in _WHOLE_NETWORK if any(key in entry for entry in log_history)), None)

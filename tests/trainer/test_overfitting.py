@@ -1,11 +1,20 @@
 """The line that compares the final losses of a run with what the accuracy study supports."""
 
 import pytest
-from tiny_models import build
-from training_runs import config, examples, train
+from tiny_models import build, examples
+from training_runs import config, train
+from transformers.utils import logging
 
 from hf_featreuse import FeatureReuseTrainer
 from hf_featreuse.trainer.overfitting import final_losses, overfitting_line
+
+
+@pytest.fixture
+def verbosity():
+    """Trainer sets the level of all libraries from `log_level`."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 def plain(*losses, eval_loss=2.0):
@@ -57,6 +66,7 @@ def test_nothing_is_said_of_runs_whose_losses_cannot_be_compared(log):
     assert overfitting_line(log) is None
 
 
+@pytest.mark.usefixtures("verbosity")
 @pytest.mark.parametrize(("options", "said"), [({}, True), ({"label_smoothing_factor": 0.1}, False)])
 def test_a_plain_run_that_evaluated_ends_with_the_line(tmp_path, capsys, options, said):
     args = config(
