@@ -38,7 +38,13 @@ from hf_featreuse import (
     reduce_active_gradients,
     trainable_blocks,
 )
-from hf_featreuse.checkpoints import plain_loop
+from hf_featreuse.checkpoints.plain_loop import (
+    find_checkpoint,
+    hold_folder,
+    load_checkpoint,
+    plan_source,
+    save_checkpoint,
+)
 from hf_featreuse.data.metrics import TopKAccuracy, rank_top_k
 from hf_featreuse.hub import PLOT_FILE
 from hf_featreuse.plotting import plot_training
@@ -75,7 +81,7 @@ class Loop:
         names = ("scale_kept", "train_trunk", "frozen_batch_norm", "allow_inexact_skip")
         schedule = args.schedule(len(blocks), steps, args.seed)
         self.reuse = FeatureReuse(model, blocks, schedule, **{name: getattr(args, name) for name in names})
-        self.plans = plain_loop.plan_source(self.reuse, args, accelerator.num_processes)
+        self.plans = plan_source(self.reuse, args, accelerator.num_processes)
         self.costs = measure_step_costs(model, blocks, train_trunk=args.train_trunk) if blocks else None
         self.mixer, self.max_steps = BatchMixer(args.mixup_alpha, args.cutmix_alpha, args.seed), steps
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, args))
@@ -103,7 +109,7 @@ class Loop:
         epoch, skipped = divmod(first, self.steps_per_epoch)
         # The loader draws from the random state when it begins: inside an epoch the checkpoint comes after it.
         if checkpoint is not None and (not skipped or first >= self.max_steps):
-            checkpoint = plain_loop.load_checkpoint(self, checkpoint)
+            checkpoint = load_checkpoint(self, checkpoint)
         shows = accelerator.is_main_process and not self.args.disable_tqdm
         if shows:
             engine = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
@@ -112,7 +118,7 @@ class Loop:
         while max(first, progress.step) < self.max_steps:
             for batches in self.steps_of_epoch(epoch, skipped):
                 if checkpoint is not None:
-                    checkpoint = plain_loop.load_checkpoint(self, checkpoint)
+                    checkpoint = load_checkpoint(self, checkpoint)
                 bar.set_postfix_str(describe_kind(self.step(batches)), refresh=False)
                 bar.update()
                 ended = progress.step == self.max_steps
@@ -175,7 +181,7 @@ class Loop:
             with contextlib.nullcontext() if self.average is None else self.average.applied():
                 self.log(self.evaluate())
         if due(args.save_strategy, args.save_steps):
-            plain_loop.save_checkpoint(self)
+            save_checkpoint(self)
 
     def log(self, logs: dict[str, float]) -> None:
         self.progress.history.append({**logs, "step": self.progress.step})
@@ -218,12 +224,12 @@ def run(argv: list[str]) -> Loop:
         args = setup.args
         if setup.options.run.early_stopping_patience is not None:
             raise ConfigurationError("`--early_stopping_patience` is not for this loop. Leave it out.")
-        checkpoint = plain_loop.find_checkpoint(setup.resume_from, args)
+        checkpoint = find_checkpoint(setup.resume_from, args)
         loop = Loop(setup)
         if args.report_to:
             loop.accelerator.init_trackers(args.project, config=args.settings())
         if args.do_train:
-            with plain_loop.hold_folder(loop.accelerator, args), saved_options(setup.options):
+            with hold_folder(loop.accelerator, args), saved_options(setup.options):
                 loop.train(checkpoint)
                 loop.save()
         if args.do_eval:

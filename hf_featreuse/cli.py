@@ -1,8 +1,8 @@
 """The console command `featreuse`: a table of verbs; each has a module of its name in `hf_featreuse.commands`.
 
 Results go to stdout. What went wrong goes to stderr, in one line, and the exit code is 1, or 2 if the command line
-cannot be read. Dashes and underscores are the same in the name of a flag. What either output holds of file names, models and
-servers is escaped where a terminal would obey it. An error that nobody foresaw is one line too;
+cannot be read. Dashes and underscores are the same in the name of a flag. What either output holds of file names,
+models and servers is escaped where a terminal would obey it. An error that nobody foresaw is one line too;
 `python -X dev -m hf_featreuse ...` shows where it happened.
 """
 

@@ -1,6 +1,7 @@
-"""Checkpoints of a plain loop on accelerate, without a Trainer: complete or not there, and resumed exactly.
+"""Checkpoints of a plain loop on accelerate, without a Trainer: each is complete, or it is not there.
 
-A run is given to the functions as an object with the attributes of [`Training`].
+The functions take a run as an object with the attributes of [`Training`]; the loop of
+`examples/run_image_classification_no_trainer.py` is one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,18 @@ _NEEDED = ("model.safetensors", _OPTIMIZER, _SCHEDULER, "random_states_0.pkl", R
 
 
 class Training(Protocol):
-    """What a checkpoint holds in addition to the model and the optimizer, which accelerate saves."""
+    """What a run has that is saved and resumed.
+
+    Args:
+        accelerator (`Accelerator`): saves model, optimizer and random states.
+        model (`torch.nn.Module`): prepared by the accelerator.
+        optimizer (`AcceleratedOptimizer`): prepared by the accelerator.
+        scheduler (`LRScheduler`): not prepared.
+        average (`WeightAverage`, *optional*): the average of the weights.
+        progress (`object`): with the attribute `step` and with `state_dict` and `load_state_dict` for JSON.
+        args (`FeatureReuseConfig`): the options of the run.
+        plans (`PlanSource`): from [`plan_source`].
+    """
 
     accelerator: Accelerator
     model: nn.Module
@@ -51,7 +63,13 @@ class Training(Protocol):
 
 
 def plan_source(reuse: FeatureReuse, args: Any, processes: int) -> PlanSource:
-    """What the steps of a run follow from, to compare with a checkpoint's."""
+    """Give what the steps of a run follow from, to compare it with a checkpoint's.
+
+    Args:
+        reuse (`FeatureReuse`): of the run.
+        args (`FeatureReuseConfig`): the options of the run.
+        processes (`int`): number of processes that train together.
+    """
     blocks = tuple(block.name for block in reuse.blocks)
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     options = {name: getattr(args, name) for name in ("scale_kept", "train_trunk", "frozen_batch_norm")}
@@ -59,9 +77,16 @@ def plan_source(reuse: FeatureReuse, args: Any, processes: int) -> PlanSource:
 
 
 def save_checkpoint(training: Training) -> None:
-    """Write a checkpoint, unless the weights are lost, and give it its name once it is complete.
+    """Write a checkpoint into the output folder, give it its name once it is complete, and delete the oldest ones.
 
-    accelerate would save further objects as pickles, and run the code in them when it loads them.
+    accelerate would save further objects as pickles, and run the code in them when it loads them. All processes call
+    it.
+
+    Args:
+        training (`Training`): the run; `args.save_total_limit` checkpoints are kept.
+
+    Raises:
+        StepError: weights are NaN or infinite.
     """
     accelerator, step = training.accelerator, training.progress.step
     check_finite(accelerator.unwrap_model(training.model), step)
@@ -88,12 +113,29 @@ def name_checkpoint(unfinished: Path, folder: Path, limit: int | None) -> None:
 
 
 def hold_folder(accelerator: Accelerator, args: Any) -> contextlib.AbstractContextManager[None]:
-    """Refuse a second process that trains into the output folder."""
+    """Refuse, inside the `with` block, a second run that trains into the output folder.
+
+    Args:
+        accelerator (`Accelerator`): of the run.
+        args (`FeatureReuseConfig`): the options of the run.
+    """
     return output_lock(str(args.output_dir)) if accelerator.is_main_process else contextlib.nullcontext()
 
 
 def find_checkpoint(asked: str | bool | None, args: Any) -> str | None:
-    """The checkpoint to resume from: the one asked for, or with `True` the last complete one."""
+    """Find the checkpoint to resume from.
+
+    Args:
+        asked (`str` or `bool`, *optional*): a folder; `True` for the last complete one of the output folder; `None`
+            for none.
+        args (`FeatureReuseConfig`): the options of the run.
+
+    Returns:
+        `str`, *optional*: the folder; `None` if none is asked for.
+
+    Raises:
+        CheckpointError: it is not complete, or none is.
+    """
     if not asked:
         return None
     if asked is True:
@@ -109,7 +151,7 @@ def find_checkpoint(asked: str | bool | None, args: Any) -> str | None:
     folder = Path(asked)
     if fault := _fault(folder):
         beside, _ = _last_whole(folder.parent)
-        use = "Pass a folder `checkpoint-<step>` of this example."
+        use = "Pass a folder `checkpoint-<step>` that `save_checkpoint` wrote."
         if beside:
             use = f"Pass {beside}, the last complete one."
         raise CheckpointError(f"`--resume_from_checkpoint {asked}` cannot be used: {fault}. {use}")
@@ -117,7 +159,17 @@ def find_checkpoint(asked: str | bool | None, args: Any) -> str | None:
 
 
 def load_checkpoint(training: Training, folder: str) -> None:
-    """Load a checkpoint; one of another model or other options is refused."""
+    """Load a checkpoint; one of another model or other options is refused.
+
+    Args:
+        training (`Training`): the run, as it was when the checkpoint was written: before an epoch, or inside it when
+            the data loader has begun.
+        folder (`str`): from [`find_checkpoint`].
+
+    Raises:
+        ConfigurationError: the steps of the checkpoint would have been others under the options of this run.
+        CheckpointError: the checkpoint does not fit the run.
+    """
     check_settings(Path(folder), training.plans)
     model = training.accelerator.unwrap_model(training.model)
     check_optimizer_state(Path(folder, _OPTIMIZER), model, training.optimizer.optimizer)
@@ -180,12 +232,12 @@ def _last_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _fault(folder: Path) -> str | None:
-    """Why a folder is not a complete checkpoint of this example; `None` if it is."""
+    """Why a folder is not a complete checkpoint of a plain loop; `None` if it is."""
     if not folder.is_dir() or _step(folder) is None:
         return "it is not a folder `checkpoint-<step>`"
     if (folder / "trainer_state.json").is_file():
-        return "it was written by run_image_classification.py, which can resume from it"
+        return "it was written by FeatureReuseTrainer, which can resume from it"
     if foreign := sorted(path.name for path in folder.glob("custom_checkpoint_*")):
-        return f"{foreign[0]} could run code when it is read, and this example does not write it"
+        return f"{foreign[0]} could run code when it is read, and `save_checkpoint` does not write it"
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     return f"{missing[0]} is missing" if missing else folder_fault(folder)

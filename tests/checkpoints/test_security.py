@@ -157,7 +157,7 @@ def test_sharded_states(name: str, checkpoint: Path, trace: Path) -> None:
 
 
 def test_checkpoint_of_the_example_without_a_trainer(tmp_path: Path, trace: Path) -> None:
-    import image_classification_checkpoints as example
+    from hf_featreuse.checkpoints import plain_loop as example
 
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()

@@ -39,9 +39,10 @@ def test_no_block_is_left_out():
 
 
 def test_the_flags_of_the_table_and_their_defaults_are_the_examples():
-    from image_classification_arguments import parse_arguments
+    from hf_featreuse.program import parse_arguments
 
-    _, data_args, args = parse_arguments(["--use_cpu"])
+    options = parse_arguments(["--use_cpu"])
+    data_args, args = options.data, options.training
     table = PAGE[PAGE.index("| flag |") : PAGE.index("```bash")]
     flags = re.findall(r"`--(\w+)`", table)
     assert len(flags) == 6

@@ -7,8 +7,6 @@ import pytest
 import run_image_classification
 import run_image_classification_no_trainer
 import torch
-from image_classification import load_model
-from image_classification_arguments import ModelArguments
 from PIL import Image
 from tiny_checkpoints import DIGITS, save
 from transformers import AutoModelForImageClassification
@@ -16,6 +14,8 @@ from transformers import AutoModelForImageClassification
 from hf_featreuse import CheckpointError, ConfigurationError, DataError
 from hf_featreuse.cli import main
 from hf_featreuse.data import EvalTransform, ImageCollator, in_order_of, load_image_data, open_classifier
+from hf_featreuse.program import ModelArguments
+from hf_featreuse.program.setup import load_model
 
 pytest.importorskip("sklearn", reason="the digits need the extra `examples`")
 BACKWARDS = DIGITS[::-1]

@@ -155,7 +155,7 @@ def test_a_checkpoint_to_resume_from_is_found_or_refused_by_name(without, tmp_pa
     assert (out / "checkpoint-3" / "optimizer.bin").is_file()
     for checkpoint in out.glob("checkpoint-*"):
         (checkpoint / "trainer_state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"written by run_image_classification\.py"):
+    with pytest.raises(CheckpointError, match="written by FeatureReuseTrainer"):
         without.run(["--output_dir", str(out), *SHORT, *LAST])
 
 
@@ -166,7 +166,7 @@ def plans(drop_rate=0.5, granularity="batch", **options):
 
 
 def test_settings_are_compared_with_those_of_the_checkpoint(tmp_path, caplog):
-    from image_classification_checkpoints import PLANS_FILE, check_settings
+    from hf_featreuse.checkpoints.plain_loop import PLANS_FILE, check_settings
 
     folder = tmp_path / "checkpoint-9"
     folder.mkdir()
@@ -223,7 +223,7 @@ def test_a_run_that_starts_anew_keeps_its_own_checkpoints_alone(without, with_tr
 
 
 def test_the_checkpoint_just_written_is_not_deleted(tmp_path):
-    from image_classification_checkpoints import name_checkpoint
+    from hf_featreuse.checkpoints.plain_loop import name_checkpoint
 
     for name in ("checkpoint-7", "checkpoint-9", "checkpoint-best", "unfinished-3"):
         (tmp_path / name).mkdir()

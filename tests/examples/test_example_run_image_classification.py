@@ -156,7 +156,9 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(example, tmp_path):
     for step in (2, 3, 4):
         resumed = tmp_path / str(step)
         shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
-        example.run(["--output_dir", str(resumed), *flags])
+        with pytest.raises(ConfigurationError, match=r"holds checkpoints.*last`.*--overwrite_output_dir.*another"):
+            example.run(["--output_dir", str(resumed), *flags])
+        example.run(["--output_dir", str(resumed), *flags, "--resume_from_checkpoint", "last"])
         second = AutoModelForImageClassification.from_pretrained(resumed).state_dict()
         assert all(torch.equal(first[key], second[key]) for key in first), step
 
