@@ -230,6 +230,13 @@ class RecipeArguments:
         default=1.0,
         metadata={"help": "Multiply the learning rate of what follows the last block (final norm, head) by this."},
     )
+    channels_last: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the model and its activations in the memory format channels last; by default for "
+            "convolutional models on a CUDA device."
+        },
+    )
 
     def check_recipe(self) -> None:
         """Raise `ConfigurationError` unless every option is usable."""
@@ -238,6 +245,11 @@ class RecipeArguments:
         if self.ema_decay is not None:
             check_decay(self.ema_decay)
         check_layer_decay(self.layer_decay, self.head_lr_multiplier)
+        if self.channels_last is not None and not isinstance(self.channels_last, bool):
+            raise ConfigurationError(
+                f"`channels_last={self.channels_last!r}` is not a boolean. Pass True, False, or None to choose by "
+                "device and model."
+            )
 
     @property
     def scales_learning_rates(self) -> bool:
@@ -292,6 +304,9 @@ class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArgumen
         layer_decay (`float`, *optional*): above 0 and at most 1: factor of the learning rate from each layer to the
             one below it, as in [`layer_decay_groups`]. The layers are all residual blocks of the model.
         head_lr_multiplier (`float`, defaults to 1.0): factor of the learning rate of what follows the last block.
+        channels_last (`bool`, *optional*): keep the model and its activations in the memory format channels last, in
+            which convolutions on a GPU are fast; by default on CUDA, for models of which more than a quarter of the
+            layers with weights are two-dimensional convolutions. Numbers differ by rounding.
 
     Raises:
         ConfigurationError: an option has a value that cannot be used.
