@@ -13,8 +13,10 @@ from transformers import TrainingArguments
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.method.freezing import FrozenBatchNorm
 from hf_featreuse.method.schedule import FeatureReuseSchedule, check_options, check_seed, trunk_option
+from hf_featreuse.recipe.losses import check_loss
 from hf_featreuse.recipe.mixing import check_alpha
 from hf_featreuse.recipe.weight_average import check_decay
+from hf_featreuse.trainer.class_weights import check_class_weights
 from hf_featreuse.trainer.layer_decay import check_layer_decay
 
 # Options that go to the schedule as they are.
@@ -219,6 +221,25 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Evaluate and save an exponential moving average of the weights with this decay."},
     )
+    loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "'cross_entropy', 'bce' (binary cross-entropy of each class), 'focal', or 'mse' for regression; "
+            "by default the model's own."
+        },
+    )
+    focal_gamma: float | None = field(
+        default=None, metadata={"help": "Exponent of the focal loss, from 0 up; by default 2. For loss 'focal' only."}
+    )
+    class_weights: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the classes in the loss: 'balanced', a JSON file with a list or with an object from "
+            "class names to numbers, or one number for each class.",
+            "nargs": "+",
+            "action": _OneOrMany,
+        },
+    )
     layer_decay: float | None = field(
         default=None,
         metadata={
@@ -244,6 +265,14 @@ class RecipeArguments:
         check_alpha("cutmix_alpha", self.cutmix_alpha)
         if self.ema_decay is not None:
             check_decay(self.ema_decay)
+        if self.loss is not None or self.focal_gamma is not None:
+            check_loss("cross_entropy" if self.loss is None else self.loss, self.focal_gamma)
+        check_class_weights(self.class_weights)
+        if self.loss == "mse" and (self.class_weights is not None or self.mixes):
+            raise ConfigurationError(
+                '`loss="mse"` is for regression, which has no classes to weigh and no labels to mix. Leave '
+                "`class_weights`, `mixup_alpha` and `cutmix_alpha` unset, or choose another loss."
+            )
         check_layer_decay(self.layer_decay, self.head_lr_multiplier)
         if self.channels_last is not None and not isinstance(self.channels_last, bool):
             raise ConfigurationError(
@@ -301,6 +330,11 @@ class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArgumen
             two, drawn evenly.
         ema_decay (`float`, *optional*): above 0 and below 1: evaluate, and save at the end, an exponential moving
             average of the weights.
+        loss (`"cross_entropy"`, `"bce"`, `"focal"` or `"mse"`, *optional*): as in [`ImageLoss`], in training and in
+            evaluation; by default the model's own, which is cross-entropy for one label per image.
+        focal_gamma (`float`, *optional*): exponent of the focal loss; by default 2. Only with `loss="focal"`.
+        class_weights (`str` or `list[float]`, *optional*): `"balanced"` by the training labels, a JSON file, or one
+            number per class. Without `loss`, that of cross-entropy, or of `"bce"` for several labels per image.
         layer_decay (`float`, *optional*): above 0 and at most 1: factor of the learning rate from each layer to the
             one below it, as in [`layer_decay_groups`]. The layers are all residual blocks of the model.
         head_lr_multiplier (`float`, defaults to 1.0): factor of the learning rate of what follows the last block.

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.recipe.mixing import BatchMixer, classification_loss, mix_losses
+from hf_featreuse.recipe.losses import ImageLoss
+from hf_featreuse.recipe.mixing import BatchMixer, mix_losses
 from hf_featreuse.recipe.weight_average import AVERAGE_FILE, WeightAverage
 from hf_featreuse.trainer.arguments import RecipeArguments
 
@@ -56,6 +57,8 @@ class Recipe:
         # Share of each mixed image that is its own, of the batch whose loss is computed now.
         self._share = 1.0
         self._has_mixed = False
+        # Whether the options choose the loss, and whether it was computed in the step that is open.
+        self._chooses_loss = self._has_loss = False
 
     def check(
         self, model: nn.Module | None, *, in_shards: bool, save_only_model: bool, load_best_model_at_end: bool
@@ -117,17 +120,27 @@ class Recipe:
         finally:
             self._share = 1.0
 
-    def loss_function(self, own: Callable | None) -> Callable | None:
-        """The `compute_loss_func` for a Trainer: the user's own if nothing is mixed, else one with both labels."""
-        if self.mixer is None:
+    def loss_function(self, own: Callable | None, chosen: Callable[[], ImageLoss] | None = None) -> Callable | None:
+        """Give the `compute_loss_func` for a Trainer: with both labels if images are mixed.
+
+        Args:
+            own (`Callable`, *optional*): the user's own loss function.
+            chosen (`Callable`, *optional*): gives the loss that the options choose, from
+                [`hf_featreuse.trainer.chosen_loss.chosen_loss`].
+        """
+        self._chooses_loss = chosen is not None
+        if self.mixer is None and chosen is None:
             return own
+        plain = ImageLoss(label_smoothing=self.label_smoothing)
 
         def mixed_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+            self._has_loss = True
+
             def loss(labels: torch.Tensor) -> torch.Tensor:
                 if own is not None:
                     return own(outputs, labels, num_items_in_batch=num_items_in_batch)
                 logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-                return classification_loss(logits, labels, num_items_in_batch, self.label_smoothing)
+                return (plain if chosen is None else chosen())(logits, labels, num_items_in_batch)
 
             return mix_losses(loss, labels, self._share)
 
@@ -135,13 +148,18 @@ class Recipe:
 
     @contextlib.contextmanager
     def expecting_mixed(self, trainer: str) -> Iterator[None]:
-        """Raise `ConfigurationError` if nothing was mixed by the end: a `compute_loss` went its own way.
+        """Raise `ConfigurationError` if nothing was mixed, or the loss not used, as in a `compute_loss` of its own.
 
         Args:
             trainer (`str`): class of the trainer, for the error.
         """
-        self._has_mixed = False
+        self._has_mixed = self._has_loss = False
         yield
+        if self._chooses_loss and not self._has_loss:
+            raise ConfigurationError(
+                f"`loss` and `class_weights` need the loss of the base class, but `{trainer}.compute_loss` does not "
+                "call it. Leave both unset, or call `super().compute_loss`."
+            )
         if self.mixer is not None and not self._has_mixed:
             raise ConfigurationError(
                 f"`mixup_alpha` and `cutmix_alpha` need the loss of the base class, but `{trainer}.compute_loss` does "

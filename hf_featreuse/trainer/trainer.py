@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from hf_featreuse.checkpoints.changed_settings import PlanSource, check_plans, check_scaling
 from hf_featreuse.checkpoints.resume_state import read_resume_state
-from hf_featreuse.errors import BlockError, ConfigurationError, HubError, StepError
+from hf_featreuse.errors import BlockError, HubError, StepError
 from hf_featreuse.hub import Pusher, RunSummary, write_run_card
 from hf_featreuse.hub.run_card import card_arguments, write_base_config, write_run_plot
 from hf_featreuse.method.blocks import ResidualBlock, find_residual_blocks, trainable_blocks
@@ -44,9 +44,12 @@ from hf_featreuse.trainer.arguments import FeatureReuseArguments, RecipeArgument
 from hf_featreuse.trainer.console import ConsoleCallback
 from hf_featreuse.trainer.inactive_parameters import InactiveParameters
 from hf_featreuse.trainer.layer_decay import check_own_optimizer, layer_numbers, split_by_layer
+from hf_featreuse.trainer.memory_format import set_memory_format
+from hf_featreuse.trainer.chosen_loss import chosen_loss
 from hf_featreuse.trainer.recipe import FollowWeights, Recipe
 from hf_featreuse.trainer.resumable import ResumableTrainer
 from hf_featreuse.trainer.step_log import StepLog
+from hf_featreuse.trainer.step_timer import StepTimer
 from hf_featreuse.trainer.trackers import SchedulePicture
 from hf_featreuse.trainer.train_loader import TrainLoader, kept_random_states, small_batch
 from hf_featreuse.trainer.unsupported import check_engine, check_optimizer, fsdp_version
@@ -59,8 +62,9 @@ class FeatureReuseTrainer(ResumableTrainer):
 
     With a plain `TrainingArguments` the options of feature reuse have their defaults. Evaluation and prediction use
     the whole network. Logs gain `loss/stochastic_depth`, `loss/masked_freeze` and `loss/vanilla` (means since the last
-    log over the steps of each kind; absent kinds are left out), `dropped_blocks` (mean size of the set D per step) and
-    `compute_share` (mean arithmetic of a step as a share of a plain step's).
+    log over the steps of each kind; absent kinds are left out), `dropped_blocks` (mean size of the set D per step),
+    `compute_share` (mean arithmetic of a step as a share of a plain step's) and, after 50 steps, `step_time/` of each
+    kind in seconds.
 
     Checkpoints and resume are those of [`ResumableTrainer`]. A push while training continues sends a snapshot, so that
     the commit of step k holds the weights of step k; one that fails is tried again, then logged with the command that
@@ -178,6 +182,8 @@ class FeatureReuseTrainer(ResumableTrainer):
         self.callback_handler.callbacks.insert(
             0, InactiveParameters(lambda: self.step_kind, lambda: self.accelerator.optimizer_step_was_skipped)
         )
+        self._timer = StepTimer(lambda: self.step_kind)
+        self.callback_handler.callbacks.insert(0, self._timer)
         self.add_callback(SchedulePicture(self))
         self.add_callback(ConsoleCallback(self))
 
@@ -233,7 +239,14 @@ class FeatureReuseTrainer(ResumableTrainer):
         # One that was set since the last time is the user's.
         if self.compute_loss_func is None or self.compute_loss_func != self._recipe_loss:
             self._own_loss = self.compute_loss_func
-        self.compute_loss_func = self._recipe_loss = self.recipe.loss_function(self._own_loss)
+        chosen = chosen_loss(
+            options,
+            self.model,
+            own=self._own_loss,
+            label_smoothing=args.label_smoothing_factor,
+            train_dataset=self.train_dataset,
+        )
+        self.compute_loss_func = self._recipe_loss = self.recipe.loss_function(self._own_loss, chosen)
 
     # Begin to train
 
@@ -276,6 +289,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         assert model is not None
         if self.reuse_args.alternates:
             backends.check_sharding(model, self.accelerator, fsdp_version(self.args) is not None)
+        set_memory_format(model, self.recipe_args.channels_last, self.args.device, in_shards=self._shards)
         self._dispatches = isinstance(train_dataloader, DataLoaderDispatcher)
         self._loader = train_dataloader = TrainLoader(train_dataloader, self._first_pass)
         try:
@@ -302,12 +316,6 @@ class FeatureReuseTrainer(ResumableTrainer):
         options.check()
         blocks = self.get_residual_blocks(model) if options.alternates else []
         schedule = self.get_schedule(len(blocks), max_steps)
-        if schedule.drop_granularity == "sample" and self._dynamo_plugin is not None:
-            raise ConfigurationError(
-                '`torch_compile=True` does not work with `drop_granularity="sample"`, which runs each block on parts '
-                "of the batch whose sizes change in every step. Set `torch_compile=False`, or "
-                '`drop_granularity="batch"`.'
-            )
         self.feature_reuse = reuse = FeatureReuse(
             model,
             blocks,
@@ -442,6 +450,12 @@ class FeatureReuseTrainer(ResumableTrainer):
         """Number of the open micro-batch among those of the optimizer step on all ranks."""
         return self._micro_batch[1] * self.accelerator.num_processes + self.accelerator.process_index
 
+    @property
+    def samples_per_process(self) -> int:
+        """Number of samples in a whole micro-batch of one process."""
+        # accelerate deals the batches of the loader out in turn, or splits them.
+        return self._train_batch_size // (self.accelerator.num_processes if self.accelerator.split_batches else 1)
+
     def _samples(self, inputs: dict[str, Any]) -> dict[str, int]:
         """Number of samples in a micro-batch, and the position of the first in the step's global batch."""
         assert self.feature_reuse is not None
@@ -449,9 +463,7 @@ class FeatureReuseTrainer(ResumableTrainer):
             return {}
         size = find_batch_size(inputs)
         assert size is not None
-        ranks = self.accelerator.num_processes
-        # Of each rank in a whole micro-batch; accelerate deals the batches of the loader out in turn, or splits them.
-        share = self._train_batch_size // (ranks if self.accelerator.split_batches else 1)
+        ranks, share = self.accelerator.num_processes, self.samples_per_process
         # One process that reads for all cuts what it read into equal parts, the rest at the end of the data, too.
         before = self.accelerator.process_index * (size if self._dispatches else share)
         return {"batch_size": size, "position": self._micro_batch[1] * ranks * share + before}
@@ -471,6 +483,7 @@ class FeatureReuseTrainer(ResumableTrainer):
             logs["learning_rate"] /= self.optimizer.param_groups[0].get("lr_scale", 1.0)
         if "loss" in logs and self._step_log is not None:
             logs.update(self._step_log.drain(self._mean_over_ranks))
+            logs.update(self._timer.drain())
             if self._step_log.not_finite:
                 self._check_finite()
         super().log(logs, start_time)
