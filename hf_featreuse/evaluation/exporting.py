@@ -1,7 +1,7 @@
 """Export a trained classifier for another runtime, and compare what the runtime gives with the model's logits.
 
-The exporters are those of transformers (`transformers.exporters`); this module adds a batch of any size, the comparison
-and the times.
+The exporters are those of transformers (`transformers.exporters`). This module adds a batch of any size, the
+comparison and the times.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from hf_featreuse.method.dummy_forward import dummy_inputs, model_device, undist
 from hf_featreuse.pruning.saving import check_folder
 from hf_featreuse.text import did_you_mean, joined, kind_and_text
 
-# What writing and running each format needs in addition to torch. The extra `export` installs it for ONNX and OpenVINO;
-# executorch brings twenty packages, of which transformers imports one each time it starts (torchao).
+# What writing and running each format needs in addition to torch. The extra `export` installs it for ONNX and
+# OpenVINO. Not for ExecuTorch: it brings twenty packages, one of which (torchao) transformers then loads at each start.
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "dynamo": (),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -48,7 +48,7 @@ _LARGEST_EXECUTORCH_BATCH = 64
 _TOLERANCE = 1e-3
 _WARM_UP = 3
 
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
