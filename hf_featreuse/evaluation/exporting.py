@@ -30,7 +30,7 @@ from hf_featreuse.pruning.saving import check_folder
 from hf_featreuse.text import did_you_mean, joined, kind_and_text
 
 # What writing and running each format needs in addition to torch. The extra `export` installs it for ONNX and
-# OpenVINO. Not for ExecuTorch: it brings twenty packages, one of which (torchao) transformers then loads at each start.
+# OpenVINO, not for ExecuTorch: it brings twenty packages, one of which (torchao) transformers loads at each start.
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "dynamo": (),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -187,7 +187,7 @@ def _quiet() -> Iterator[None]:
 
 def _write(model: PreTrainedModel, format: str, folder: Path) -> None:
     """Trace the model with a batch whose size may change, and save the program."""
-    from transformers.exporters import AutoExportConfig, AutoHfExporter
+    from transformers.exporters.auto import AutoExportConfig, AutoHfExporter
 
     inputs = _batch(model, _TRACED_BATCH)
     size: Any = torch.export.Dim.DYNAMIC
@@ -205,11 +205,11 @@ def _write(model: PreTrainedModel, format: str, folder: Path) -> None:
 
 def _loaded(format: str, folder: Path) -> Callable[[Inputs], torch.Tensor]:
     """A function from a batch to the logits of the saved export, on as many threads as PyTorch uses."""
-    from transformers.exporters import ExportedModel
+    from transformers.exporters.base import ExportedModel
 
     options: dict[str, Any] = {}
     if format == "onnx":
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingImports]
 
         options["session_options"] = onnxruntime.SessionOptions()
         options["session_options"].intra_op_num_threads = torch.get_num_threads()
