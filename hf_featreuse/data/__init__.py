@@ -5,6 +5,7 @@ from hf_featreuse.data.image_split import ImageSplit
 from hf_featreuse.data.images import ImageCollator, decode_image, to_tensors
 from hf_featreuse.data.loading import ImageData, load_image_data
 from hf_featreuse.data.rand_augment import RandAugment
+from hf_featreuse.data.seeded import SeededTransform, augmentation
 from hf_featreuse.data.transforms import EvalTransform, ImageTransform, TrainTransform, default_crop_scale, image_size
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "ImageTransform",
     "OpenModel",
     "RandAugment",
+    "SeededTransform",
     "TrainTransform",
+    "augmentation",
     "class_names",
     "class_notes",
     "decode_image",

@@ -1,4 +1,4 @@
-"""Find the columns of images and labels in a data set, and turn labels of any kind into class ids."""
+"""Find the columns of images and labels in a data set, and read them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def image_column(features: datasets.Features, passed: str | None) -> str:
 
 def label_column(features: datasets.Features, passed: str | None) -> str:
     """Find the column of the labels."""
-    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    typed = [name for name, feature in features.items() if isinstance(single_feature(feature), datasets.ClassLabel)]
     return _column(features, passed, ["label", "labels"], typed, "label", "a ClassLabel")
 
 
@@ -75,41 +75,15 @@ def column_values(dataset: datasets.Dataset, column: str) -> np.ndarray:
     """Read a whole column as Python objects."""
     table: Any = dataset.select_columns([column]).with_format("arrow")[:]
     values = np.empty(len(dataset), dtype=object)
-    values[:] = table.column(0).to_pylist()
+    # One by one: numpy would take lists of equal length for a second dimension.
+    for row, value in enumerate(table.column(0).to_pylist()):
+        values[row] = value
     return values
 
 
-class Labels:
-    """The classes of a data set: their names, and the id of each value in the label column."""
-
-    def __init__(self, feature: Any, train_values: np.ndarray, column: str, source: str):
-        self._column, self._source = column, source
-        if isinstance(feature, datasets.ClassLabel):
-            self.names = list(feature.names)
-            self._ids: dict[Any, int] = {i: i for i in range(len(self.names))}
-            return
-        dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
-        if not dtype.startswith(("int", "uint", "bool", "string", "large_string")):
-            raise DataError(
-                f"Column {column!r} of {source} holds {feature}; labels are class labels, integers or strings. Name "
-                "the column of the labels with label_column_name (--label_column_name)."
-            )
-        known = sorted(set(train_values.tolist()) - {None, -1})
-        self.names = [str(value) for value in known]
-        self._ids = {value: i for i, value in enumerate(known)}
-
-    def encode(self, values: np.ndarray, rows: np.ndarray, split: str) -> np.ndarray:
-        """Turn the labels of some rows into class ids."""
-        ids = np.array([self._ids.get(value, -1) for value in values[rows]], dtype=np.int64)
-        if (ids < 0).any():
-            row = int(rows[ids.argmin()])
-            where = f"row {row} of split '{split}' of {self._source} (column {self._column!r})"
-            if values[row] is None or values[row] == -1:
-                raise DataError(f"{capitalised(where)} has no label: {values[row]}. Leave such rows out of the data.")
-            raise DataError(
-                f"{capitalised(where)} has the label {values[row]!r}, which is none of the training labels."
-            )
-        return ids
+def single_feature(feature: Any) -> Any:
+    """Give the feature of the entries of a list, and any other as it is."""
+    return feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
 
 
 def capitalised(text: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -107,6 +108,11 @@ def evaluation_loader(
     by class.
     """
     assert opened.processor is not None
+    if not np.issubdtype(split.labels.dtype, np.integer):
+        raise DataError(
+            "These images have several labels each, or values to predict, and this needs one class per image. Train "
+            "and evaluate with `featreuse train --do_eval`, which has metrics for both."
+        )
     shuffled = torch.arange(len(split))
     if shuffle:
         shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
@@ -126,8 +132,8 @@ def relabelled(data: ImageData, opened: OpenModel) -> ImageData:
     Raises:
         DataError: the classes of model and data cannot be matched.
     """
-    class_ids = class_ids_of(opened, data.label_names)
-    splits = {name: split.with_class_ids(class_ids) for name, split in data.splits.items()}
+    class_ids, outputs = class_ids_of(opened, data.label_names), opened.model.config.num_labels
+    splits = {name: split.with_class_ids(class_ids, outputs) for name, split in data.splits.items()}
     return dataclasses.replace(data, splits=splits, label_names=class_names(opened.model.config))
 
 

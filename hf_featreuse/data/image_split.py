@@ -29,13 +29,15 @@ _CHECK_CHUNK = 64  # images a thread decodes at a time when looking for bad ones
 class ImageSplit(torch.utils.data.Dataset):
     """Images and labels of one split, decoded when asked for.
 
-    Items are `{"pixel_values": uint8 tensor of shape (3, height, width), "labels": int}`. As this is not a
-    `datasets.Dataset`, Trainer's `remove_unused_columns` does not change it.
+    Items are `{"pixel_values": uint8 tensor of shape (3, height, width), "labels": int}`; with several labels per
+    image `labels` is a list of zeros and ones, in a regression a float. As this is not a `datasets.Dataset`, Trainer's
+    `remove_unused_columns` does not change it.
 
     Args:
         images (`datasets.Dataset`): its only column holds `datasets.Image(decode=False)`.
         rows (`numpy.ndarray`): row numbers in `images` that make up the split, int64 of shape (n,).
-        labels (`numpy.ndarray`): class ids in the order of `rows`, int64 of shape (n,).
+        labels (`numpy.ndarray`): class ids in the order of `rows`, int64 of shape (n,); zeros and ones, float32 of
+            shape (n, classes); or values, float32 of shape (n,).
         name (`str`): what messages call the split: its name in the source, such as `"train"`.
         source (`str`): what messages call the source, such as `"data set 'beans'"`.
         transform (`Callable`, *optional*): an `ImageTransform`, or a function from an RGB PIL image to a uint8 tensor.
@@ -106,11 +108,13 @@ class ImageSplit(torch.utils.data.Dataset):
         split._transform, split._epoch = transform, self._epoch.clone().share_memory_()
         return split
 
-    def with_class_ids(self, class_ids: Sequence[int]) -> "ImageSplit":
+    def with_class_ids(self, class_ids: Sequence[int], num_classes: int | None = None) -> "ImageSplit":
         """Return the same split with other class ids.
 
         Args:
             class_ids (`Sequence[int]`): the new id of each class, in the order of the present ids.
+            num_classes (`int`, *optional*): of the new classes, for several labels per image; by default as many as
+                there are ids.
 
         Example:
             >>> from hf_featreuse.data import load_image_data
@@ -119,7 +123,11 @@ class ImageSplit(torch.utils.data.Dataset):
             10
         """
         split = copy.copy(self)
-        split.labels = np.asarray(class_ids, dtype=np.int64)[self.labels]
+        if self.labels.ndim > 1:
+            split.labels = np.zeros((len(self.labels), num_classes or len(class_ids)), self.labels.dtype)
+            split.labels[:, list(class_ids)] = self.labels
+        elif np.issubdtype(self.labels.dtype, np.integer):
+            split.labels = np.asarray(class_ids, dtype=np.int64)[self.labels]
         return split
 
     def set_epoch(self, epoch: int) -> None:

@@ -241,11 +241,11 @@ class ImageCollator:
 
         Args:
             features (`Sequence[Mapping[str, Any]]`): items with `pixel_values`, uint8 of shape (3, height, width), and
-                `labels`, an integer.
+                `labels`, an integer, a list of zeros and ones, or a float.
 
         Returns:
             `dict[str, torch.Tensor]`: `pixel_values`, float32 of shape (batch, 3, height, width), and `labels`, int64
-                of shape (batch,).
+                of shape (batch,), or float32 of shape (batch, classes) or (batch,).
         """
         shapes = {tuple(feature["pixel_values"].shape) for feature in features}
         if len(shapes) > 1:
@@ -256,5 +256,6 @@ class ImageCollator:
         pixels = torch.stack([feature["pixel_values"] for feature in features]).to(torch.float32)
         # Dividing by 255 rounds as transformers does, multiplying by 1 / 255 in float32 does not.
         pixels = pixels.div_(1 / self.rescale_factor).sub_(self.mean).div_(self.std)
-        labels = torch.tensor([feature["labels"] for feature in features], dtype=torch.int64)
+        labels = [feature["labels"] for feature in features]
+        labels = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], list | float) else torch.int64)
         return {"pixel_values": pixels.flip(1) if self.flip_channels else pixels, "labels": labels}

@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 
 from hf_featreuse.data.columns import (
-    Labels,
     capitalised,
     check_splits,
     column_values,
@@ -26,7 +25,9 @@ from hf_featreuse.data.columns import (
     label_column,
 )
 from hf_featreuse.data.image_split import ImageSplit
+from hf_featreuse.data.labels import SEVERAL, SINGLE, label_reader
 from hf_featreuse.data.sources import check_stored_paths, load_source
+from hf_featreuse.data.splitting import held_out_rows
 from hf_featreuse.errors import DataError
 from hf_featreuse.text import first_few, printable
 
@@ -46,6 +47,9 @@ class ImageData:
         label_names (`list[str]`): name of each class, in the order of the class ids.
         name (`str`, *optional*): name for a model card: that on the Hub, `"scikit-learn digits"`, or `None` for local
             data.
+        problem_type (`str`, defaults to `"single_label_classification"`): the kind of the labels, as configurations of
+            transformers call it: `"multi_label_classification"` for several labels per image, `"regression"` for a
+            number.
 
     Example:
         >>> from hf_featreuse.data import load_image_data
@@ -57,6 +61,7 @@ class ImageData:
     splits: dict[str, ImageSplit]
     label_names: list[str]
     name: str | None
+    problem_type: str = SINGLE
 
 
 def load_image_data(
@@ -81,7 +86,7 @@ def load_image_data(
 
     Without `dataset_name`, `train_dir` and `validation_dir` the 1,797 handwritten digits of scikit-learn are taken,
     8 x 8 pixels, split by class into 1,437 and 360. Elsewhere a split called validation, valid, val or dev is the
-    validation split; without one, part of the training split is.
+    validation split; without one, part of the training split is, stratified by class.
 
     Args:
         dataset_name (`str`, *optional*): name on the Hub, or a local folder: of images, of Parquet or Arrow files, or
@@ -94,13 +99,14 @@ def load_image_data(
             as files that are not images, is named in a logged warning.
         validation_dir (`str`, *optional*): the same for validation.
         train_val_split (`float`, defaults to 0.15): fraction of the training rows, in (0, 1), to validate on if the
-            data has no such split; `None` or 0 means no validation then.
+            data has no such split, of each class alike; `None` or 0 means no validation then.
         max_train_samples (`int`, *optional*): number of training images to keep, drawn by `seed`; by default all.
         max_eval_samples (`int`, *optional*): the same for validation and test, each.
         image_column_name (`str`, *optional*): column of the images; by default `image`, else the only one of type
             `Image`.
-        label_column_name (`str`, *optional*): column of the labels, which are class labels, integers or strings; by
-            default `label`, `labels`, else the only one of type `ClassLabel`.
+        label_column_name (`str`, *optional*): column of the labels, which are class labels, integers or strings; a
+            list of them, or of as many zeros and ones as there are classes, is several labels per image; a
+            floating-point number is a regression. By default `label`, `labels`, else the only one of class labels.
         cache_dir (`str`, *optional*): where downloads are kept; by default the cache of `datasets`.
         token (`str` or `bool`, *optional*): token for private data sets, `True` for the stored one; by default the
             stored one if there is one.
@@ -137,7 +143,7 @@ def load_image_data(
             dataset_name, dataset_config_name, train_dir, validation_dir, splits, cache_dir=cache_dir, token=token
         )
         name = None if dataset_name is None or os.path.isdir(dataset_name) else dataset_name
-        parts = _split_rows(raw, source, train_val_split, seed)
+        parts = _split_rows(raw, source, train_val_split, seed, label_column_name)
     parts = {part: parts[part] for part in ("train", "validation", "test") if part in parts and part in splits}
     if "train" in splits and "train" not in parts:
         raise DataError(f"{capitalised(source)} has no split 'train', only {sorted(raw)}.")
@@ -151,9 +157,9 @@ def load_image_data(
     used = {raw_name for raw_name, _ in parts.values()}
     check_splits({raw_name: raw[raw_name] for raw_name in sorted(used)}, features, images_in, labels_in, source)
     values = {raw_name: column_values(raw[raw_name], labels_in) for raw_name in used | {reference}}
-    labels = Labels(features[labels_in], values[reference], labels_in, source)
+    labels = label_reader(features[labels_in], values[reference], labels_in, source)
     ids = {part: labels.encode(values[raw_name], rows, raw_name) for part, (raw_name, rows) in parts.items()}
-    _warn_of_untrained(ids, labels.names, source)
+    _warn_of_untrained(ids, labels.names, source, labels.problem_type)
 
     result = {}
     for part, (raw_name, rows) in parts.items():
@@ -171,7 +177,7 @@ def load_image_data(
         check_stored_paths(images, allowed, source)
         split = ImageSplit(images, rows, ids[part], raw_name, source)
         result[part] = split.without_bad_images() if skip_bad_images else split
-    return ImageData(result, labels.names, name)
+    return ImageData(result, labels.names, name, labels.problem_type)
 
 
 def _check_arguments(
@@ -190,12 +196,13 @@ def _check_arguments(
         raise DataError(f"splits={splits!r} must be a sequence of names among {known}.")
 
 
-def _warn_of_untrained(ids: Mapping[str, np.ndarray], names: Sequence[str], source: str) -> None:
+def _warn_of_untrained(ids: Mapping[str, np.ndarray], names: Sequence[str], source: str, problem_type: str) -> None:
     """Name the classes that occur in evaluation and in no training image: the model cannot learn them."""
-    if "train" not in ids:
+    if "train" not in ids or problem_type not in (SINGLE, SEVERAL):
         return
+    present = {part: np.nonzero(found)[1] if problem_type == SEVERAL else found for part, found in ids.items()}
     for part in ids.keys() - {"train"}:
-        missing = np.setdiff1d(ids[part], ids["train"]).tolist()
+        missing = np.setdiff1d(present[part], present["train"]).tolist()
         if missing:
             shown = printable(first_few([names[int(index)] for index in missing]))
             logger.warning(
@@ -244,7 +251,11 @@ def _load_digits(seed: int) -> tuple[dict[str, datasets.Dataset], dict[str, tupl
 
 
 def _split_rows(
-    raw: Mapping[str, datasets.Dataset], source: str, train_val_split: float | None, seed: int
+    raw: Mapping[str, datasets.Dataset],
+    source: str,
+    train_val_split: float | None,
+    seed: int,
+    label_column_name: str | None,
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Say for train, validation and test which split of the source, and which of its rows, they are."""
     parts = {part: (part, np.arange(len(raw[part]))) for part in ("train", "test") if part in raw}
@@ -252,13 +263,15 @@ def _split_rows(
     if validation is not None:
         parts["validation"] = (validation, np.arange(len(raw[validation])))
     elif train_val_split and len(raw.get("train", ())):
-        rows = np.random.default_rng([seed, 0]).permutation(len(raw["train"]))
-        held_out = math.ceil(train_val_split * len(rows))
-        if held_out == len(rows):
+        train = raw["train"]
+        held_out = math.ceil(train_val_split * len(train))
+        if held_out == len(train):
             raise DataError(
-                f"train_val_split={train_val_split} of the {len(rows)} rows of split 'train' of {source} leaves none "
+                f"train_val_split={train_val_split} of the {len(train)} rows of split 'train' of {source} leaves none "
                 "to train on. Pass a smaller one, or a validation split."
             )
-        parts["train"] = ("train", np.sort(rows[held_out:]))
-        parts["validation"] = ("train", np.sort(rows[:held_out]))
+        values = column_values(train, label_column(train.features, label_column_name))
+        chosen = held_out_rows(values, held_out, seed)
+        parts["train"] = ("train", np.setdiff1d(np.arange(len(train)), chosen))
+        parts["validation"] = ("train", chosen)
     return parts

@@ -1,4 +1,4 @@
-"""Top-k accuracy as a metric of the `evaluate` library, and the two functions a Trainer needs for it.
+"""Top-k accuracy as a metric of the `evaluate` library, and the functions that a Trainer needs for each kind of label.
 
 It is defined here, not loaded by name from the Hub, so evaluation works offline.
 """
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from hf_featreuse.data.labels import REGRESSION, SEVERAL, SINGLE
 from hf_featreuse.errors import DataError
 
 _DESCRIPTION = "Fraction of the samples whose label is among the k classes ranked first."
@@ -128,6 +129,100 @@ def build_compute_metrics(ks: Sequence[int] = (1, 5)) -> Callable[[EvalPredictio
         return {_name(k): _top_k_accuracy(ranked, labels, k) for k in ks}
 
     return compute_metrics
+
+
+def multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Score several labels per image: a `compute_metrics` for Trainer.
+
+    A label is predicted if its logit is above 0, that is, its probability above one half. Labels of -100 are left out.
+
+    Args:
+        prediction (`EvalPrediction`): logits and zeros and ones, both of shape (images, classes).
+
+    Returns:
+        `dict[str, float]`: `f1_micro` over all labels, `f1_macro`, the mean of the classes', and
+            `mean_average_precision` over the classes that some image has; for each the definition of scikit-learn.
+
+    Example:
+        >>> import numpy as np
+        >>> from transformers import EvalPrediction
+        >>> from hf_featreuse.data.metrics import multi_label_metrics
+        >>> logits, labels = np.array([[2.0, -1.0], [1.0, 1.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+        >>> multi_label_metrics(EvalPrediction(predictions=logits, label_ids=labels))
+        {'f1_micro': 0.8, 'f1_macro': 0.8333333333333333, 'mean_average_precision': 1.0}
+    """
+    logits, labels = _joined(prediction.predictions), _joined(prediction.label_ids)
+    known, true, positive = labels != -100, labels == 1, logits > 0
+    hits, wrong = (true & positive).sum(0), (known & (true != positive)).sum(0)
+    scored = [known[:, c] for c in range(labels.shape[1])]
+    precisions = [_average_precision(logits[k, c], true[k, c]) for c, k in enumerate(scored) if true[k, c].any()]
+    return {
+        "f1_micro": float(2 * hits.sum() / max(2 * hits.sum() + wrong.sum(), 1)),
+        "f1_macro": float((2 * hits / np.maximum(2 * hits + wrong, 1)).mean()),
+        "mean_average_precision": float(np.mean(precisions)) if precisions else float("nan"),
+    }
+
+
+def _average_precision(scores: np.ndarray, true: np.ndarray) -> float:
+    """Mean precision over the true samples, ranked by score; equal scores share a rank."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    hits = np.cumsum(true[order])[last]
+    return float((np.diff(hits, prepend=0) * hits / (last + 1)).sum() / hits[-1])
+
+
+def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Score predicted values: a `compute_metrics` for Trainer.
+
+    Args:
+        prediction (`EvalPrediction`): outputs of shape (images, 1) or (images,), and values of shape (images,).
+
+    Returns:
+        `dict[str, float]`: `mae`, the mean absolute error, `rmse`, the root of the mean squared one, and `r2`, the
+            share of the variance that is explained, `nan` if all values are equal.
+
+    Example:
+        >>> import numpy as np
+        >>> from transformers import EvalPrediction
+        >>> from hf_featreuse.data.metrics import regression_metrics
+        >>> outputs, values = np.array([[1.0], [3.0], [4.0]]), np.array([1.0, 2.0, 3.0])
+        >>> regression_metrics(EvalPrediction(predictions=outputs, label_ids=values))["r2"]
+        0.0
+    """
+    values = _joined(prediction.label_ids).astype(np.float64)
+    errors = _joined(prediction.predictions).astype(np.float64).reshape(values.shape) - values
+    spread = np.square(values - values.mean()).mean()
+    squared = np.square(errors).mean()
+    return {
+        "mae": float(np.abs(errors).mean()),
+        "rmse": float(np.sqrt(squared)),
+        "r2": float(1 - squared / spread) if spread else float("nan"),
+    }
+
+
+def metrics_for(problem_type: str) -> dict[str, Callable | None]:
+    """Choose the metrics of a kind of labels, as arguments of Trainer.
+
+    Args:
+        problem_type (`str`): as `ImageData.problem_type`.
+
+    Returns:
+        `dict[str, Callable]`: `compute_metrics`, and `preprocess_logits_for_metrics` or `None`.
+
+    Raises:
+        DataError: there is no such kind.
+
+    Example:
+        >>> from hf_featreuse.data.metrics import metrics_for
+        >>> metrics_for("regression")["compute_metrics"].__name__
+        'regression_metrics'
+    """
+    if problem_type == SINGLE:
+        return {"compute_metrics": build_compute_metrics(), "preprocess_logits_for_metrics": rank_top_k}
+    chosen = {SEVERAL: multi_label_metrics, REGRESSION: regression_metrics}.get(problem_type)
+    if chosen is None:
+        raise DataError(f"`problem_type={problem_type!r}` is unknown. Pass one of {(SINGLE, SEVERAL, REGRESSION)}.")
+    return {"compute_metrics": chosen, "preprocess_logits_for_metrics": None}
 
 
 def _joined(values: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor
 
 from hf_featreuse.data.images import to_tensors
 from hf_featreuse.data.rand_augment import RandAugment
+from hf_featreuse.data.seeded import SeededTransform
 from hf_featreuse.errors import DataError
 
 _ATTEMPTS = 10  # tries to fit a crop before the central one is taken, as in torchvision
@@ -84,7 +85,7 @@ class TrainTransform(ImageTransform):
         flip (`float`, defaults to 0.5): probability of a horizontal flip, in [0, 1].
         seed (`int`, defaults to 0): from 0 to 2**64 - 1.
         resample (`Resampling`, defaults to `Resampling.BILINEAR`): Pillow's filter.
-        augment (`RandAugment`, *optional*): further augmentation, applied last.
+        augment (`RandAugment` or `SeededTransform`, *optional*): further augmentation, applied last.
 
     Raises:
         DataError: an argument is out of range.
@@ -112,7 +113,7 @@ class TrainTransform(ImageTransform):
         flip: float = 0.5,
         seed: int = 0,
         resample: Resampling = Resampling.BILINEAR,
-        augment: RandAugment | None = None,
+        augment: RandAugment | SeededTransform | None = None,
     ):
         if len(size) != 2 or min(size) < 1:
             raise DataError(f"size={size!r} is not (height, width) in whole pixels.")
@@ -142,7 +143,12 @@ class TrainTransform(ImageTransform):
             # A gap of 3 only comes into play where an image shrinks six times or more; the difference is invisible.
             result = image.resize((width, height), self.resample, box, reducing_gap=3.0)
             results.append(result.transpose(Transpose.FLIP_LEFT_RIGHT) if flip else result)
-        return to_tensors(results if self.augment is None else self.augment(results, rows, epoch))
+        if self.augment is None:
+            return to_tensors(results)
+        augmented: list[Any] = list(self.augment(results, rows, epoch))
+        if any(isinstance(result, torch.Tensor) for result in augmented):
+            return [result if isinstance(result, torch.Tensor) else to_tensors([result])[0] for result in augmented]
+        return to_tensors(augmented)
 
     def _uniforms(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         """Draw uniform numbers of shape (rows, `_DRAWS`), each row's from its own stretch of the Philox sequence."""

@@ -55,7 +55,11 @@ class DataArguments:
         default=None, metadata={"help": "Column of the images. Default: image, else the only one of images."}
     )
     label_column_name: str | None = field(
-        default=None, metadata={"help": "Column of the labels. Default: label, labels, else the only one of classes."}
+        default=None,
+        metadata={
+            "help": "Column of the labels: classes, lists of them, or numbers to predict. Default: label, labels, "
+            "else the only one of classes."
+        },
     )
     skip_bad_images: bool = field(
         default=False, metadata={"help": "Decode all images first, leave out those that fail, and count them."}
@@ -71,6 +75,13 @@ class DataArguments:
         default=0, metadata={"help": "RandAugment with this many operations per image, such as 2; 0 is off."}
     )
     rand_augment_magnitude: int = field(default=9, metadata={"help": "Strength of RandAugment, from 0 to 30."})
+    augmentation: str | None = field(
+        default=None,
+        metadata={"help": "Of torchvision, if it is installed: auto_augment, rand_augment or trivial_augment."},
+    )
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Probability of erasing a rectangle of a training image; needs torchvision."}
+    )
 
 
 @dataclass

@@ -22,6 +22,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_train_samples", "max_eval_samples", "image_size", "save_total_limit"), (1, 1e18)),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon"), (0, 1e18)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "horizontal_flip", "label_smoothing_factor"), (0, 1)),
+    "random_erasing": (0, 1),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     **dict.fromkeys(("dataloader_num_workers", "rand_augment_ops"), (0, 1e4)),
     "rand_augment_magnitude": (0, 30),

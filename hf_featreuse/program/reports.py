@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from hf_featreuse.data import OpenModel, open_classifier
+from hf_featreuse.data.labels import SINGLE
 from hf_featreuse.evaluation.splits import predict_split, report_on_split
 from hf_featreuse.program.setup import Setup, source_options
 from hf_featreuse.text import joined
@@ -30,7 +31,10 @@ def write_reports(setup: Setup) -> None:
     Args:
         setup (`Setup`): of the run.
     """
-    args = setup.args
+    args, task = setup.args, setup.data.problem_type
+    if task != SINGLE:
+        logger.info(f"No report and no predictions: they are for one class per image, and the labels are for {task}.")
+        return
     evaluates = bool(args.do_eval and _can_report(setup))
     if not evaluates and not args.do_predict:
         return
@@ -69,10 +73,6 @@ def _can_report(setup: Setup) -> bool:
             f"No report in {REPORT_FOLDER}/: {joined(missing)} {'is' if len(missing) == 1 else 'are'} not installed. "
             'Run `pip install "hf_featreuse[examples]"`.'
         )
-        return False
-    kind = setup.model.config.problem_type
-    if kind not in (None, "single_label_classification"):
-        logger.info(f"No report in {REPORT_FOLDER}/: it is for one class per image, and the model's task is {kind}.")
         return False
     return True
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback
 
 from hf_featreuse.data import ImageCollator, ImageSplit
-from hf_featreuse.data.metrics import build_compute_metrics, rank_top_k
+from hf_featreuse.data.metrics import metrics_for
 from hf_featreuse.errors import FeatureReuseError
 from hf_featreuse.program.config_file import saved_options
 from hf_featreuse.program.reports import write_reports
@@ -51,9 +51,8 @@ def make_trainer(setup: Setup) -> FeatureReuseTrainer:
         train_dataset=setup.splits.get("train"),
         eval_dataset=setup.splits.get("validation"),
         processing_class=setup.processor,
-        compute_metrics=build_compute_metrics(),
-        preprocess_logits_for_metrics=rank_top_k,
         callbacks=stopping,
+        **metrics_for(setup.data.problem_type),
     )
     trainer.card_details = setup.card_details
     return trainer

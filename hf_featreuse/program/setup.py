@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
@@ -29,6 +30,7 @@ from hf_featreuse.data import (
     ImageSplit,
     RandAugment,
     TrainTransform,
+    augmentation,
     class_names,
     class_notes,
     default_crop_scale,
@@ -38,6 +40,7 @@ from hf_featreuse.data import (
     open_classifier,
     relabelled,
 )
+from hf_featreuse.data.labels import REGRESSION, SEVERAL, SINGLE
 from hf_featreuse.errors import ConfigurationError, FeatureReuseError
 from hf_featreuse.folders import new_folder
 from hf_featreuse.program.arguments import DataArguments, ModelArguments, Options
@@ -48,6 +51,9 @@ from hf_featreuse.text import flat, one_line
 from hf_featreuse.trainer.arguments import FeatureReuseConfig
 
 logger = logging.getLogger(__name__)
+
+# Losses that are right with gradient accumulation, unlike transformers' own of these tasks.
+LOSS_OF_TASK = {SEVERAL: "bce", REGRESSION: "mse"}
 
 
 @dataclass
@@ -141,6 +147,8 @@ def set_up(options: Options) -> Setup:
     with args.main_process_first(desc="loading the data"):
         data = load_data(options)
     data, model, processor = load_model(options.model, data, bool(args.do_train))
+    if args.loss is None:
+        args.loss = LOSS_OF_TASK.get(data.problem_type)
     if args.device.type == "cpu" and max(image_size(processor)) <= 16 and "OMP_NUM_THREADS" not in os.environ:
         # Operations on images this small are over before a second thread wakes up; on a busy machine waiting for it
         # made the run ten times longer.
@@ -188,6 +196,7 @@ def load_model(
         first = next(iter(data.splits.values()))[0]["pixel_values"]
         size = model_args.image_size or min(max(first.shape[-2:]), 224)
         config = small_config(model_type, size, len(labels), labels, model_args.config_overrides)
+        set_task(config, data)
         return data, AutoModelForImageClassification.from_config(config), small_image_processor(config, size)
     common = source_options(model_args)
     source = str(model_args.model_name_or_path or model_args.config_name)
@@ -223,7 +232,19 @@ def load_trained(
         processor = AutoImageProcessor.from_pretrained(model_args.image_processor_name, **common)
     for note in class_notes(opened, data.label_names):
         logger.warning(note)
+    task = opened.model.config.problem_type or SINGLE
+    if task != data.problem_type:
+        raise ConfigurationError(
+            f"`{flat(source)}` was trained for {task}, and the labels of the data are for {data.problem_type}. Pass "
+            "the data that the model was trained for, or another `--label_column_name`."
+        )
     return relabelled(data, opened), opened.model, processor
+
+
+def set_task(config: PreTrainedConfig, data: ImageData) -> None:
+    """Tell a new head of what kind the labels are; transformers takes one class per image if nothing is said."""
+    if data.problem_type != SINGLE or config.problem_type is not None:
+        config.problem_type = data.problem_type
 
 
 def load_pretrained(
@@ -243,6 +264,7 @@ def load_pretrained(
         **overrides,
         **common,
     )
+    set_task(config, data)
     processor = AutoImageProcessor.from_pretrained(model_args.image_processor_name or source, **common)
     if model_args.model_name_or_path is None:
         return data, AutoModelForImageClassification.from_config(config), processor
@@ -266,8 +288,13 @@ def add_transforms(
     """Random crops and flips for training; the processor's own resizing for evaluation."""
     size = image_size(processor)
     scale = default_crop_scale(size) if data_args.image_scale_min is None else (data_args.image_scale_min, 1.0)
-    augment = None
+    augment = augmentation(data_args.augmentation, seed, data_args.random_erasing)
     if data_args.rand_augment_ops:
+        if augment is not None:
+            raise ConfigurationError(
+                "`--rand_augment_ops` was passed together with `--augmentation` or `--random_erasing`. Pass the one "
+                "or the others; RandAugment with erasing is `--augmentation rand_augment --random_erasing 0.25`."
+            )
         augment = RandAugment(data_args.rand_augment_ops, data_args.rand_augment_magnitude, seed=seed)
     train_transform = TrainTransform(size, scale=scale, flip=data_args.horizontal_flip, seed=seed, augment=augment)
     return {

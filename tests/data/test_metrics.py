@@ -9,7 +9,14 @@ import torch
 from sklearn.metrics import top_k_accuracy_score
 from transformers import EvalPrediction
 
-from hf_featreuse.data.metrics import TopKAccuracy, build_compute_metrics, rank_top_k
+from hf_featreuse.data.metrics import (
+    TopKAccuracy,
+    build_compute_metrics,
+    metrics_for,
+    multi_label_metrics,
+    rank_top_k,
+    regression_metrics,
+)
 from hf_featreuse.errors import DataError
 
 
@@ -97,3 +104,49 @@ def test_batches_that_are_kept_apart_give_the_same(scored):
     for kind in (lambda part: logits[part], lambda part: (logits[part], logits[part])):
         apart = EvalPrediction(predictions=[kind(part) for part in parts], label_ids=[labels[part] for part in parts])
         assert compute(apart) == wanted
+
+
+# Several labels, and values
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_scores_of_several_labels_are_scikit_learns(ties):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(size=(50, 6)), (random.random((50, 6)) < 0.3).astype(np.float32)
+    if ties:
+        logits = logits.round()
+    labels[:, 4] = 0  # of a class without images there is no precision
+    found = multi_label_metrics(EvalPrediction(predictions=logits, label_ids=labels))
+    some = labels.any(0)
+    assert found == pytest.approx(
+        {
+            "f1_micro": sklearn.f1_score(labels, logits > 0, average="micro"),
+            "f1_macro": sklearn.f1_score(labels, logits > 0, average="macro", zero_division=0),
+            "mean_average_precision": sklearn.average_precision_score(labels[:, some], logits[:, some]),
+        }
+    )
+    # Unknown labels count for nothing, whatever their logits.
+    more = EvalPrediction(np.vstack([logits, logits[::-1]]), np.vstack([labels, np.full_like(labels, -100)]))
+    assert multi_label_metrics(more) == pytest.approx(found)
+
+
+def test_scores_of_values_are_scikit_learns():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    outputs, values = random.normal(size=(50, 1)), random.normal(size=50).astype(np.float32)
+    expected = {
+        "mae": sklearn.mean_absolute_error(values, outputs),
+        "rmse": sklearn.root_mean_squared_error(values, outputs),
+        "r2": sklearn.r2_score(values, outputs),
+    }
+    assert regression_metrics(EvalPrediction(outputs, values)) == pytest.approx(expected)
+    batches = [outputs[:20], outputs[20:]], [values[:20], values[20:]]
+    assert regression_metrics(EvalPrediction(*batches)) == pytest.approx(expected)
+
+
+def test_each_kind_of_labels_has_its_metrics():
+    assert metrics_for("multi_label_classification")["compute_metrics"] is multi_label_metrics
+    assert metrics_for("single_label_classification")["preprocess_logits_for_metrics"] is rank_top_k
+    with pytest.raises(DataError, match="'ranking'"):
+        metrics_for("ranking")
