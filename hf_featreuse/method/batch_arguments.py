@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Cache
 
 from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
+from hf_featreuse.method.rows import put_rows, take_rows
 
 
 def items_of(value: Any) -> list[tuple[Any, Any]] | None:
@@ -61,85 +62,99 @@ def named_tensors(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[str,
         yield from walk(str(key), value)
 
 
-def in_parts(path: str, value: Any, split: Callable[[str, torch.Tensor], list[torch.Tensor] | None]) -> list[Any]:
-    """An argument for each of three groups of samples; what no group has for itself is shared.
+def in_parts(
+    path: str, value: Any, split: Callable[[str, torch.Tensor], list[torch.Tensor] | None], count: int
+) -> list[Any]:
+    """An argument for each of some groups of samples; what no group has for itself is shared.
 
     A cache of keys and values of the whole batch has no part for a group, and training no use for one: it is left out.
 
     Args:
         path (`str`): of the argument.
         value: the argument.
-        split (`Callable`): gives the three parts of the tensor at a path, or `None` if it is shared.
+        split (`Callable`): gives the parts of the tensor at a path, or `None` if it is shared.
+        count (`int`): number of groups.
     """
     if isinstance(value, torch.Tensor):
-        return split(path, value) or [value] * 3
+        return split(path, value) or [value] * count
     if isinstance(value, Cache):
-        return [None] * 3
+        return [None] * count
     items = items_of(value)
     if not items:
-        return [value] * 3
-    parts = [in_parts(f"{path}.{key}", item, split) for key, item in items]
-    if all(part[group] is item for part, (_, item) in zip(parts, items, strict=True) for group in range(3)):
-        return [value] * 3
-    return [with_items(value, [part[group] for part in parts]) for group in range(3)]
+        return [value] * count
+    parts = [in_parts(f"{path}.{key}", item, split, count) for key, item in items]
+    if all(part[group] is item for part, (_, item) in zip(parts, items, strict=True) for group in range(count)):
+        return [value] * count
+    return [with_items(value, [part[group] for part in parts]) for group in range(count)]
 
 
 class Split(NamedTuple):
-    """The samples of a batch in groups, for one block: how many, which rows, and where each row ends up."""
+    """The samples of a batch in groups, for one block.
 
-    sizes: list[int]
+    Args:
+        num_samples (`int`): in the batch.
+        rows (`list[torch.Tensor]`): which samples each group holds.
+        rest (`bool`): whether there are samples in no group.
+    """
+
+    num_samples: int
     rows: Sequence[torch.Tensor]
-    inverse: torch.Tensor
-
-    @property
-    def num_samples(self) -> int:
-        return sum(self.sizes)
+    rest: bool
 
 
 def take_apart(
     unbatched: Collection[str], args: tuple, kwargs: Mapping[str, Any], split: Split
 ) -> list[tuple[tuple, dict[str, Any]]]:
-    """The arguments of a call for each group: tensors whose first dimension is the batch are split, others shared."""
+    """The arguments of a call for each group: tensors whose first dimension is the batch are split, others shared.
+
+    If there is a rest, the last ones are those of the whole batch, as `put_together` needs them.
+    """
+    count = len(split.rows) + split.rest
 
     def select(path: str, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         batched = path not in unbatched and tensor.shape[:1] == (split.num_samples,)
-        return [_select(tensor, rows) for rows in split.rows] if batched else None
+        return take_rows(tensor, split.rows, rest=split.rest) if batched else None
 
-    positional = [in_parts(str(index), value, select) for index, value in enumerate(args)]
-    by_name = {key: in_parts(key, value, select) for key, value in kwargs.items()}
+    positional = [in_parts(str(index), value, select, count) for index, value in enumerate(args)]
+    by_name = {key: in_parts(key, value, select, count) for key, value in kwargs.items()}
     return [
         (tuple(part[group] for part in positional), {key: part[group] for key, part in by_name.items()})
-        for group in range(3)
+        for group in range(count)
     ]
 
 
-def _select(value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of a tensor in the memory format that it has: kernels differ by it, some in speed by several times."""
-    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
-        return value.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
-    return value.index_select(0, rows)
-
-
-def put_together(outputs: list[Any], sizes: list[int], split: Split) -> Any:
-    """One output for the batch, in its own order, from those of the groups."""
+def put_together(outputs: list[Any], split: Split) -> Any:
+    """One output for the batch, in its own order, from those of the groups and, if there is one, of the rest."""
     if isinstance(outputs[0], torch.Tensor):
-        return _select(torch.cat(outputs), split.inverse)
-    merged: list[Any] = [_select(torch.cat([output[0] for output in outputs]), split.inverse)]
+        return _put(outputs, split)
+    merged: list[Any] = [_put([output[0] for output in outputs], split)]
     for index in range(1, len(outputs[0])):
         values = [output[index] for output in outputs]
         example = next((value for value in values if value is not None), None)
-        if isinstance(example, torch.Tensor) and all(
-            value is None or value.shape[:1] == (size,) for value, size in zip(values, sizes, strict=True)
-        ):
-            # What a block did not compute for some samples, such as their attention weights, is zero for them.
-            filled = [
-                example.new_zeros(size, *example.shape[1:]) if value is None else value
-                for value, size in zip(values, sizes, strict=True)
-            ]
-            merged.append(_select(torch.cat(filled), split.inverse))
-        else:
-            merged.append(example)
+        merged.append(_put(_filled(values, example, split), split) if _is_split(values, example, split) else example)
     return with_items(outputs[0], merged)
+
+
+def _put(values: list[torch.Tensor], split: Split) -> torch.Tensor:
+    groups = len(split.rows)
+    return put_rows(values[:groups], split.rows, values[groups] if split.rest else None)
+
+
+def _is_split(values: list[Any], example: Any, split: Split) -> bool:
+    """Whether the values of an output are tensors of as many samples as each group has."""
+    sizes = [*map(len, split.rows), *[split.num_samples] * split.rest]
+    return isinstance(example, torch.Tensor) and all(
+        value is None or value.shape[:1] == (size,) for value, size in zip(values, sizes, strict=True)
+    )
+
+
+def _filled(values: list[Any], example: torch.Tensor, split: Split) -> list[torch.Tensor]:
+    """What a block did not compute for some samples, such as their attention weights, is zero for them."""
+    sizes = [*map(len, split.rows), *[split.num_samples] * split.rest]
+    return [
+        example.new_zeros(size, *example.shape[1:]) if value is None else value
+        for value, size in zip(values, sizes, strict=True)
+    ]
 
 
 def unbatched_in_a_larger_batch(
@@ -172,9 +187,9 @@ def _grown(arguments: Any, paths: set[str]) -> dict[Any, Any]:
     """The arguments with the first sample repeated at the end of some tensors."""
 
     def larger(path: str, tensor: torch.Tensor) -> list[torch.Tensor] | None:
-        return [torch.cat([tensor, tensor[:1]])] * 3 if path in paths else None
+        return [torch.cat([tensor, tensor[:1]])] if path in paths else None
 
-    return {key: in_parts(str(key), value, larger)[0] for key, value in arguments}
+    return {key: in_parts(str(key), value, larger, 1)[0] for key, value in arguments}
 
 
 @contextlib.contextmanager

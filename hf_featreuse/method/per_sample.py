@@ -2,8 +2,8 @@
 
 Inside a block the batch is sorted into groups of samples, the block runs on each group as the step asks, and the
 outputs are put back in order. In stochastic depth a block is computed on the samples that keep it, and no others. In
-masked freeze it trains on the samples that dropped it and is frozen for the rest; a sample needs no gradient below the
-first block that it trains.
+masked freeze it trains on the samples that dropped it and is frozen for the rest, which take one path whatever they
+train elsewhere: a kernel library plans again for each new number of samples, so a block should see few.
 
 Sources: drop path per sample is timm's `drop_path` and torchvision's `stochastic_depth` in mode "row", which compute
 every sample and mask some; computing only the samples that are kept, DINOv2 (arXiv 2304.07193, section 5).
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_featreuse.errors import ConfigurationError, StepError
+from hf_featreuse.errors import StepError
 from hf_featreuse.method.batch_arguments import Split, put_together, take_apart, with_items
 from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_outputs
 from hf_featreuse.method.class_swap import Rule, bind_rules
@@ -27,25 +27,25 @@ from hf_featreuse.method.frozen_buffers import copied_buffers
 from hf_featreuse.method.samples_apart import check_apart, check_samples
 from hf_featreuse.method.skipping import Scaling, shortcut
 
-# Groups of samples, as seen by one block.
+# What a block does for a sample.
 TRAINS, FROZEN, RESTS = 0, 1, 2
 
 
 def sample_groups(masks: np.ndarray, *, freezing: bool, gradient_everywhere: bool) -> np.ndarray:
-    """The group of each sample at each block, of the shape of the masks, (samples, L).
+    """The group of each sample at each block, of the shape of the masks, (samples, L); two groups per block at most.
 
     Args:
         masks (`numpy.ndarray`): `True` where the sample drops the block.
         freezing (`bool`): masked freeze, not stochastic depth. In stochastic depth a sample that dropped the block
-            rests and the others train; in masked freeze it trains, and of the others those are frozen that train a
-            block before this one, while the rest needs no gradient at all.
+            rests and the others train; in masked freeze it trains, and the others are frozen if any sample trains a
+            block before this one, else they rest.
         gradient_everywhere (`bool`): in masked freeze, give every sample its gradient down to the input.
     """
     if not freezing:
         return np.where(masks, RESTS, TRAINS).astype(np.int8)
-    before = np.zeros_like(masks)
-    np.logical_or.accumulate(masks[:, :-1], axis=1, out=before[:, 1:])
-    return np.where(masks, TRAINS, np.where(before | gradient_everywhere, FROZEN, RESTS)).astype(np.int8)
+    before = np.full(masks.shape[1], gradient_everywhere)
+    before[1:] |= np.logical_or.accumulate(masks.any(0))[:-1]
+    return np.where(masks, TRAINS, np.where(before, FROZEN, RESTS)).astype(np.int8)
 
 
 @contextlib.contextmanager
@@ -81,9 +81,9 @@ def skip_samples(
     scaling = Scaling(blocks, [1.0] * len(blocks) if survival is None else survival)
     if not checked:
         check_samples(blocks, masks)
-    splits = _splits(sample_groups(masks, freezing=False, gradient_everywhere=True), device)
+    splits = _splits(~masks, device, rest=True)
     rules = [
-        (block, _in_groups(block, split, {TRAINS: kept or _plain, RESTS: shortcut(block)}))
+        (block, _in_groups(block, split, kept or _plain, shortcut(block)))
         for (block, kept), split in zip(scaling.rules, splits, strict=True)
     ]
     with scaling.branches(), _bound(rules):
@@ -120,44 +120,54 @@ def train_samples(
         check_samples(blocks, masks)
     # Blocks that are called again, as with shared weights, have no place in one order.
     everywhere = gradient_everywhere or any(block.num_calls > 1 for block in blocks)
-    splits = _splits(sample_groups(masks, freezing=True, gradient_everywhere=everywhere), device)
+    rests = (sample_groups(masks, freezing=True, gradient_everywhere=everywhere) == RESTS).any(0)
     rules = [
-        (block, _in_groups(block, split, {TRAINS: _plain, FROZEN: _frozen(block), RESTS: _resting(block)}))
-        for block, split in zip(blocks, splits, strict=True)
+        (block, _in_groups(block, split, _plain, _resting(block) if resting else _frozen(block)))
+        for block, split, resting in zip(blocks, _splits(masks, device, rest=False), rests, strict=True)
     ]
     with _bound(rules):
         yield
 
 
 def _bound(rules: list[tuple[ResidualBlock, Rule]]) -> contextlib.AbstractContextManager[None]:
-    """The rules at forward: module hooks see the whole batch, and activation checkpointing runs the groups again."""
-    compiled = next((block for block, _ in rules if block.module._compiled_call_impl is not None), None)
-    if compiled is not None:
-        raise ConfigurationError(
-            f'Block {compiled.name} is compiled, and `drop_granularity="sample"` runs a block on parts of the batch, '
-            "each in a way of its own, which its graphs do not hold. Set `torch_compile=False`, or "
-            '`drop_granularity="batch"`.'
-        )
+    """The rules at forward: module hooks see the whole batch, and activation checkpointing runs the groups again.
+
+    Those of compiled blocks are at the call: graphs are of one group, and hooks and checkpointing are inside of them.
+    """
     block, last = rules[-1]
-    return bind_rules([*rules[:-1], (block, _with_graph(last))], "forward")
+    rules = [*rules[:-1], (block, _with_graph(last))]
+    return bind_rules(rules, "__call__" if any(_is_compiled(block) for block, _ in rules) else "forward")
 
 
-def _splits(groups: np.ndarray, device: torch.device) -> list[Split]:
-    """One split a block; all indices go to the device at once."""
-    by_block = np.ascontiguousarray(groups.T)
-    sizes = np.stack([(by_block == group).sum(1) for group in (TRAINS, FROZEN, RESTS)], axis=1).tolist()
-    order = np.argsort(by_block, axis=1, kind="stable")
-    inverse = np.empty_like(order)
-    np.put_along_axis(inverse, order, np.arange(order.shape[1])[None], axis=1)
-    indices = torch.from_numpy(np.stack([order, inverse])).to(device, non_blocking=True)
-    rows = indices[0].reshape(-1).split_with_sizes([size for of_block in sizes for size in of_block])
-    rows = [rows[first : first + 3] for first in range(0, len(rows), 3)]
-    return [Split(*parts) for parts in zip(sizes, rows, indices[1].unbind(), strict=True)]
+def _is_compiled(block: ResidualBlock) -> bool:
+    return block.module._compiled_call_impl is not None
 
 
-def _in_groups(block: ResidualBlock, split: Split, actions: Mapping[int, Rule]) -> Rule:
-    """What a block does when called: each group of samples by its own action."""
-    present = [(group, size) for group, size in enumerate(split.sizes) if size]
+def _splits(trains: np.ndarray, device: torch.device, *, rest: bool) -> list[Split]:
+    """One split per block: the samples that it trains on, and the others, in no group if they are the rest."""
+    return [Split(len(trains), rows[: 2 - rest], rest) for rows in index_rows(trains, device)]
+
+
+def index_rows(chosen: np.ndarray, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The samples that are chosen and those that are not, for each block; all go to the device in one copy.
+
+    Args:
+        chosen (`numpy.ndarray`): of shape (samples, L).
+        device (`torch.device`): of the batch.
+    """
+    order = torch.from_numpy(np.ascontiguousarray(np.argsort(~chosen.T, axis=1, kind="stable")))
+    if device.type == "cuda":
+        # Else the host would wait for the copy.
+        order = order.pin_memory()
+    samples, counts = len(chosen), chosen.sum(0).tolist()
+    sizes = [size for count in counts for size in (count, samples - count)]
+    rows = iter(order.to(device, non_blocking=True).view(-1).split_with_sizes(sizes))
+    return list(zip(rows, rows, strict=True))
+
+
+def _in_groups(block: ResidualBlock, split: Split, trains: Rule, other: Rule) -> Rule:
+    """What a block does when called: the samples that it trains on by one rule, the others by another."""
+    training = len(split.rows[0])
 
     def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         count = block.stream(args, kwargs).shape[0]
@@ -167,13 +177,13 @@ def _in_groups(block: ResidualBlock, split: Split, actions: Mapping[int, Rule]) 
                 f"{split.num_samples}. Pass the number of samples of the micro-batch as `batch_size`; where the model "
                 'runs on another number, use `drop_granularity="batch"`.'
             )
-        if len(present) == 1:
-            return actions[present[0][0]](call, args, kwargs)
+        if training in (0, count):
+            return (trains if training else other)(call, args, kwargs)
         if block.module.training and torch.is_grad_enabled():
-            check_apart(block, call, args, kwargs)
-        calls = take_apart(block.unbatched, args, kwargs, split)
-        outputs = [actions[group](call, *calls[group]) for group, _ in present]
-        return put_together(outputs, [size for _, size in present], split)
+            # Not as compiled, which would make graphs for two samples.
+            check_apart(block, block.module.forward if _is_compiled(block) else call, args, kwargs)
+        first, second = take_apart(block.unbatched, args, kwargs, split)
+        return put_together([trains(call, *first), other(call, *second)], split)
 
     return rule
 
@@ -195,6 +205,9 @@ def _frozen(block: ResidualBlock) -> Rule:
 
 def _resting(block: ResidualBlock) -> Rule:
     """Run the block for samples that need no gradient of it or of anything before it."""
+    if _is_compiled(block):
+        # Without gradients it would need a graph of its own; what is returned of a frozen one is detached.
+        return _frozen(block)
 
     def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         with torch.no_grad(), copied_buffers(block.module):

@@ -71,7 +71,7 @@ def check_apart(block: ResidualBlock, call: Callable, args: tuple, kwargs: Mappi
     random_state = torch.random.fork_rng([stream.device] if stream.is_cuda else [])
     with unseen, random_state, copied_buffers(block.module), torch.enable_grad():
         rows = torch.arange(2, device=stream.device)
-        (args, kwargs), *_ = take_apart(block.unbatched, args, kwargs, Split([len(stream), 0, 0], [rows] * 3, rows))
+        (args, kwargs), *_ = take_apart(block.unbatched, args, kwargs, Split(len(stream), [rows], rest=False))
         pair = block.stream(args, kwargs)
         leaf = pair.detach().requires_grad_()
         # Not the leaf itself, which could not be changed in place.

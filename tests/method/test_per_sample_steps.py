@@ -21,7 +21,6 @@ from hf_featreuse import (
     StepError,
     StepKind,
     StepPlan,
-    compile_blocks,
     find_residual_blocks,
 )
 
@@ -160,22 +159,6 @@ def test_the_number_of_samples_is_needed_and_checked():
         reuse.step(0, batch_size=3),
     ):
         model(**tiny_models.batch(4))
-
-
-def test_compiled_blocks_are_refused(tmp_path: Path):
-    model = build("vit")
-    blocks = find_residual_blocks(model)
-    reuse = FeatureReuse(model, blocks, sample_schedule(len(blocks)))
-    with compile_blocks(blocks, backend="aot_eager"):
-        for step in (0, 1):
-            with (
-                pytest.raises(ConfigurationError, match=r"vit\.layers\.0 is compiled.*drop_granularity=\"batch\""),
-                reuse.step(step, batch_size=2),
-            ):
-                pass
-    arguments = config(tmp_path, drop_granularity="sample", torch_compile=True, torch_compile_backend="aot_eager")
-    with pytest.raises(ConfigurationError, match=r"`torch_compile=True` does not work with"):
-        RecordingTrainer(build("vit"), arguments, train_dataset=examples(8)).train()
 
 
 # Training
