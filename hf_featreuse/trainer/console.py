@@ -38,6 +38,9 @@ class Run(Protocol):
     callback_handler: Any
     accelerator: Any
 
+    @property
+    def samples_per_process(self) -> int: ...
+
 
 def opening_summary(
     reuse: FeatureReuse,
@@ -47,8 +50,9 @@ def opening_summary(
     processes: int = 1,
     precision: str = "no",
     engine: str | None = None,
+    batch_size: int | None = None,
 ) -> str:
-    """Say what will be trained: model, blocks found, rates, steps, expected cost and engine.
+    """Say what will be trained: model, blocks found, rates, steps, expected cost, sizes and engine.
 
     Args:
         reuse (`FeatureReuse`): blocks and schedule, bound to the model.
@@ -57,6 +61,8 @@ def opening_summary(
         processes (`int`, defaults to 1): number of processes.
         precision (`str`, defaults to `"no"`): mixed precision, as accelerate names it.
         engine (`str`, *optional*): what several processes train with, such as `"FSDP2"`.
+        batch_size (`int`, *optional*): samples in a micro-batch of one process. With a set for every sample, the
+            summary says in how many ways a block divides them.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -91,13 +97,28 @@ def opening_summary(
         if costs is not None and type(schedule) is FeatureReuseSchedule:
             cost = _mean_costs(reuse, costs, max_steps)
             lines.append(
-                f"  cost    {cost['mean']:.2f} of a plain step's arithmetic on average (stochastic depth "
+                f"  cost    share of arithmetic {cost['mean']:.2f} of a plain step on average (stochastic depth "
                 f"{cost['stochastic_depth']:.2f}, masked freeze {cost['masked_freeze']:.2f})"
             )
+        if batch_size and schedule.drop_granularity == "sample" and type(schedule) is FeatureReuseSchedule:
+            lines.append(f"  sizes   {_sizes(schedule, batch_size, max_steps)}")
     device = next(model.parameters()).device.type
     where = f"{processes} process{'es' if processes > 1 else ''} on {device}{f', {engine}' if engine else ''}"
     lines.append(f"  engine  {where}, {'full precision' if precision == 'no' else precision}")
     return "\n".join(lines)
+
+
+def _sizes(schedule: FeatureReuseSchedule, batch_size: int, max_steps: int) -> str:
+    """Say how many numbers of samples a block sees in 200 steps, as a GPU plans kernels again for each new one."""
+    found: list[set[int]] = [set() for _ in range(schedule.num_blocks)]
+    for step in range(schedule.first_step, schedule.first_step + min(200, max_steps)):
+        plan = schedule.plan(step, batch_size=batch_size)
+        if plan.sample_masks is not None:
+            for of_block, count in zip(found, plan.sample_masks.sum(0).tolist(), strict=True):
+                of_block.add(count)
+    most = max(map(len, found), default=0)
+    ways = f"a block divides {batch_size} samples in {most} way{'s' if most != 1 else ''}"
+    return ways if most <= 1 or batch_size % 16 == 0 else f"{ways} at most; in 1 if their number is a multiple of 16"
 
 
 def _mean_costs(reuse: FeatureReuse, costs: StepCosts, max_steps: int) -> dict[str, float]:
@@ -212,6 +233,7 @@ class ConsoleCallback(TrainerCallback):
                     processes=accelerator.num_processes,
                     precision=accelerator.mixed_precision,
                     engine=_engine(accelerator),
+                    batch_size=self.run.samples_per_process,
                 ),
                 args,
                 state,

@@ -1,0 +1,111 @@
+"""Seconds per step by kind, without making the host wait for a device."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from hf_featreuse.method.schedule import StepKind
+
+# First steps of a process are slow: libraries plan, blocks are compiled, memory is allocated.
+WARM_UP = 10
+# Steps of a process after which times are logged.
+FIRST_LOG = 50
+
+
+class StepTimer(TrainerCallback):
+    """Times optimizer steps, from the first micro-batch to the end of the optimizer's work; data loading is left out.
+
+    On a GPU each step is enclosed in two events, which are read when they are complete: the time is the device's. On a
+    CPU it is that of the clock. On other devices nothing is timed.
+
+    Args:
+        kind (`Callable[[], StepKind | None]`): gives the kind of the step that was taken last.
+    """
+
+    def __init__(self, kind: Callable[[], StepKind | None]) -> None:
+        self._kind = kind
+        self._clock: HostClock | EventClock | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._steps = 0
+        self._begun: Any = None
+        self._pending: deque[tuple[StepKind, Any, Any]] = deque()
+        self._seconds: dict[StepKind, list[float]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Choose the clock of the device."""
+        self._clock = {"cpu": HostClock, "cuda": EventClock}.get(args.device.type, lambda: None)()
+        self._begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the beginning of an optimizer step."""
+        self._begun = None if self._clock is None else self._clock.mark()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark its end, and take up earlier steps that are complete."""
+        kind = self._kind()
+        if self._clock is None or self._begun is None or kind is None:
+            return
+        self._steps += 1
+        if self._steps > WARM_UP:
+            self._pending.append((kind, self._begun, self._clock.mark()))
+        self._begun = None
+        self._read()
+
+    def _read(self) -> None:
+        """Take up the steps that are complete, in order."""
+        while self._clock is not None and self._pending:
+            kind, begun, ended = self._pending[0]
+            seconds = self._clock.seconds(begun, ended)
+            if seconds is None:
+                return
+            self._pending.popleft()
+            self._seconds.setdefault(kind, []).append(seconds)
+
+    def drain(self) -> dict[str, float]:
+        """Return mean seconds since the last call, by name of the log; empty in the first steps of a process."""
+        self._read()
+        found, self._seconds = self._seconds, {}
+        if self._steps < FIRST_LOG:
+            return {}
+        return {f"step_time/{kind.value}": sum(found[kind]) / len(found[kind]) for kind in StepKind if kind in found}
+
+
+class HostClock:
+    """The clock of the host, for a CPU, which does what it is told before the call returns."""
+
+    def mark(self) -> float:
+        """Return the time now."""
+        return time.perf_counter()
+
+    def seconds(self, begun: float, ended: float) -> float | None:
+        """Return the time between two marks."""
+        return ended - begun
+
+
+class EventClock:
+    """Events in the stream of a GPU.
+
+    Args:
+        make (`Callable`, *optional*): makes an event with timing; by default `torch.cuda.Event`.
+    """
+
+    def __init__(self, make: Callable[[], Any] | None = None) -> None:
+        self._make = make or (lambda: torch.cuda.Event(enable_timing=True))
+
+    def mark(self) -> Any:
+        """Return an event that is queued now."""
+        event = self._make()
+        event.record()
+        return event
+
+    def seconds(self, begun: Any, ended: Any) -> float | None:
+        """Return the time between two events; `None` if the device has not come to the second yet."""
+        return begun.elapsed_time(ended) / 1e3 if ended.query() else None
