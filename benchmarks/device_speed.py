@@ -4,14 +4,18 @@
     python benchmarks/device_speed.py --all            # more models
     python benchmarks/device_speed.py --small          # a check of the script itself, on any machine
 
-A plain loop: data on the device, bf16 autocast, fused AdamW. The arms of a case take turns on one model, each after
-steps that warm up until two in a row take about as long. Reported per arm:
+A plain loop: data on the device, bf16 autocast (--precision fp16 with a GradScaler, fp32, or tf32), fused AdamW. The
+arms of a case take turns on one model, each after steps that warm up until two in a row take about as long. Reported
+per arm:
 
-- *ms*: from the start of a step to its end on the device. *host ms*: until the host has queued it; if the two are
-  equal, the host is the limit.
+- *ms*: between two events of the device, from the start of a step to its end; on a CPU, by the clock. *host ms*: until
+  the host has queued it; if the two are equal, the host is the limit.
 - *ratio*: to the plain step of the case. *arithmetic*: share of the operations of a plain step. *time bound*: the
   share that the times of single blocks predict, `hf_featreuse.method.step_times`.
 - *kernels*: the time of all kernels of one profiled step; with --no_profile it is left out.
+
+The last case trains from JPEG files: images per second of decoding, of the copy to the device, and of training, from
+the device's memory and from files. It needs the library datasets.
 
 Each case is appended to --out as soon as it is done, so that an interrupted run loses nothing.
 """
@@ -21,17 +25,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
+import os
 import statistics
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peers import with_drop_path
 from reporting import versions
-from speed import with_drop_path
 from torch import nn
 from transformers import AutoModelForImageClassification, ConvNextConfig, ResNetConfig, SwinConfig, ViTConfig
 from transformers.models.beit.modeling_beit import BeitDropPath
@@ -46,6 +54,7 @@ from hf_featreuse import (
 )
 from hf_featreuse.method.step_times import measure_step_times
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None, "tf32": None}
 RESULTS = Path(__file__).parent / "results" / "device_speed.jsonl"
 _MEBIBYTE = 2**20
 
@@ -147,7 +156,7 @@ class Arm:
 class Loop:
     """A training loop over one batch that lies on the device."""
 
-    def __init__(self, case: Case, device: torch.device, small: bool) -> None:
+    def __init__(self, case: Case, device: torch.device, small: bool, precision: str = "bf16") -> None:
         config_class, settings = (SMALL if small else MODELS)[case.model]
         torch.manual_seed(0)
         self.case, self.device = case, device
@@ -160,6 +169,9 @@ class Loop:
         labels = torch.randint(0, 1000, (case.batch_size,), device=device)
         self.batch = {"pixel_values": pixels, "labels": labels}
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
+        # On a CPU, lower precisions would measure emulation.
+        self.low = PRECISIONS[precision] if device.type == "cuda" else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.low is torch.float16)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         if id(model) not in self.optimizers:
@@ -168,29 +180,38 @@ class Loop:
         return self.optimizers[id(model)]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(self.device.type, self.low or torch.bfloat16, enabled=self.low is not None)
 
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def step(self, arm: Arm, index: int) -> tuple[float, float]:
-        """One optimizer step: milliseconds on the device, and until the host has queued it."""
+    def queue(self, arm: Arm, index: int) -> None:
+        """Take one optimizer step without waiting for the device."""
         optimizer = self.optimizer(arm.model)
-        context = (
-            contextlib.nullcontext() if arm.reuse is None else arm.reuse.step(index, batch_size=self.case.batch_size)
-        )
-        self.wait()
-        started = time.perf_counter()
-        with context:
+        samples = len(self.batch["labels"])
+        with contextlib.nullcontext() if arm.reuse is None else arm.reuse.step(index, batch_size=samples):
             with self.autocast():
                 loss = arm.model(**self.batch).loss
-            loss.backward()
-        optimizer.step()
+            self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+
+    def step(self, arm: Arm, index: int) -> tuple[float, float]:
+        """One optimizer step: milliseconds on the device, and until the host has queued it."""
+        self.wait()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.device.type == "cuda" else []
+        started = time.perf_counter()
+        if events:
+            events[0].record()
+        self.queue(arm, index)
+        if events:
+            events[1].record()
         queued = time.perf_counter()
         self.wait()
-        return (time.perf_counter() - started) * 1e3, (queued - started) * 1e3
+        spent = events[0].elapsed_time(events[1]) if events else (time.perf_counter() - started) * 1e3
+        return spent, (queued - started) * 1e3
 
 
 def make_arms(loop: Loop, blocks: list, rate: float) -> dict[str, Arm]:
@@ -206,8 +227,7 @@ def make_arms(loop: Loop, blocks: list, rate: float) -> dict[str, Arm]:
 
     few = {"pixel_values": loop.batch["pixel_values"][:1]}
     costs = {trunk: measure_step_costs(model, blocks, few, train_trunk=trunk) for trunk in ("all", "head")}
-    bf16 = torch.bfloat16 if loop.device.type == "cuda" else None
-    whole = measure_step_times(model, blocks, loop.batch, autocast=bf16)
+    whole = measure_step_times(model, blocks, loop.batch, autocast=loop.low)
     times = {trunk: dataclasses.replace(whole, train_trunk=trunk) for trunk in ("all", "head")}
     depth, freeze = {"masked_freeze_steps": 0}, {"stochastic_depth_steps": 0}
     arms = {
@@ -216,7 +236,7 @@ def make_arms(loop: Loop, blocks: list, rate: float) -> dict[str, Arm]:
         "masked freeze": arm("batch", "all", **freeze),
         "masked freeze, trunk: head": arm("batch", "head", **freeze),
     }
-    if case.sample and not case.compiled:
+    if case.sample:
         arms["stochastic depth per sample"] = arm("sample", "all", **depth)
         arms["masked freeze per sample"] = arm("sample", "all", **freeze)
     if not case.compiled:
@@ -226,7 +246,7 @@ def make_arms(loop: Loop, blocks: list, rate: float) -> dict[str, Arm]:
 
 def measure(case: Case, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """All arms of a case, in turns."""
-    loop = Loop(case, device, options.small)
+    loop = Loop(case, device, options.small, options.precision)
     blocks = find_residual_blocks(loop.model)
     with compile_blocks(blocks) if case.compiled else contextlib.nullcontext():
         arms = make_arms(loop, blocks, options.drop_rate)
@@ -247,6 +267,7 @@ def measure(case: Case, device: torch.device, options: argparse.Namespace) -> di
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "versions": versions(),
         "drop_rate": options.drop_rate,
+        "precision": options.precision if device.type == "cuda" else "fp32",
         "rows": {name: row(arm, base) for name, arm in with_mean(arms).items()},
     }
 
@@ -313,6 +334,9 @@ def row(arm: Arm, base: float) -> dict[str, float | None]:
 
 def table(record: dict[str, Any]) -> str:
     """A case as a Markdown table."""
+    if "images per second" in record:
+        lines = ["| stage | images per second |", "|---|---|"]
+        return "\n".join(lines + [f"| {name} | {value:,.0f} |" for name, value in record["images per second"].items()])
     columns = ("ms", "host ms", "ratio", "arithmetic", "time bound", "kernels ms", "memory MiB")
     digits = dict(zip(columns, (1, 1, 3, 3, 3, 1, 0), strict=True))
     lines = [f"| step | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -322,12 +346,83 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure_files(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Images per second of the stages from JPEG files to trained steps, and of training with each of them."""
+    from images import write_images
+
+    from hf_featreuse.data import ImageCollator, TrainTransform, load_image_data
+    from hf_featreuse.small_models import small_image_processor
+
+    case = SMALL_CASES[0] if options.small else DEFAULT[0]
+    loop = Loop(case, device, options.small, options.precision)
+    size = loop.batch["pixel_values"].shape[-1]
+    blocks = find_residual_blocks(loop.model)
+    reuse = FeatureReuse(loop.model, blocks, FeatureReuseSchedule(len(blocks), options.drop_rate, "uniform"))
+    arms = {"plain": Arm(loop.model), "feature reuse": Arm(loop.model, reuse)}
+    steps, in_memory = (2 if options.small else 20), loop.batch
+    rates: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder), 4 * case.batch_size)
+        split = load_image_data(train_dir=folder, train_val_split=None, splits=("train",)).splits["train"]
+        data = split.with_transform(TrainTransform((size, size), seed=0))
+        collator = ImageCollator.from_processor(small_image_processor("vit", size))
+        workers = 0 if options.small else os.cpu_count() or 0
+
+        def batches() -> Iterator[dict[str, torch.Tensor]]:
+            loader = torch.utils.data.DataLoader(
+                data,
+                case.batch_size,
+                num_workers=workers,
+                collate_fn=collator,
+                pin_memory=device.type == "cuda",
+                persistent_workers=workers > 0,
+            )
+            while True:
+                yield from loader
+
+        found = batches()
+        host = next(found)
+        rates[f"decoding, {workers} workers"] = rate(loop, case, steps, lambda _: next(found))
+        rates["copy to the device"] = rate(loop, case, steps, lambda _: moved(host, device))
+        for name, arm in arms.items():
+            loop.batch = in_memory
+            warm_up(loop, arm, 0)
+            rates[f"{name}, from memory"] = rate(loop, case, steps, lambda index, arm=arm: loop.queue(arm, index))
+
+            def from_files(index: int, arm: Arm = arm) -> None:
+                loop.batch = moved(next(found), device)
+                loop.queue(arm, index)
+
+            rates[f"{name}, from files"] = rate(loop, case, steps, from_files)
+    return {
+        "case": f"{case.model} from JPEG files, batch {case.batch_size}",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "versions": versions(),
+        "images per second": rates,
+    }
+
+
+def moved(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def rate(loop: Loop, case: Case, steps: int, stage: Callable[[int], object]) -> float:
+    """Return the images per second of a stage that takes a batch at a time, the device's work included."""
+    loop.wait()
+    started = time.perf_counter()
+    for index in range(steps):
+        stage(index)
+    loop.wait()
+    return steps * case.batch_size / (time.perf_counter() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="Time more models.")
     parser.add_argument("--small", action="store_true", help="Tiny models, for a check of the script.")
     parser.add_argument("--budget", type=float, default=300, help="Seconds after which no further case starts.")
     parser.add_argument("--drop_rate", type=float, default=0.5)
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16", help="On a GPU; a CPU takes fp32.")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5, help="Steps of each arm in a round.")
     parser.add_argument("--no_profile", dest="profile", action="store_false")
@@ -337,16 +432,19 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = SMALL_CASES if options.small else (*DEFAULT, *(MORE if options.all else ()))
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
     started = time.monotonic()
-    for case in cases:
+    todo = {case.title: functools.partial(measure, case, device, options) for case in cases}
+    todo["JPEG files"] = functools.partial(measure_files, device, options)
+    for title, run in todo.items():
         if time.monotonic() - started > options.budget:
-            print(f"No time left for {case.title}.")
+            print(f"No time left for {title}.")
             continue
         try:
-            record = measure(case, device, options)
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            record = run()
+        except (RuntimeError, ImportError, torch.cuda.OutOfMemoryError) as error:
             # One case that fails must not cost the others their turn on a borrowed device.
-            print(f"{case.title} failed: {type(error).__name__}: {str(error)[:500]}", flush=True)
+            print(f"{title} failed: {type(error).__name__}: {str(error)[:500]}", flush=True)
             continue
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -9,8 +9,9 @@ costs nothing; masked freeze runs the whole forward, input gradients down to the
 gradients of the blocks that train. The peers are the stock Trainer with the DropPath of transformers, and that of timm
 where it is installed, around the same blocks at the same rates: they compute every sample and mask some.
 
-On a CUDA device the memory is the peak allocated in a step; on the CPU it is the activations saved for backward plus
-the gradients.
+This is the script for a CPU, and for what a Trainer adds to a step. On a GPU, run `device_speed.py`, which times with
+the device's own events and reports host and kernels apart. Here, on a CUDA device the memory is the peak allocated in a
+step; on the CPU it is the activations saved for backward plus the gradients.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 import transformers
 from overhead import kind_row, measure_discovery, measure_memory, measure_overhead
+from peers import with_drop_path
 from reporting import versions
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -152,22 +154,6 @@ def make_trainer(cls, config, model, options: argparse.Namespace, folder: str, s
         **reuse,
     )
     return cls(model, args, train_dataset=data)
-
-
-def with_drop_path(model: nn.Module, rates: list[float], drop_path: type[nn.Module]) -> nn.Module:
-    """A copy of the model with drop path of another library around its residual blocks."""
-    model = copy.deepcopy(model)
-    for block, rate in zip(find_residual_blocks(model), rates, strict=True):
-        layer = drop_path(rate)
-
-        def hook(_module, args, kwargs, output, block=block, layer=layer):
-            stream = block.stream(args, kwargs)
-            first = output if isinstance(output, torch.Tensor) else output[0]
-            first = stream + layer(first - stream)
-            return first if isinstance(output, torch.Tensor) else (first, *output[1:])
-
-        block.module.register_forward_hook(hook, with_kwargs=True)
-    return model
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,16 @@ def test_every_small_case_runs_and_each_is_written_when_it_is_done(tmp_path, mon
     printed = capsys.readouterr().out
     assert "failed" not in printed
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [record["case"] for record in records] == [case.title for case in device_speed.SMALL_CASES]
-    for record in records:
+    *cases, files = records
+    assert [record["case"] for record in cases] == [case.title for case in device_speed.SMALL_CASES]
+    assert device_speed.table(files) in printed
+    assert all(value > 0 for value in files["images per second"].values()) and len(files["images per second"]) == 6
+    for record in cases:
         rows = record["rows"]
         assert rows["plain"]["ratio"] > 0 and rows["plain"]["arithmetic"] == 1.0
         assert rows["stochastic depth"]["arithmetic"] < 1 and "mean of 1:1" in rows
         assert device_speed.table(record) in printed
-    assert "stochastic depth per sample" in records[0]["rows"]
+    assert all("masked freeze per sample" in record["rows"] for record in cases[:3])
 
 
 def test_a_case_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
@@ -52,7 +55,7 @@ def test_a_case_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     )
     device_speed.main()
     assert "compiled blocks failed: RuntimeError: no compiler" in capsys.readouterr().out
-    assert len(out.read_text().splitlines()) == 1
+    assert len(out.read_text().splitlines()) == 2
 
 
 def test_no_case_starts_after_the_budget(tmp_path, monkeypatch, capsys):
@@ -60,4 +63,4 @@ def test_no_case_starts_after_the_budget(tmp_path, monkeypatch, capsys):
         sys, "argv", ["device_speed.py", "--small", "--budget", "-1", "--out", str(tmp_path / "o.jsonl")]
     )
     device_speed.main()
-    assert capsys.readouterr().out.count("No time left") == len(device_speed.SMALL_CASES)
+    assert capsys.readouterr().out.count("No time left") == len(device_speed.SMALL_CASES) + 1
