@@ -10,8 +10,8 @@ gradients of the blocks that train. The peers are the stock Trainer with the Dro
 where it is installed, around the same blocks at the same rates: they compute every sample and mask some.
 
 This is the script for a CPU, and for what a Trainer adds to a step. On a GPU, run `device_speed.py`, which times with
-the device's own events and reports host and kernels apart. Here, on a CUDA device the memory is the peak allocated in a
-step; on the CPU it is the activations saved for backward plus the gradients.
+the device's own events and reports host and kernels apart. Here, the memory on a CUDA device is the peak allocated in
+a step; on a CPU it is the activations saved for backward plus the gradients.
 """
 
 from __future__ import annotations
