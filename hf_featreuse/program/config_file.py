@@ -173,4 +173,6 @@ DEFAULTS = {
 def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # As a default of ours may be written.
     return list(value) if isinstance(value, tuple) else value

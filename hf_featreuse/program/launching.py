@@ -70,9 +70,9 @@ def _check(count: int, use_cpu: bool) -> None:
         )
     gpus = torch.cuda.device_count()
     if not use_cpu and gpus < count:
-        found = "no GPU" if not gpus else "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        found = "there is no GPU" if not gpus else "there is 1" if gpus == 1 else f"there are {gpus}"
         fewer = f", `--launch {gpus}`" if gpus > 1 else ""
         raise ConfigurationError(
-            f"`--launch {count}` needs {count} GPUs, and there is {found}. Pass `--use_cpu` to train on CPUs{fewer}, "
+            f"`--launch {count}` needs {count} GPUs, and {found}. Pass `--use_cpu` to train on CPUs{fewer}, "
             "or leave it out."
         )
