@@ -44,7 +44,7 @@ NOTES = {
         "all others may be dropped at once"
     ),
     "ImageGPTForImageClassification": "takes colour clusters as `input_ids`: 1,024 of them",
-    "LevitForImageClassification": "attention and MLP are blocks of their own",
+    "LevitForImageClassification": "attention and MLP are separate blocks",
     "LevitForImageClassificationWithTeacher": NO_LOSS,
     "MobileNetV1ForImageClassification": "no shortcut anywhere",
     "MobileNetV2ForImageClassification": "layers that change width or resolution have no shortcut",
@@ -54,7 +54,7 @@ NOTES = {
     "RegNetForImageClassification": "the first layer of a stage has a projection shortcut",
     "ResNetForImageClassification": "the first layer of a stage has a projection shortcut",
     "ShieldGemma2ForImageClassification": (
-        "figures for text alone, so for its language layers: with an image its forward fails on the meta device, and "
+        "figures for only text, so for its language layers: with an image its forward fails on the meta device, and "
         f"it is too large for another; {NO_LOSS}"
     ),
     "TextNetForImageClassification": "its identity branch is a batch normalisation, not a shortcut",
@@ -106,9 +106,9 @@ checkpoint's `pretrained_cfg`.
 | CaiT | every block; in those of class attention the stream is the second argument |
 | ConvNeXt, ConvNeXt V2, Swin, DaViT, PVTv2, LeViT, EdgeNeXt, PoolFormer | every block |
 | ResNet, ResNetV2, RegNet, EfficientNet, MobileNetV3, MViTv2, Hiera | all but those that change width or resolution |
-| TNT | every block, with `allow_inexact_skip=True`: of its two streams only the first is seen to be kept |
+| TNT | every block, with `allow_inexact_skip=True`: only the first of its two streams is shown to be kept |
 | CAFormer | those of the first two stages; in the others the shortcut has a scale: name them in `target_blocks` |
-| DLA, legacy Xception, RepViT | none in a row of its own: name them in `target_blocks` |
+| DLA, legacy Xception, RepViT | none in a list or row: name them in `target_blocks` |
 | ReXNet, DPN | none: every block widens the stream; none can be named |
 | VGG, LCNet, DenseNet | none: no addition to a stream anywhere |
 
@@ -137,7 +137,7 @@ contains the other only one can be named, and none that contains blocks found.
 
 ## Outside image classification
 
-Works, not studied: nothing here is specific to images, and `tests/method/test_other_models.py` runs these on tiny
+Works, but not studied: nothing here is specific to images, and `tests/method/test_other_models.py` runs these on tiny
 random models. Whether feature reuse helps them is not known.
 
 | model | blocks | notes |
@@ -167,7 +167,7 @@ class Row:
 
 
 def classes() -> Iterator[tuple[str, str]]:
-    """Model type and class of every image classifier."""
+    """Yield the model type and class of every image classifier."""
     for model_type, names in sorted(MAPPING.items()):
         for name in (names,) if isinstance(names, str) else names:
             yield model_type, name
@@ -180,7 +180,7 @@ def build(model_type: str, model_class: str, device: str) -> PreTrainedModel:
 
 
 def batch(model: PreTrainedModel) -> dict:
-    """A batch of one, as the default preprocessing would make it."""
+    """Return a batch of one with the shape of the default preprocessing."""
     config, device = model.config, model.device
     if config.model_type == "imagegpt":
         return {"input_ids": torch.zeros(1, config.n_positions, dtype=torch.long, device=device), "use_cache": False}
@@ -204,7 +204,7 @@ def report(model: PreTrainedModel) -> ModelReport:
 
 
 def row(model_type: str, model_class: str) -> Row:
-    """What is known of one class."""
+    """Return the facts about one class."""
     notes = [NOTES[model_class]] if model_class in NOTES else []
     try:
         model = build(model_type, model_class, "meta")
@@ -224,7 +224,7 @@ def row(model_type: str, model_class: str) -> Row:
 
 
 def measured(empty: Row, model: PreTrainedModel, found: ModelReport, notes: list[str]) -> Row:
-    """The row with the figures of a report."""
+    """Return the table row of a report."""
     try:
         default = [block.name for block in find_residual_blocks(model)]
     except BlockError:

@@ -19,7 +19,7 @@ from hf_featreuse.small_models import small_config
 
 
 def median_ms(function: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call in milliseconds, after one that is not counted."""
+    """Return the median time of a call in milliseconds, after a warm-up call."""
     times = []
     for _ in range(repeats + 1):
         begun = time.perf_counter()
@@ -29,7 +29,7 @@ def median_ms(function: Callable[[], Any], repeats: int) -> float:
 
 
 def time_images(size: int, repeats: int) -> dict[str, float]:
-    """What is done to images of this side, in pixels."""
+    """Return the operations on images of this side in pixels, by name."""
     batch, steps = torch.rand(64, 3, size, size), iter(range(10**6))
     noise = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), dtype=np.uint8)
     images, rows = [Image.fromarray(pixels) for pixels in noise], np.arange(16)
@@ -44,17 +44,17 @@ def time_images(size: int, repeats: int) -> dict[str, float]:
 
 
 def time_average(repeats: int) -> dict[str, float]:
-    """The average of the weights of a ViT."""
+    """Return a weight average of a ViT."""
     overrides = "hidden_size=384,num_hidden_layers=12,num_attention_heads=6,intermediate_size=1536"
     config = small_config("vit", 32, 10, [str(label) for label in range(10)], overrides)
     model = AutoModelForImageClassification.from_config(config)
     average = WeightAverage(model, 0.999)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    return {f"average of {millions:.1f} million weights, a step": median_ms(average.update, repeats)}
+    return {f"average of {millions:.1f} million weights, per step": median_ms(average.update, repeats)}
 
 
 def measure(repeats: int = 20) -> dict[str, float]:
-    """Milliseconds by what was timed."""
+    """Return the milliseconds of each operation, by name."""
     return {**time_images(32, repeats), **time_images(224, repeats), **time_average(repeats)}
 
 

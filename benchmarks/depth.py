@@ -1,9 +1,9 @@
-"""Accuracy, latency and size against depth: models trained in three ways, made shallower by greedy removal.
+"""Measure accuracy, latency and size against depth: models trained in three ways, made shallower by greedy removal.
 
     OMP_NUM_THREADS=1 python benchmarks/depth.py --data uoft-cs/cifar10 --json benchmarks/results/depth_vit_cpu.json
 
-trains a small ViT plainly, with stochastic depth and with feature reuse, at equal arithmetic: the cheaper a step, the
-more of them. Blocks to remove are chosen on images held out from training; the accuracies of the table are those on
+trains a small ViT plainly, with stochastic depth and with feature reuse, with equal arithmetic: the cheaper a step,
+the more steps. Blocks to remove are chosen on images held out from training; the accuracies of the table are those on
 the test images. Every row is a model that `prune_blocks` made, measured by itself.
 """
 
@@ -35,7 +35,7 @@ from hf_featreuse import (
 from hf_featreuse.data import EvalTransform, ImageCollator, TrainTransform, default_crop_scale, load_image_data
 from hf_featreuse.small_models import small_config, small_image_processor
 
-# Steps of stochastic depth and of masked freeze in a cycle.
+# Steps of stochastic depth and of masked freeze per cycle.
 ARMS = {"vanilla": (0, 0), "stochastic depth": (1, 0), "feature reuse": (1, 1)}
 MEGABYTE = 1e6
 
@@ -47,24 +47,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config_overrides", default="hidden_size=64,num_hidden_layers=12,patch_size=8")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--max_train_samples", type=int, default=10000)
-    parser.add_argument("--max_eval_samples", type=int, default=2000, help="Of validation and of test images, each.")
+    parser.add_argument("--max_eval_samples", type=int, default=2000, help="Images to validate and to test on, each.")
     parser.add_argument("--steps", type=int, default=1500, help="Optimizer steps of plain training.")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--drop_rate", type=float, default=0.5)
     parser.add_argument("--drop_rate_schedule", default="linear", choices=("uniform", "linear"))
     parser.add_argument("--unscaled", action="store_true", help="As scale_kept=False.")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[10, 8, 6, 4, 2], help="Residual blocks to leave.")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[10, 8, 6, 4, 2], help="Residual blocks to keep.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cpu", action="store_true", help="Stay on the CPU where there is a GPU.")
-    parser.add_argument("--json", type=Path, help="Write the figures to this file as well.")
+    parser.add_argument("--cpu", action="store_true", help="Use the CPU even if there is a GPU.")
+    parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
     return parser.parse_args(arguments)
 
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
-    """The configuration, the training images with augmentation, and batches to validate and to test on."""
+    """Return the configuration, the training images with augmentation, and batches to validate and to test on."""
     limits = {"max_train_samples": options.max_train_samples, "max_eval_samples": options.max_eval_samples}
-    # The digits come with no test part, and their 360 held-out images serve as both.
+    # The digits have no test split, so their 360 held-out images are used for both.
     splits = ("train", "validation", "test") if options.data else ("train", "validation")
     data = load_image_data(options.data, splits=splits, seed=options.seed, **(limits if options.data else {}))
     size, labels = options.image_size, data.label_names
@@ -82,7 +82,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(arm: str, data: dict[str, Any], options: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, float]]:
-    """A model of one arm, with its steps and seconds."""
+    """Train one arm, and return the model with its steps and seconds."""
     torch.manual_seed(options.seed)
     model = AutoModelForImageClassification.from_config(data["config"])
     method = dict(zip(("stochastic_depth_steps", "masked_freeze_steps"), ARMS[arm], strict=True))
@@ -114,7 +114,7 @@ def train(arm: str, data: dict[str, Any], options: argparse.Namespace) -> tuple[
 
 
 def measure(model: PreTrainedModel, data: dict[str, Any]) -> dict[str, float]:
-    """What one model of the table is: test accuracy, latency, parameters, size of its checkpoint."""
+    """Return the figures of one model: test accuracy, latency, parameters, size of its checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
@@ -128,7 +128,7 @@ def measure(model: PreTrainedModel, data: dict[str, Any]) -> dict[str, float]:
 
 
 def milliseconds(model: nn.Module, pixels: torch.Tensor, repeats: int = 30) -> float:
-    """Median time of a forward, after one that warms up."""
+    """Return the median time of a forward, after a warm-up."""
     pixels = pixels.to(next(model.parameters()).device)
     times = []
     with torch.inference_mode():
@@ -153,7 +153,7 @@ def run_arm(arm: str, data: dict[str, Any], options: argparse.Namespace) -> dict
 
 
 def table(arms: dict[str, Any]) -> str:
-    """The figures as a Markdown table."""
+    """Return the figures as a Markdown table."""
     lines = [
         f"| blocks | {' | '.join(arms)} | ms, 1 image | ms, 64 images | parameters | checkpoint MB |",
         "|---" * (len(arms) + 5) + "|",
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}",
-        # The name alone: a path of one machine says nothing elsewhere.
+        # Only the name: a path of one machine means nothing elsewhere.
         "settings": {key: value for key, value in vars(options).items() if key != "json"}
         | {"data": Path(options.data).name if options.data else "digits"},
         "arms": arms,

@@ -1,10 +1,10 @@
-"""From JPEG files to trained steps: images a second of each stage, and of training, plain and with feature reuse.
+"""Measure images per second from JPEG files to trained steps: of each stage, and of plain and feature-reuse training.
 
     OMP_NUM_THREADS=2 python benchmarks/images.py --json benchmarks/results/images_vit_cpu.json
 
 Writes JPEG files of 500 x 375 pixels, smooth noise at quality 90, and reads them as the training example does: decode,
-random crop to 224 pixels and flip, collate. Each stage runs alone on one core; then Trainer and FeatureReuseTrainer
-train on the files in turn, and once more on one batch in memory, so that what reading costs shows.
+random crop to 224 pixels and flip, collate. Each stage runs by itself on one core; then Trainer and
+FeatureReuseTrainer train on the files in turn, and again on one batch in memory, which shows the cost of reading.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hf_featreuse.data import ImageCollator, ImageSplit, TrainTransform, load_im
 from hf_featreuse.small_models import small_config, small_image_processor
 
 SIZE = 224
-# How long a stage is timed.
+# Seconds for which a stage is timed.
 SECONDS = 2.0
 UNIFORM = {"drop_rate": 0.5, "drop_rate_schedule": "uniform"}
 ARMS = {
@@ -42,7 +42,7 @@ ARMS = {
 
 
 def write_images(folder: Path, count: int) -> None:
-    """An image folder of two classes."""
+    """Write an image folder of two classes."""
     generator = np.random.default_rng(0)
     for index in range(count):
         path = folder / str(index % 2) / f"{index}.jpg"
@@ -52,7 +52,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def rate(stage: Callable[[], object], images: int) -> float:
-    """Images a second of a stage that takes so many images at a time."""
+    """Return the images per second of a stage that processes `count` images at a time."""
     stage()
     started, calls = time.perf_counter(), 0
     while time.perf_counter() - started < SECONDS:
@@ -62,7 +62,7 @@ def rate(stage: Callable[[], object], images: int) -> float:
 
 
 def measure_stages(files: list[Path], split: ImageSplit, collator: ImageCollator) -> dict[str, float]:
-    """Images a second of the stages before the model, each alone on one core."""
+    """Return the images per second of each stage before the model, by itself on one core."""
     count, transform = len(files), TrainTransform((SIZE, SIZE), seed=0)
     encoded = [file.read_bytes() for file in files]
     decoded = [decode(data) for data in encoded]
@@ -81,7 +81,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def measure_training(split: ImageSplit, collator: ImageCollator, options: argparse.Namespace) -> dict[str, dict]:
-    """Seconds of the steps of each trainer, from files with and without workers and from memory."""
+    """Return the seconds of the steps of each trainer: from files with and without workers, and from memory."""
     torch.manual_seed(0)
     config = small_config("vit", SIZE, num_labels=2, overrides=options.config_overrides)
     weights = AutoModelForImageClassification.from_config(config).state_dict()
@@ -112,7 +112,7 @@ def measure_training(split: ImageSplit, collator: ImageCollator, options: argpar
 
 
 def tables(found: dict) -> str:
-    """The figures as two Markdown tables."""
+    """Return the figures as two Markdown tables."""
     lines = ["| stage, on one core | images a second |", "|---|---|"]
     lines += [f"| {stage} | {value:,.0f} |" for stage, value in found["stages"].items()]
     lines += ["", "| images from | Trainer, images a second | FeatureReuseTrainer | time of a step, ratio |"]
@@ -131,13 +131,13 @@ def main() -> None:
     parser.add_argument(
         "--config_overrides",
         default="hidden_size=384,num_hidden_layers=12,num_attention_heads=6,intermediate_size=1536",
-        help="Of a ViT at 224 pixels.",
+        help="Images per batch of a ViT at 224 pixels.",
     )
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="Workers that read; each in turn.")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="Workers that read; each is tried.")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8, help="Optimizer steps a round of each; two warm up.")
-    parser.add_argument("--json", type=Path, help="Write the figures to this file as well.")
+    parser.add_argument("--steps", type=int, default=8, help="Optimizer steps per round of each; two are a warm-up.")
+    parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()

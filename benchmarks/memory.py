@@ -1,4 +1,4 @@
-"""Memory of each kind of step: activations saved for backward, gradients, optimizer moments, and the peak.
+"""Measure the memory of each kind of step: activations saved for backward, gradients, optimizer moments, and the peak.
 
     python benchmarks/memory.py              # seconds, and no memory: fake tensors in the place of a CPU's
     python benchmarks/memory.py --device cuda --json memory_cuda.json
@@ -55,7 +55,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"ViT-S/16": vit_small, "ConvNeXt-T
 
 
 class Fixed(FeatureReuseSchedule):
-    """A schedule that has one plan for every step."""
+    """A schedule with the same plan for every step."""
 
     fixed: StepPlan
 
@@ -64,7 +64,7 @@ class Fixed(FeatureReuseSchedule):
 
 
 def fixed_schedule(num_blocks: int, kind: StepKind, dropped: Sequence[int] = ()) -> FeatureReuseSchedule:
-    """Return a schedule of steps that are all alike; stochastic depth has a survival probability of one half."""
+    """Return a schedule of identical steps; stochastic depth has a survival probability of one half."""
     schedule = Fixed(num_blocks, 0.5, "uniform")
     survival = (0.5,) * num_blocks if kind is StepKind.STOCHASTIC_DEPTH else None
     schedule.fixed = StepPlan(kind, tuple(dropped), survival=survival)
@@ -72,7 +72,7 @@ def fixed_schedule(num_blocks: int, kind: StepKind, dropped: Sequence[int] = ())
 
 
 class StorageTracker(MemTracker):
-    """torch's tracker without its hooks on weights, which frozen ones cannot take; totals do not need them."""
+    """torch's tracker without its hooks on weights, which frozen weights do not allow; totals do not need them."""
 
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
@@ -103,7 +103,7 @@ class Bench:
         self.make_optimizer()
 
     def make_optimizer(self) -> None:
-        """AdamW without any moments yet, as Trainer takes it by default."""
+        """Create AdamW, Trainer's default, without moments."""
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 
     @property
@@ -120,17 +120,17 @@ class Bench:
     def measure(
         self, schedule: FeatureReuseSchedule, step: int = 0, *, train_trunk: str = "all", in_backward: bool = False
     ) -> dict[str, int]:
-        """Return bytes in one whole step: saved for backward, gradients at its end, moments, and the peak of all there is.
+        """Return the bytes of one whole step: saved for backward, gradients at its end, moments, and the peak.
 
         Args:
             schedule (`FeatureReuseSchedule`): plans the step.
             step (`int`, defaults to 0): optimizer step.
             train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): as in `FeatureReuse`.
-            in_backward (`bool`, defaults to `False`): step each weight as soon as its gradient is there, and free it.
+            in_backward (`bool`, defaults to `False`): update each weight as soon as it has a gradient, and free that.
         """
         reuse = FeatureReuse(self.model, self.blocks, schedule, train_trunk=train_trunk)
         if schedule.drop_granularity == "sample":
-            # The first step looks once whether a block mixes samples, which the tracker cannot follow.
+            # The first step checks once whether a block mixes samples, which the tracker cannot follow.
             with self.mode, reuse.step(step, batch_size=self.batch_size):
                 self.model(**self.batch)
         with self.mode, self._tracked() as peak, self._stepping_in_backward(in_backward):
@@ -179,7 +179,7 @@ def measure_model(make: Callable[[], nn.Module], device: str, batch_size: int) -
     for step in range(2):
         growing.append(bench.measure(bench.schedule(0.5, "batch"), step)["moments"])
     vanilla = bench.fixed(StepKind.VANILLA)
-    bench.measure(vanilla)  # Moments of every weight are there from here on.
+    bench.measure(vanilla)  # From here on every weight has moments.
     low, high = range(len(bench.blocks) // 2), range(len(bench.blocks) // 2, len(bench.blocks))
     fixed = {
         "vanilla": bench.measure(vanilla),
@@ -213,7 +213,7 @@ def mean(rows: Sequence[dict[str, int]], part: str) -> float:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """Return the figures as Markdown, and for each rate and grain the peak of the pair of steps against plain training."""
+    """Return the figures as Markdown, and for each rate and granularity the peak relative to plain training."""
     parts = []
     for name, figures in found["models"].items():
         plain = figures["fixed"]["vanilla"]
@@ -246,7 +246,7 @@ def pair_peak(figures: dict[str, Any], rate: float, grain: str) -> int:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Mean activations and gradients of each kind of step, over weights and moments, and the largest peak."""
+    """Draw mean activations and gradients of each kind of step above weights and moments, and the largest peak."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, (name, figures) in zip(figure.subplots(1, len(found["models"])), found["models"].items(), strict=True):
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="fake", choices=("fake", "cpu", "cuda"))
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--json", type=Path, default=RESULTS, help="Where the figures go; the page shows the default.")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="File for the figures; the page shows the default.")
     parser.add_argument("--report", action="store_true", help="Measure nothing, write the page.")
     options = parser.parse_args(arguments)
     if not options.report:

@@ -1,4 +1,4 @@
-"""What every benchmark says of its run, and how its tables get into a page of the docs."""
+"""Describe the run of a benchmark, and write its tables into a page of the docs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import transformers
 
 
 def versions() -> str:
-    """Those of torch, transformers and Python."""
+    """Return the versions of torch, transformers and Python."""
     return f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
 
 
 def write_between(page: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands between two markers of a page."""
+    """Replace the text between two markers of a page."""
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     page.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a step costs on many GPUs: arithmetic, bytes on the wire, memory and time, for plain training and both kinds.
+"""Predict the cost of a step on many GPUs: arithmetic, bytes sent, memory and time, for plain training and both kinds.
 
     python benchmarks/scaling.py
 
@@ -43,7 +43,7 @@ from hf_featreuse import (
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "distributed.md", Path(__file__).parent / "results" / "scaling.json"
 BEGIN, END = "<!-- begin: benchmarks/scaling.py -->", "<!-- end -->"
-# Ranks, images a rank, and the hardware. One node over NVLink; many nodes, each GPU with a 400 Gb/s network card.
+# Ranks, images per rank, and the hardware. One node over NVLink; many nodes, each GPU with a 400 Gb/s network card.
 HARDWARE = {(8, 128): Hardware(), (512, 8): Hardware(link=50e9)}
 
 
@@ -51,7 +51,7 @@ HARDWARE = {(8, 128): Hardware(), (512, 8): Hardware(link=50e9)}
 
 
 def measure_parts(make: Callable[[], nn.Module], *, train_trunk: str | bool = "all") -> Parts:
-    """Parameters, arithmetic and saved bytes of a model, without its weights and without running it."""
+    """Return parameters, arithmetic and saved bytes of a model, without its weights and without running it."""
     with torch.device("meta"):
         model = make()
     blocks = find_residual_blocks(model)
@@ -62,14 +62,14 @@ def measure_parts(make: Callable[[], nn.Module], *, train_trunk: str | bool = "a
 
 
 def saved_bytes(model: nn.Module, images: torch.Tensor) -> int:
-    """Return the bytes that a forward saves for backward, weights aside."""
+    """Return the bytes that a forward saves for backward, except weights."""
     with saved_for_backward(model) as saved:
         model(pixel_values=images)
     return sum(saved.values())
 
 
 def _saved(model: nn.Module, blocks: Sequence[ResidualBlock]) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
-    """Return, for each block, what it saves where it trains and where it is frozen, and the same of the trunk."""
+    """Return the bytes that each block and the trunk save if they train, and if they are frozen."""
     size = model.config.image_size
     with FakeTensorMode():
         fake = model._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)).train()
@@ -127,7 +127,7 @@ ROWS = {
 
 
 def predict(parts: Parts, ranks: int, images: int, hardware: Hardware) -> list[list[str]]:
-    """Return the rows of a table; memory is that of the largest step, all else the mean."""
+    """Return the rows of a table; memory is that of the largest step, all other figures are means."""
     lines = []
     for engine, cost in ENGINES.items():
         plain = None
@@ -144,7 +144,7 @@ def predict(parts: Parts, ranks: int, images: int, hardware: Hardware) -> list[l
 
 
 def hidden_from(parts: Parts, row: str, ranks: int, hardware: Hardware) -> int:
-    """Return images a rank from which the mean backward of these steps hides the mean traffic of DDP."""
+    """Return the images per rank from which the mean backward of these steps hides the mean traffic of DDP."""
     draws = ROWS[row](len(parts.blocks))
     steps = [ddp_step(parts, plan, ranks, 1, hardware) for plan in draws]
     speed = hardware.peak * hardware.utilisation
@@ -165,12 +165,12 @@ def tables(found: dict[str, Parts]) -> str:
             rows = [columns, ["---"] * len(columns), *predict(parts, ranks, images, hardware)]
             out += [f"| {' | '.join(row)} |" for row in rows] + [""]
             images_needed = (f"{row}: {hidden_from(parts, row, ranks, hardware)}" for row in list(ROWS)[:3])
-            out += [f"Images a GPU from which backward hides DDP's traffic: {'; '.join(images_needed)}.", ""]
+            out += [f"Images per GPU from which backward hides DDP's traffic: {'; '.join(images_needed)}.", ""]
     return "\n".join(out).rstrip()
 
 
 def summary(found: dict[str, Parts]) -> str:
-    """Return what the page shows: step times against plain training, and memory per GPU."""
+    """Return the summary for the page: step times relative to plain training, and memory per GPU."""
     columns = ("model", "GPUs x images", "engine", "plain step, ms", *list(ROWS)[1:], "memory, GB")
     lines = [list(columns), ["---"] * len(columns)]
     for name, parts in found.items():
@@ -185,7 +185,7 @@ def summary(found: dict[str, Parts]) -> str:
 
 
 def load() -> dict[str, Parts]:
-    """Return what was measured of each model."""
+    """Return the measurements of each model."""
     found = {}
     for name, values in json.loads(RESULTS.read_text(encoding="utf-8")).items():
         costs = values.pop("costs")

@@ -13,12 +13,12 @@ FULL, HALF = 4, 2
 
 @dataclass(frozen=True)
 class Hardware:
-    """What one GPU is assumed to do, and its link to the others.
+    """The assumed speed of one GPU, and of its link to the others.
 
     Args:
-        peak (`float`): operations a second.
+        peak (`float`): operations per second.
         utilisation (`float`): share of them that training reaches.
-        link (`float`): bytes a second that a GPU sends, and at the same time receives.
+        link (`float`): bytes per second that a GPU sends, and at the same time receives.
     """
 
     peak: float = 989e12
@@ -34,13 +34,13 @@ class Parts:
         blocks (`tuple[int, ...]`): parameters of each residual block.
         trunk (`int`): parameters of the rest.
         costs (`StepCosts`): arithmetic, of one image.
-        saved (`tuple[int, ...]`): bytes of an image that a block saves for backward where it trains.
-        passing (`tuple[int, ...]`): the same where it is frozen and the gradient goes on below it.
-        saved_trunk (`int`): bytes of an image that the trunk saves where it trains.
-        passing_trunk (`int`): the same where it is frozen between blocks that train.
+        saved (`tuple[int, ...]`): bytes per image that a block saves for backward if it trains.
+        passing (`tuple[int, ...]`): the same if it is frozen and the gradient continues below it.
+        saved_trunk (`int`): bytes per image that the trunk saves if it trains.
+        passing_trunk (`int`): the same if it is frozen between blocks that train.
 
     Raises:
-        ValueError: the trunk trains in part, `train_trunk="head"`, which this model does not know.
+        ValueError: only a part of the trunk trains, `train_trunk="head"`, which is not modelled.
     """
 
     blocks: tuple[int, ...]
@@ -72,7 +72,7 @@ class Parts:
         return self.costs.train_trunk == "all" or plan.kind is not StepKind.MASKED_FREEZE
 
     def in_backward(self, plan: StepPlan) -> set[int]:
-        """Return the blocks that backward passes through: with a stem that trains all that run, else those from the lowest on."""
+        """Return the blocks that backward passes through: all that run if the stem trains, else from the lowest on."""
         if self.trunk_trains(plan):
             return self.computed(plan)
         return {block for block in self.computed(plan) if block >= min(self.trained(plan))}
@@ -82,27 +82,27 @@ class Parts:
         return sum(self.blocks[block] for block in self.trained(plan)) + self.trunk * self.trunk_trains(plan)
 
     def activations(self, plan: StepPlan) -> int:
-        """Return the bytes of an image that are saved for backward."""
+        """Return the bytes per image that are saved for backward."""
         passing = self.in_backward(plan) - self.trained(plan)
         blocks = sum(self.saved[block] for block in self.trained(plan)) + sum(self.passing[block] for block in passing)
         return blocks + (self.saved_trunk if self.trunk_trains(plan) else self.passing_trunk)
 
     def arithmetic(self, plan: StepPlan) -> tuple[float, float]:
-        """Return the operations of an image, in forward and in backward."""
+        """Return the operations per image, in forward and in backward."""
         forward = sum(self.costs.trunk) + sum(self.costs.blocks[block].resting for block in self.computed(plan))
         return forward, self.costs.share(plan) * self.costs.vanilla - forward
 
 
 def ddp_bytes(parts: Parts, plan: StepPlan) -> int:
-    """Return the bytes of gradients that a rank hands to the all-reduce of DDP."""
+    """Return the bytes of gradients that a rank passes to the all-reduce of DDP."""
     return FULL * parts.active(plan)
 
 
 @dataclass(frozen=True)
 class Collectives:
-    """What a rank asks of FSDP2's process group in a step: calls, and bytes of the whole tensors.
+    """The calls of FSDP2's process group by a rank in a step, and the bytes of the whole tensors.
 
-    Blocks are sharded one by one, the rest is the root, which stays gathered from forward to backward.
+    Blocks are sharded one by one; the rest is the root, which stays gathered from forward to backward.
     """
 
     forward_gathers: int
@@ -149,11 +149,11 @@ class Step:
 
 
 def ddp_step(parts: Parts, plan: StepPlan, ranks: int, images: int, hardware: Hardware) -> Step:
-    """Return a ring all-reduce sends 2 (N - 1) / N of the bytes; it hides behind backward."""
+    """Return the cost with DDP: a ring all-reduce sends 2 (N - 1) / N of the bytes, hidden behind backward."""
     forward, backward = (work * images / (hardware.peak * hardware.utilisation) for work in parts.arithmetic(plan))
     wire = 2 * (ranks - 1) / ranks * ddp_bytes(parts, plan)
     exposed = max(0.0, wire / hardware.link - backward)
-    # Weights, two moments and DDP's buckets, of which gradients are no views by default; autocast's bf16 weights.
+    # Weights, two moments, DDP's buckets (by default gradients are not views of them), and autocast's bf16 weights.
     cast = parts.trunk + sum(parts.blocks[block] for block in parts.computed(plan))
     state = 4 * FULL * parts.parameters + FULL * parts.active(plan) + HALF * cast
     memory = state + images * parts.activations(plan) / 2
@@ -161,7 +161,10 @@ def ddp_step(parts: Parts, plan: StepPlan, ranks: int, images: int, hardware: Ha
 
 
 def fsdp_step(parts: Parts, plan: StepPlan, ranks: int, images: int, hardware: Hardware) -> Step:
-    """Return a gather and a reduce-scatter send (N - 1) / N of the bytes each, behind forward and behind backward."""
+    """Return the cost with FSDP2: a gather and a reduce-scatter each send (N - 1) / N of the bytes.
+
+    Gathers for the forward are hidden behind it, all else behind backward.
+    """
     forward, backward = (work * images / (hardware.peak * hardware.utilisation) for work in parts.arithmetic(plan))
     found, share = fsdp_collectives(parts, plan), (ranks - 1) / ranks
     before, after = share * found.forward_bytes, share * (found.backward_bytes + found.reduced_bytes)

@@ -1,4 +1,4 @@
-"""What the ranks exchange in a step, counted at the process group: DDP and FSDP2, plain and with feature reuse.
+"""Count what the ranks exchange in a step, at the process group: DDP and FSDP2, plain and with feature reuse.
 
     python benchmarks/traffic.py
 
@@ -34,7 +34,7 @@ from hf_featreuse import (
     reduce_active_gradients,
 )
 
-# A batch of one; and steps before the first, which are plain.
+# A batch of one, and plain steps, which come before the first.
 IMAGES = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 PLAIN = range(-2, 0)
 SHARDED_COLUMNS = ("model", "step", "gathers", "reductions", "gathered kB", "reduced kB")
@@ -63,7 +63,7 @@ class GroupCounter(TorchDispatchMode):
 
 
 def vit() -> nn.Module:
-    """12 layers of one width, as ViT-Ti has them."""
+    """Return a ViT of 12 layers with the width of ViT-Ti."""
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=192,
@@ -77,7 +77,7 @@ def vit() -> nn.Module:
 
 
 def convnext() -> nn.Module:
-    """ConvNeXt-T at a quarter of its width: three quarters of its weights lie in two stages."""
+    """Return a ConvNeXt-T of a quarter of its width, with three quarters of its weights in two stages."""
     config = ConvNextConfig(depths=[3, 3, 9, 3], hidden_sizes=[24, 48, 96, 192])
     return ConvNextForImageClassification(config)
 
@@ -86,7 +86,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"ViT, 12 layers": vit, "ConvNeXt, 
 
 
 def reusing(make: Callable[[], nn.Module], options: argparse.Namespace) -> FeatureReuse:
-    """A new model with its blocks and schedule."""
+    """Return a new model with its blocks and schedule."""
     torch.manual_seed(0)
     model = make()
     blocks = find_residual_blocks(model, {"pixel_values": IMAGES})
@@ -95,7 +95,7 @@ def reusing(make: Callable[[], nn.Module], options: argparse.Namespace) -> Featu
 
 
 def counted(reuse: FeatureReuse, wrapped: nn.Module, steps: range) -> Iterator[tuple[StepPlan, GroupCounter]]:
-    """Plan and counts of each step."""
+    """Yield the plan and counts of each step."""
     for step in steps:
         with reuse.step(step) as plan, GroupCounter() as counter:
             wrapped(pixel_values=IMAGES).logits.sum().backward()
@@ -104,7 +104,7 @@ def counted(reuse: FeatureReuse, wrapped: nn.Module, steps: range) -> Iterator[t
 
 
 def count(make: Callable[[], nn.Module], options: argparse.Namespace, *, reused: bool) -> list[tuple[StepKind, int]]:
-    """Kind and bytes of each step under DDP."""
+    """Return the kind and bytes of each step under DDP."""
     reuse = reusing(make, options)
     ddp_model = DistributedDataParallel(reuse.model, find_unused_parameters=reused)
     if reused:
@@ -116,7 +116,7 @@ def count(make: Callable[[], nn.Module], options: argparse.Namespace, *, reused:
 def count_sharded(
     make: Callable[[], nn.Module], options: argparse.Namespace, *, reused: bool
 ) -> list[tuple[StepPlan, GroupCounter]]:
-    """Plan and counts of each step under FSDP2."""
+    """Return the plan and counts of each step under FSDP2."""
     reuse = reusing(make, options)
     for block in reuse.blocks:
         fully_shard(block.module)
@@ -125,12 +125,12 @@ def count_sharded(
 
 
 def mean(sizes: Sequence[float]) -> float:
-    """In kB; 0 of none."""
+    """Return the mean in kB; 0 without sizes."""
     return sum(sizes) / max(len(sizes), 1) / 1000
 
 
 def sharded_rows(name: str, options: argparse.Namespace) -> list[list[str]]:
-    """The lines of a model in the table of FSDP2: means over the steps of a kind, and over all."""
+    """Return the lines of a model in the table of FSDP2: means over the steps of a kind, and over all."""
     steps = count_sharded(MODELS[name], options, reused=True)
     groups = {
         "plain FSDP2": [counter for _, counter in count_sharded(MODELS[name], options, reused=False)],
@@ -149,7 +149,7 @@ def sharded_rows(name: str, options: argparse.Namespace) -> list[list[str]]:
 
 
 def row(name: str, options: argparse.Namespace) -> list[str]:
-    """One line of the table."""
+    """Return one line of the table."""
     plain = mean([size for _, size in count(MODELS[name], options, reused=False)])
     steps = count(MODELS[name], options, reused=True)
     reused = mean([size for _, size in steps])
@@ -161,7 +161,7 @@ def row(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def work(rank: int, options: argparse.Namespace, store: str) -> None:
-    """What each of the two processes does."""
+    """Run one of the two processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     rows = [row(name, options) for name in MODELS]

@@ -1,4 +1,4 @@
-"""The distribution of features over depth: plain training, stochastic depth and feature reuse side by side.
+"""Draw the distribution of features over depth: plain training, stochastic depth and feature reuse side by side.
 
     python examples/feature_reuse_figure.py
 
@@ -24,7 +24,7 @@ from torch import nn
 
 from hf_featreuse import FeatureReuse, FeatureReuseSchedule, find_residual_blocks, skip_blocks
 
-# Steps of stochastic depth and of masked freeze in a cycle.
+# Steps of stochastic depth and of masked freeze per cycle.
 METHODS = {"plain training": (0, 0), "stochastic depth": (1, 0), "feature reuse": (1, 1)}
 DATA = {"digits": "handwritten digits", "moons": "two moons"}
 COLOURS = [
@@ -58,7 +58,7 @@ class Network(nn.Module):
             nn.init.zeros_(block.linear.bias)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """The stream before the first block and after each, of shape (depth + 1, samples, width)."""
+        """Return the stream before the first block and after each, of shape (depth + 1, samples, width)."""
         stream = [self.stem(x)]
         for block in self.blocks:
             stream.append(block(stream[-1]))
@@ -73,7 +73,7 @@ class Network(nn.Module):
 
 @dataclass
 class Split:
-    """Centred and scaled training and test samples."""
+    """Return centred and scaled training and test samples."""
 
     train_x: torch.Tensor
     train_y: torch.Tensor
@@ -84,14 +84,14 @@ class Split:
 def load(name: str, seed: int) -> Split:
     x, y = load_digits(return_X_y=True) if name == "digits" else make_moons(1500, noise=0.2, random_state=seed)
     train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.3, stratify=y, random_state=seed)
-    # One scale for all inputs: some pixels of the digits hardly vary.
+    # One scale for all inputs, because some pixels of the digits hardly vary.
     mean, std = train_x.mean(0), train_x.std()
     pixels = [torch.tensor((part - mean) / std, dtype=torch.float32) for part in (train_x, test_x)]
     return Split(pixels[0], torch.tensor(train_y), pixels[1], torch.tensor(test_y))
 
 
 def train(data: Split, method: str, options: argparse.Namespace) -> Network:
-    """Train one network; all methods start from the same weights and see the same batches."""
+    """Train one network; all methods start from the same weights and use the same batches."""
     torch.manual_seed(options.seed)
     model = Network(data.train_x.shape[1], int(data.train_y.max()) + 1, options.depth, options.width)
     blocks = find_residual_blocks(model, data.train_x[:1])
@@ -120,9 +120,9 @@ def train(data: Split, method: str, options: argparse.Namespace) -> Network:
 
 @torch.no_grad()
 def describe(model: Network, data: Split) -> dict[str, float]:
-    """Accuracy, whole and with one block dropped, and how alike the features of neighbouring depths are.
+    """Return the accuracy, whole and with one block dropped, and the similarity of features at neighbouring depths.
 
-    The distance is the 1-Wasserstein distance of all feature values, standardised at each depth: that of the shapes.
+    The distance is the 1-Wasserstein distance of all feature values, standardised at each depth to compare shapes.
     """
 
     def accuracy() -> float:
@@ -149,7 +149,7 @@ def describe(model: Network, data: Split) -> dict[str, float]:
 
 @torch.no_grad()
 def draw(name: str, data: Split, models: dict[str, Network], figures: dict[str, dict], path: Path) -> None:
-    """One column a method: the density of feature values over depth, and samples in the plane at some depths."""
+    """Draw one column per method: the density of features over depth, and samples in the plane at some depths."""
     depth = len(next(iter(models.values())).blocks)
     shown = [round(depth * part / 4) for part in range(5)]
     figure = Figure(figsize=(13, 8.2), layout="constrained")
@@ -179,11 +179,11 @@ def draw(name: str, data: Split, models: dict[str, Network], figures: dict[str, 
 
 
 def draw_density(axis: Any, values: torch.Tensor, limit: float) -> None:
-    """The histogram of all feature values at each depth as colour, with the median and two bands."""
-    # Values grow over the depth by a factor: linear near zero, logarithmic beyond.
+    """Draw the histogram of all feature values at each depth as colour, with the median and two bands."""
+    # Values grow over the depth by a factor, so the scale is linear near zero and logarithmic beyond.
     bins = np.sinh(np.linspace(-np.arcsinh(limit), np.arcsinh(limit), 121))
     counts = np.stack([np.histogram(at.numpy(), bins)[0] for at in values])
-    # Each depth by its own peak: else the widest ones fade.
+    # Each depth is scaled by its own peak, or the widest ones would fade.
     shade = counts / counts.max(1, keepdims=True)
     axis.pcolormesh(np.arange(len(values) + 1) - 0.5, bins, shade.T, cmap="Blues", vmax=1.3, rasterized=True)
     axis.set_yscale("asinh", linear_width=1.0)
@@ -198,7 +198,7 @@ def draw_density(axis: Any, values: torch.Tensor, limit: float) -> None:
 
 
 def draw_planes(axes: Any, values: torch.Tensor, labels: torch.Tensor, shown: list[int]) -> None:
-    """Samples by class on the first two principal axes of the features of all depths shown: one plane for a method."""
+    """Draw samples by class on the first two principal axes of the features of all depths, one plane per method."""
     centred = values[shown] - values[shown].mean(1, keepdim=True)
     # The same spread at every depth, so that one plane shows the arrangement at all of them.
     centred = centred / centred.square().mean((1, 2), keepdim=True).sqrt()
@@ -216,7 +216,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=tuple(DATA), default=list(DATA))
     parser.add_argument("--depth", type=int, default=32)
     parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=800, help="Optimizer steps of every method.")
+    parser.add_argument("--steps", type=int, default=800, help="Optimizer steps per method.")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--drop_rate", type=float, default=0.5)

@@ -111,7 +111,7 @@ def run(argv: list[str]) -> None:
     model = add_adapters(model, arguments)
     model.print_trainable_parameters()
     size = image_size(processor)
-    # A mirrored digit is not a digit.
+    # A mirrored digit is not the same digit.
     flip = 0.0 if arguments.dataset_name is None else 0.5
     transform = TrainTransform(size, scale=default_crop_scale(size), flip=flip, seed=args.seed)
     trainer = FeatureReuseTrainer(

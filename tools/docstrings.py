@@ -1,7 +1,7 @@
-"""Docstrings in the style of transformers, made readable for mkdocstrings; a griffe extension, named in zensical.toml.
+"""Convert docstrings in the style of transformers for mkdocstrings; a griffe extension, named in zensical.toml.
 
-transformers writes the type of an argument in backticks with its default behind it, and a reference as [`Name`].
-griffe knows neither, and shows the default from the signature anyway.
+transformers writes the type of an argument in backticks, followed by its default, and a reference as [`Name`]. griffe
+supports neither, and shows the default from the signature anyway.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import griffe
 
 API = Path(__file__).parents[1] / "docs" / "api"
-# Every name that has a place on an API page, by its last part.
+# Every name on an API page, by its last part.
 DOCUMENTED = {
     path.rpartition(".")[2]: path
     for page in sorted(API.glob("*.md"))
@@ -27,11 +27,11 @@ REFERENCE = re.compile(r"\[`(\w+)((?:\.\w+)?)`\](?!\[|\()")
 
 
 def adapt(text: str, path: str) -> str:
-    """A docstring as griffe's parser of the Google style takes it.
+    """Return a docstring for griffe's parser of the Google style.
 
     Args:
         text (`str`): the docstring.
-        path (`str`): of the object, such as `"hf_featreuse.method.feature_reuse.FeatureReuse.step"`.
+        path (`str`): path of the object, such as `"hf_featreuse.method.feature_reuse.FeatureReuse.step"`.
     """
     text = ARGUMENT.sub(lambda found: f"{found[1]} ({found[2].replace('`', '').replace(' or ', ' | ')}):", text)
     text = RETURNED.sub(r"\1\2:", text)
@@ -40,7 +40,7 @@ def adapt(text: str, path: str) -> str:
 
 
 def _reference(name: str, attribute: str, path: str) -> str:
-    """A link to where the API pages document a name: by itself, or as a method of the class that mentions it."""
+    """Return a link to the API page of a name, or of a method of the class that mentions it."""
     owner = next((part for part in path.split(".") if part[0].isupper()), None)
     target = DOCUMENTED.get(name)
     if target is None and owner is not None and name.islower():

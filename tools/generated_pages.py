@@ -1,4 +1,4 @@
-"""Write what the docs say of every option.
+"""Write the page of all options.
 
     python tools/generated_pages.py
 
@@ -24,14 +24,14 @@ DOCS = ROOT / "docs"
 
 
 def cell(text: str) -> str:
-    """Return text for a table: one line, with nothing outside of code that Markdown would take for markup."""
+    """Return text for a table: one line, with Markdown outside of code escaped."""
     parts = " ".join(text.split()).replace("|", "\\|").split("`")
     prose = [part.replace("<", "&lt;").replace("*", "\\*") if i % 2 == 0 else part for i, part in enumerate(parts)]
     return "`".join(prose)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a table of Markdown."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -40,7 +40,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a default as it is written on the command line."""
+    """Return a default in the form for the command line."""
     return "-" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
@@ -65,7 +65,7 @@ def parser_options(parser: argparse.ArgumentParser, *, skip: frozenset[str] = fr
         name = f"`{names[0] if names else action.metavar or action.dest}`"
         choices = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
         given = None if action.default == argparse.SUPPRESS else action.default
-        # argparse needs a percent sign twice.
+        # argparse needs percent signs doubled.
         help_text = str(action.help).replace("%%", "%")
         text = f"{help_text}{'' if str(action.help).endswith('.') else '.'}{choices}"
         rows.append([name, shown(given), cell(text)])

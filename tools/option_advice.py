@@ -1,4 +1,4 @@
-"""When to use each option of the method: what their help does not say."""
+"""When to use each option of the method, in addition to its help."""
 
 WHEN = {
     "drop_rate": "0.5 if plain training overfits, that is, if its training loss ends far below its test loss, or if "
@@ -28,11 +28,13 @@ WHEN = {
     "`featreuse inspect` lists the names.",
     "reuse_start": "To train plainly first: with 0.2, late stochastic depth.",
     "reuse_end": "To finish with plain steps, in which the network trains as it is evaluated.",
+    "unfreeze_at": "Fine-tuning on few images, such as 0.3: the new head learns first, and pretrained blocks change "
+    "late. With `--drop_rate 0` it is gradual unfreezing and nothing else.",
     "reuse_seed": "To draw other sets of blocks with the same data order and weights, or the same sets with others.",
     "mixup_alpha": "Long runs from scratch that overfit; 0.8 together with CutMix in the recipe of DeiT.",
     "cutmix_alpha": "The same; 1.0 in the recipe of DeiT.",
-    "layer_decay": "Fine-tuning: 0.65 to 0.75 for a ViT-Base, nearer to 1 for more layers or for much data. From scratch "
-    "leave it off.",
+    "layer_decay": "Fine-tuning: 0.65 to 0.75 for a ViT-Base, nearer to 1 for more layers or for much data. From "
+    "scratch leave it off.",
     "head_lr_multiplier": "Fine-tuning with a new head: up to 10.",
     "ema_decay": "Long runs; 0.999 averages over about 1,000 steps.",
 }

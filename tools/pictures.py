@@ -24,7 +24,7 @@ WIDTH, HEIGHT, PITCH = 1.0, 0.8, 1.5
 
 
 def draw_box(axes: Axes, place: int, text: str, colour: str, *, dashed: bool = False) -> None:
-    """Draw one part of the network; dashed where it is not computed."""
+    """Draw one part of the network, dashed if it is not computed."""
     from matplotlib.patches import FancyBboxPatch
 
     style = {"linestyle": "--", "facecolor": "none"} if dashed else {"facecolor": colour}
