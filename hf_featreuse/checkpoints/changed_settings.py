@@ -121,7 +121,9 @@ class PlanSource:
     def describe(self, step: int) -> str:
         """Return the plan of a step in words."""
         survival = tuple(round(probability, 4) for probability in self.survival(step).values())
-        return _describe(self.plan(step)) + (f" with survival probabilities {_short(survival)}" if survival else "")
+        said = _describe(self.plan(step)) + (f" with survival probabilities {_short(survival)}" if survival else "")
+        frozen = self.schedule.frozen_below(step)
+        return said + (f" with {frozen} of {len(self.blocks)} blocks still frozen" if frozen else "")
 
     def first_difference(self, other: PlanSource, steps: int) -> int | None:
         """Return the first of the steps 0..steps-1 that the two plan differently; `None` if there is none."""
@@ -130,7 +132,9 @@ class PlanSource:
         # A sample's set depends on its position, not on how many there are; `check_scaling` compares the scaling.
         other = replace(other, samples=self.samples, options=self.options)
         same = (
-            self.plan(step) == other.plan(step) and self.survival(step) == other.survival(step)
+            self.plan(step) == other.plan(step)
+            and self.survival(step) == other.survival(step)
+            and self.schedule.frozen_below(step) == other.schedule.frozen_below(step)
             for step in range(steps)
         )
         return next((step for step, is_same in enumerate(same) if not is_same), None)

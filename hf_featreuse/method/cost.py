@@ -93,10 +93,15 @@ class StepCosts:
             >>> costs.share(StepPlan(StepKind.MASKED_FREEZE, (1,)))
             0.5
         """
-        if not self.vanilla or plan.kind is StepKind.VANILLA:
+        frozen = plan.frozen_below
+        if not self.vanilla or (plan.kind is StepKind.VANILLA and not frozen):
             return 1.0
         freezing = plan.kind is StepKind.MASKED_FREEZE
         trunk = trunk_option(self.train_trunk) if freezing else "all"
+        if frozen:
+            # Only what follows the last block trains of the trunk.
+            trunk = "head" if trunk == "all" else trunk
+            return self._sum(self._of_unfreezing(plan), 1, trunk) / self.vanilla
         if (masks := plan.sample_masks) is None:
             samples, counts = 1, self._of_one_set(plan.dropped, freezing, trunk == "all")
         else:
@@ -120,6 +125,13 @@ class StepCosts:
             (1, 0, 0) if index in dropped else (0, 1, 0) if index > lowest else (0, 0, 1)
             for index in range(len(self.blocks))
         ]
+
+    def _of_unfreezing(self, plan: StepPlan) -> list[tuple[int, int, int]]:
+        """Give the same for a step in which the lowest blocks are frozen."""
+        if plan.kind is StepKind.MASKED_FREEZE:
+            return self._of_one_set(plan.dropped, True, False)
+        groups = self._of_one_set(plan.dropped, False, False)
+        return [(0, 0, count[0]) if index < plan.frozen_below else count for index, count in enumerate(groups)]
 
     def _sum(self, groups: Sequence[Sequence[int]], samples: int, trunk: TrainTrunk) -> int:
         """Operations of a step, from the input upwards: below the lowest part that trains there is no backward.

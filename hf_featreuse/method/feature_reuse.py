@@ -96,8 +96,9 @@ class FeatureReuse:
     ) -> None:
         check_blocks(model, blocks, schedule)
         check_window(schedule)
-        if schedule.alternates:
+        if schedule.alternates or schedule.unfreezes:
             check_checkpointing(model)
+        if schedule.alternates:
             check_outputs(blocks)
             if not allow_inexact_skip:
                 check_exact(blocks)
@@ -146,24 +147,40 @@ class FeatureReuse:
             self._trunk_trains = any(parameter.requires_grad for parameter in self._trunk)
         return self._trunk_trains
 
+    @property
+    def _head_trains(self) -> bool:
+        """Whether any parameter that follows the last block requires gradients; no step freezes them all for good."""
+        return any(id(parameter) in self._trainable for parameter in self._parameters[-1])
+
     def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
         """Give the plan of an optimizer step: the schedule's, except where it would leave nothing to train.
 
         If the user froze the whole trunk, as with adapters only in the blocks, a cycle that drops every block is
-        vanilla, and the survival probabilities are those given that some block is kept. Takes the arguments of
+        vanilla, and the survival probabilities are those given that some block is kept. If what follows the last block
+        is frozen, gradual unfreezing begins with that block. Takes the arguments of
         [`FeatureReuseSchedule.plan`].
         """
         # A schedule of the user's own that draws per batch need not know of samples.
         samples = {} if self.schedule.drop_granularity == "batch" else {"batch_size": batch_size, "position": position}
         plan = self.schedule.plan(global_step, **samples)
+        if plan.frozen_below and not self._head_trains:
+            plan = self._with_a_block(plan)
         if self.trunk_trains or not self.blocks or plan.sample_masks is not None:
             return plan
         if len(plan.dropped) == len(self.blocks):
-            return VANILLA_PLAN
+            return replace(VANILLA_PLAN, frozen_below=plan.frozen_below)
         if plan.survival is None:
             return plan
         some_kept = 1 - math.prod(1 - probability for probability in plan.survival)
         return replace(plan, survival=tuple(min(probability / some_kept, 1.0) for probability in plan.survival))
+
+    def _with_a_block(self, plan: StepPlan) -> StepPlan:
+        """Let the last block train from the start if nothing after it does, and leave it out in no step until then."""
+        frozen = min(plan.frozen_below, len(self.blocks) - 1)
+        trains = set(range(frozen, len(self.blocks)))
+        if plan.kind is StepKind.STOCHASTIC_DEPTH and trains <= set(plan.dropped):
+            return StepPlan(StepKind.VANILLA, frozen_below=frozen)
+        return replace(plan, frozen_below=frozen)
 
     @contextlib.contextmanager
     def step(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> Iterator[StepPlan]:
@@ -224,7 +241,7 @@ class FeatureReuse:
         """What is open during a step."""
         if plan.sample_masks is not None and self._is_distributed:
             self._check_some_sample_trains(plan, global_step)
-        if plan.kind is not StepKind.VANILLA:
+        if plan.kind is not StepKind.VANILLA or plan.frozen_below:
             yield backward_inside(self.model, f"step({global_step})")
         if plan.kind is StepKind.STOCHASTIC_DEPTH:
             held = [p for index in plan.dropped for p in self._parameters[index] if p.grad is not None]
@@ -233,16 +250,18 @@ class FeatureReuse:
                 active = {id(p) for index in self._active_parts(plan) for p in self._parameters[index]}
                 self._check_gradients(plan, global_step, [p for p in held if id(p) not in active])
             yield self._skip(plan)
-        elif plan.kind is StepKind.MASKED_FREEZE:
+        if plan.kind is StepKind.MASKED_FREEZE or plan.frozen_below:
             # If every sample has its own set, any block may train, and is frozen sample by sample.
-            active = self._active_parts(plan)
-            frozen = [index for index in range(len(self._parameters)) if index not in active]
+            kept = self._active_parts(plan)
+            if plan.kind is StepKind.STOCHASTIC_DEPTH:
+                kept |= set(plan.dropped)  # which are not computed
+            frozen = [index for index in range(len(self._parameters)) if index not in kept]
             parameters = self._frozen_parameters(frozen)
             self._check_gradients(plan, global_step, parameters)
             yield self._buffers.kept(frozen)
             layers = [layer for index in frozen for layer in self._changing[index]]
             yield freeze(parameters, layers, self.frozen_batch_norm)
-            if plan.sample_masks is not None:
+            if plan.kind is StepKind.MASKED_FREEZE and plan.sample_masks is not None:
                 everywhere, device = self.train_trunk == "all", self._parameters[0][0].device
                 yield train_samples(
                     self.blocks, plan.sample_masks, device, gradient_everywhere=everywhere, checked=True
@@ -308,10 +327,11 @@ class FeatureReuse:
         """Indices of the parts that are computed and train in a step: blocks, then trunk up to the head, and head."""
         body = len(self.blocks)
         everything, dropped = set(range(body + 2)), set(plan.dropped)
+        frozen = {body, *range(plan.frozen_below)} if plan.frozen_below else set()
         if plan.kind is not StepKind.MASKED_FREEZE:
-            return everything - dropped
+            return everything - dropped - frozen
         blocks = everything - {body, body + 1} if plan.sample_masks is not None else dropped
-        return blocks | {"all": {body, body + 1}, "head": {body + 1}, "none": set()}[self.train_trunk]
+        return (blocks | {"all": {body, body + 1}, "head": {body + 1}, "none": set()}[self.train_trunk]) - frozen
 
     def _frozen_parameters(self, frozen: list[int]) -> list[nn.Parameter]:
         """The parameters that are frozen in a masked-freeze step: of the frozen parts, which no other part shares."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -53,6 +53,8 @@ class StepPlan:
             `True` where the sample drops the block; `None` if all samples share `dropped`.
         survival (`tuple[float, ...]`, *optional*): survival probability of each of the L blocks, by which a
             stochastic-depth step divides the increments of the kept ones; `None` leaves them as they are.
+        frozen_below (`int`, defaults to 0): blocks of a lower index, and all of the trunk that comes before the last
+            block, do not train in this step, whatever its kind. 0 freezes nothing.
 
     Example:
         >>> from hf_featreuse import FeatureReuseSchedule
@@ -65,6 +67,7 @@ class StepPlan:
     dropped: tuple[int, ...] = ()
     sample_masks: np.ndarray | None = None
     survival: tuple[float, ...] | None = None
+    frozen_below: int = 0
 
     @property
     def mean_dropped(self) -> float:
@@ -79,7 +82,8 @@ class StepPlan:
 
     def _key(self) -> tuple:
         masks = self.sample_masks
-        return self.kind, self.dropped, None if masks is None else (masks.shape, masks.tobytes()), self.survival
+        drawn = None if masks is None else (masks.shape, masks.tobytes())
+        return self.kind, self.dropped, drawn, self.survival, self.frozen_below
 
 
 VANILLA_PLAN = StepPlan(StepKind.VANILLA)
@@ -121,12 +125,18 @@ class FeatureReuseSchedule:
         drop_rate_over_time (`"constant"`, `"falling"` or `"rising"`, defaults to `"constant"`): within the window, the
             rates stay, fall linearly to 0 at `last_step`, or rise linearly from 0 at `first_step`. All steps of a
             cycle have the rates of its first step.
+        unfreeze_steps (`int`, defaults to 0): gradual unfreezing: only what follows the last block trains at first,
+            the blocks join from the last one down at even distances, and from this step on all trains. Of the set D
+            only blocks that have joined train in masked-freeze steps. 0 is none.
 
     Attributes:
         rates (`tuple[float, ...]`): drop probability of each block, shape (L,), where it is highest over time.
 
     Raises:
-        ConfigurationError: an argument is out of range, or rates fall or rise in a window without an end.
+        ConfigurationError: an argument is out of range, rates fall or rise in a window without an end, or blocks are
+            unfrozen while every sample has its own set.
+
+    Source: gradual unfreezing, Howard and Ruder 2018 (arXiv 1801.06146).
 
     Example:
         >>> from hf_featreuse import FeatureReuseSchedule
@@ -138,6 +148,9 @@ class FeatureReuseSchedule:
         >>> schedule.plan(0).dropped == schedule.plan(1).dropped
         True
     """
+
+    # Of subclasses that do not call `__init__`.
+    unfreeze_steps: int = 0
 
     def __init__(
         self,
@@ -152,6 +165,7 @@ class FeatureReuseSchedule:
         drop_granularity: DropGranularity = "batch",
         vanilla_steps: int = 0,
         drop_rate_over_time: DropRateOverTime = "constant",
+        unfreeze_steps: int = 0,
     ) -> None:
         check_options(
             drop_rate=drop_rate,
@@ -173,10 +187,12 @@ class FeatureReuseSchedule:
         self.drop_granularity: DropGranularity = drop_granularity
         self.vanilla_steps = int(vanilla_steps)
         self.drop_rate_over_time: DropRateOverTime = drop_rate_over_time
-        if self.num_blocks == 0 and self.alternates:
+        self.unfreeze_steps = _whole_number("unfreeze_steps", unfreeze_steps)
+        check_unfreezing(self.unfreeze_steps, self.alternates, drop_granularity)
+        if self.num_blocks == 0 and (self.alternates or self.unfreeze_steps):
             raise ConfigurationError(
-                "`num_blocks=0` leaves nothing to drop. Pass the number of residual blocks, or set `drop_rate=0` for "
-                "plain training."
+                f"`num_blocks=0` leaves nothing to {'drop' if self.alternates else 'unfreeze'}. Pass the number of "
+                "residual blocks, or set `drop_rate=0`, without unfreezing, for plain training."
             )
         if drop_rate_over_time != "constant" and last_step is None:
             raise ConfigurationError(
@@ -189,6 +205,27 @@ class FeatureReuseSchedule:
     def alternates(self) -> bool:
         """Whether any step differs from plain training."""
         return self.drop_rate > 0 and self.stochastic_depth_steps + self.masked_freeze_steps > 0
+
+    @property
+    def unfreezes(self) -> bool:
+        """Whether blocks are frozen at first."""
+        return self.unfreeze_steps > 0 and self.num_blocks > 0
+
+    def frozen_below(self, global_step: int) -> int:
+        """Give the index of the lowest block that trains in an optimizer step; L if none does yet.
+
+        Args:
+            global_step (`int`): number of optimizer steps taken before this one.
+
+        Example:
+            >>> from hf_featreuse import FeatureReuseSchedule
+            >>> schedule = FeatureReuseSchedule(2, drop_rate=0, unfreeze_steps=4)
+            >>> [schedule.frozen_below(step) for step in range(6)]
+            [2, 2, 1, 1, 0, 0]
+        """
+        if not self.unfreezes or global_step >= self.unfreeze_steps:
+            return 0
+        return self.num_blocks - global_step * self.num_blocks // self.unfreeze_steps
 
     @property
     def steps_per_cycle(self) -> int:
@@ -247,6 +284,17 @@ class FeatureReuseSchedule:
             >>> schedule.plan(0, batch_size=8).sample_masks.shape
             (8, 4)
         """
+        plan, frozen = self._cycle_plan(global_step, batch_size, position), self.frozen_below(global_step)
+        if not frozen:
+            return plan
+        if plan.kind is not StepKind.MASKED_FREEZE:
+            return replace(plan, frozen_below=frozen)
+        dropped = tuple(index for index in plan.dropped if index >= frozen)
+        kind = StepKind.MASKED_FREEZE if dropped else StepKind.VANILLA
+        return StepPlan(kind, dropped, frozen_below=frozen)
+
+    def _cycle_plan(self, global_step: int, batch_size: int | None, position: int) -> StepPlan:
+        """Give the plan without regard to unfreezing."""
         after_end = self.last_step is not None and global_step > self.last_step
         if not self.alternates or global_step < self.first_step or after_end:
             return VANILLA_PLAN
@@ -314,6 +362,15 @@ def check_options(*, drop_rate: object, **options: object) -> None:
             _whole_number(name, value)
         elif value not in get_args(_CHOICES[name]):
             raise ConfigurationError(f"`{name}={value!r}` is unknown. Pass one of {get_args(_CHOICES[name])}.")
+
+
+def check_unfreezing(unfreezes: object, alternates: bool, drop_granularity: str) -> None:
+    """Raise `ConfigurationError` if blocks are unfrozen while every sample has its own set."""
+    if unfreezes and alternates and drop_granularity == "sample":
+        raise ConfigurationError(
+            'Gradual unfreezing does not work with `drop_granularity="sample"`, which freezes each block for a part '
+            'of the batch. Set `drop_granularity="batch"`, or leave `unfreeze_at` and `unfreeze_steps` unset.'
+        )
 
 
 def trunk_option(train_trunk: object) -> TrainTrunk:

@@ -12,7 +12,13 @@ from transformers import TrainingArguments
 
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.method.freezing import FrozenBatchNorm
-from hf_featreuse.method.schedule import FeatureReuseSchedule, check_options, check_seed, trunk_option
+from hf_featreuse.method.schedule import (
+    FeatureReuseSchedule,
+    check_options,
+    check_seed,
+    check_unfreezing,
+    trunk_option,
+)
 from hf_featreuse.recipe.losses import check_loss
 from hf_featreuse.recipe.mixing import check_alpha
 from hf_featreuse.recipe.weight_average import check_decay
@@ -122,6 +128,13 @@ class FeatureReuseArguments:
     reuse_end: float = field(
         default=1.0, metadata={"help": "Fraction of training, from 0 to 1, after which steps are vanilla."}
     )
+    unfreeze_at: float | None = field(
+        default=None,
+        metadata={
+            "help": "Gradual unfreezing: at first only what follows the last block trains, the blocks join from the "
+            "last one down, and by this fraction of training, above 0 and up to 1, all trains. Off by default."
+        },
+    )
     reuse_seed: int | None = field(
         default=None, metadata={"help": "Seed of the schedule; by default the training seed. 0 is valid."}
     )
@@ -143,6 +156,7 @@ class FeatureReuseArguments:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"`{name}={getattr(self, name)!r}` is not a boolean. Pass True or False.")
         self._check_window()
+        self._check_unfreezing()
         self._check_target()
 
     def _check_window(self) -> None:
@@ -157,6 +171,17 @@ class FeatureReuseArguments:
                 f"The window from `reuse_start={self.reuse_start!r}` to `reuse_end={self.reuse_end!r}` is empty. Pass "
                 "a start below the end, for instance 0 and 0.5."
             )
+
+    def _check_unfreezing(self) -> None:
+        value = self.unfreeze_at
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise ConfigurationError(
+                f"`unfreeze_at={value!r}` is not a fraction of training. Pass a value above 0 and up to 1, such as "
+                "0.3, or None to train everything from the start."
+            )
+        check_unfreezing(value, self.alternates, self.drop_granularity)
 
     def _check_target(self) -> None:
         target = self.target_blocks
@@ -173,6 +198,11 @@ class FeatureReuseArguments:
     def alternates(self) -> bool:
         """Whether any step differs from plain training."""
         return self.drop_rate > 0 and bool(self.stochastic_depth_steps or self.masked_freeze_steps)
+
+    @property
+    def uses_blocks(self) -> bool:
+        """Whether any step drops or freezes blocks."""
+        return self.alternates or self.unfreeze_at is not None
 
     def schedule(self, num_blocks: int, max_steps: int, seed: int) -> FeatureReuseSchedule:
         """Build the schedule of a run.
@@ -194,6 +224,7 @@ class FeatureReuseArguments:
             seed=seed if self.reuse_seed is None else self.reuse_seed,
             first_step=first_step,
             last_step=last_step,
+            unfreeze_steps=0 if self.unfreeze_at is None else math.ceil(round(self.unfreeze_at * max_steps, 6)),
             **{name: getattr(self, name) for name in _OF_SCHEDULE},
         )
 
@@ -323,6 +354,9 @@ class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArgumen
             entry that matches none of the blocks found may name another module, as in [`find_residual_blocks`].
         reuse_start (`float`, defaults to 0.0): fraction of training before which steps are vanilla.
         reuse_end (`float`, defaults to 1.0): fraction of training after which steps are vanilla.
+        unfreeze_at (`float`, *optional*): gradual unfreezing, with or without the other kinds of step: only what
+            follows the last block trains at first, the blocks join from the last one down, and by this fraction of
+            training, above 0 and up to 1, all trains. Refused with `drop_granularity="sample"`.
         reuse_seed (`int`, *optional*): seed of the schedule, unchanged; `None` takes `seed`.
         mixup_alpha (`float`, defaults to 0.0): Mixup, in training only, with shares drawn from Beta(alpha, alpha); 0
             is off.

@@ -204,22 +204,22 @@ class FeatureReuseTrainer(ResumableTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Refuse what cannot run feature reuse before there is an accelerator, then make it."""
-        if self.reuse_args.alternates:
+        if self.reuse_args.uses_blocks:
             check_engine(self.args, self.model)
         super().create_accelerator_and_postprocess()
-        if self.reuse_args.alternates:
+        if self.reuse_args.uses_blocks:
             backends.check_accelerator(self.accelerator, self.reuse_args.drop_granularity)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)
-        self._dynamo_plugin = backends.take_dynamo_plugin(arguments) if self.reuse_args.alternates else None
-        if self.reuse_args.alternates and self.args.ddp_find_unused_parameters is None:
+        self._dynamo_plugin = backends.take_dynamo_plugin(arguments) if self.reuse_args.uses_blocks else None
+        if self.reuse_args.uses_blocks and self.args.ddp_find_unused_parameters is None:
             backends.search_unused_parameters(arguments)
         return arguments
 
     def _validate_args(self) -> None:
         # The optimizers passed are known only here.
-        if self.reuse_args.alternates:
+        if self.reuse_args.uses_blocks:
             check_optimizer(self.optimizer)
             check_optimizer((self.optimizer_cls_and_kwargs or (None,))[0])
         options = self.recipe_args
@@ -287,7 +287,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         self._take_up_recipe()
         model = self.model
         assert model is not None
-        if self.reuse_args.alternates:
+        if self.reuse_args.uses_blocks:
             backends.check_sharding(model, self.accelerator, fsdp_version(self.args) is not None)
         set_memory_format(model, self.recipe_args.channels_last, self.args.device, in_shards=self._shards)
         self._dispatches = isinstance(train_dataloader, DataLoaderDispatcher)
@@ -314,7 +314,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         options = self.reuse_args
         self._compiled.close()
         options.check()
-        blocks = self.get_residual_blocks(model) if options.alternates else []
+        blocks = self.get_residual_blocks(model) if options.uses_blocks else []
         schedule = self.get_schedule(len(blocks), max_steps)
         self.feature_reuse = reuse = FeatureReuse(
             model,
@@ -411,7 +411,7 @@ class FeatureReuseTrainer(ResumableTrainer):
     ) -> torch.Tensor:
         """Run forward and backward of a micro-batch as the plan of its optimizer step says."""
         if self.feature_reuse is None or self._step_log is None:
-            if not self.reuse_args.alternates:
+            if not self.reuse_args.uses_blocks:
                 return super().training_step(model, inputs, num_items_in_batch)
             raise StepError("`training_step` was called outside `train()`, which binds blocks and schedule. Call it.")
         step = self.state.global_step
