@@ -41,13 +41,16 @@ GENERAL = [
 ]
 
 INSPECT = [
-    *(Case(("inspect", word), "is no model that can be inspected") for word in (*CONTROLS, "vitt", "no/such", "a b")),
+    *(
+        Case(("inspect", word), "is not a model that can be inspected")
+        for word in (*CONTROLS, "vitt", "no/such", "a b")
+    ),
     Case(("inspect", ""), "`model=''` is empty"),
     Case(("inspect", "  "), "is empty"),
     Case(("inspect", "a\0b"), "is not a text"),
     Case(("inspect", "x" * 5_000), "File name too long"),
     Case("inspect {empty}", "has no config.json"),
-    Case("inspect {file}", "is no model that can be inspected"),
+    Case("inspect {file}", "is not a model that can be inspected"),
     *(Case(f"inspect {{{name}_config}}", "cannot read") for name in ("broken", "list", "null", "binary", "deep")),
     *(Case(f"inspect {{{name}_config}}", "cannot read") for name in ("no_type", "unknown_type", "hostile_type")),
     Case("inspect {other_type_config}", "no image classifier"),
@@ -129,9 +132,9 @@ PRUNE = [
     Case(("prune", "{tiny}", "--drop", "--5", *_OUT), "expected one argument", 2),
     Case(("prune", "{tiny}", "--drop=--5", *_OUT), "`"),
     Case(("prune", "{tiny}", "--drop", "", *_OUT), "is empty"),
-    Case(("prune", "{tiny}", "--drop", ",,", *_OUT), "Nothing to drop"),
+    Case(("prune", "{tiny}", "--drop", ",,", *_OUT), "There is nothing to drop"),
     Case(("prune", "{tiny}", "--drop", "0,1", *_OUT), "would go"),
-    Case(("prune", "{tiny}", "--keep", ".*", *_OUT), "Nothing to drop"),
+    Case(("prune", "{tiny}", "--keep", ".*", *_OUT), "There is nothing to drop"),
     Case(("prune", "{tiny}", "--keep", ",", *_OUT), "would go"),
     Case(("prune", "{tiny}", "--drop", ENDLESS, *_OUT), "takes too long"),
     Case(("prune", "{tiny}", "--drop", "(", *_OUT), "is not a regular expression"),
@@ -168,13 +171,16 @@ PUSH = [
     ),
     Case(("push", "{tiny}", ""), "is empty"),
     Case(("push", "", "ada/x"), "is empty"),
-    *(Case(("push", folder, "ada/x"), "is no folder") for folder in (*CONTROLS, "{none}", "{file}")),
+    *(Case(("push", folder, "ada/x"), "is not a directory") for folder in (*CONTROLS, "{none}", "{file}")),
     Case(("push", "y" * 300, "ada/x"), "File name too long"),
     Case("push {tiny} -x", "required: REPO", 2),
     Case("push {empty} ada/x", "holds no model"),
     Case("push {tiny} ada/x", "holds no model card"),
     Case("push {bad_card} ada/x", "cannot be read"),
-    *(Case(f"push {{{n}_weights}} ada/x --new_card", "is not whole") for n in ("cut", "zeros", "no_bytes", "text")),
+    *(
+        Case(f"push {{{name}_weights}} ada/x --new_card", "is missing or cut short")
+        for name in ("cut", "zeros", "no_bytes", "text")
+    ),
     Case("push {weightless} ada/x --new_card", "holds no model"),
     Case("push {broken_config} ada/x --new_card", "holds no model"),
     Case(("push", "{tiny}", "ada/x", "--new_card", "--token", "hf_ab cd"), "control character"),
@@ -289,17 +295,17 @@ _WRONG: list[tuple[dict[str, Any], str]] = [
     ({"report_to": "nonesuch"}, "is not a tracker"), ({"report_to": ["nonesuch"]}, "is not a tracker"),
     ({"report_to": {"a": 1}}, "`report_to` is {"), ({"target_blocks": []}, "selects nothing"),
     ({"target_blocks": [1]}, "selects nothing"), ({"target_blocks": ENDLESS}, "takes too long"),
-    ({"target_blocks": {"a": 1}}, "`target_blocks` is {"), ({"nonesuch": 1}, "is not a flag"),
-    ({"drop_rat": 0.5}, "Did you mean --drop_rate"), ({ESCAPE: 1}, "is not a flag"), ({"": 1}, "is not a flag"),
+    ({"target_blocks": {"a": 1}}, "`target_blocks` is {"), ({"nonesuch": 1}, "is not an option"),
+    ({"drop_rat": 0.5}, "Did you mean drop_rate"), ({ESCAPE: 1}, "is not an option"), ({"": 1}, "is not an option"),
     ({"output_dir": ""}, "is empty"), ({"output_dir": ["a"]}, "`output_dir` is ["), ({"seed": -1}, "seed"),
     ({"seed": None}, "`seed` is null"), ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
     ({"lr_scheduler_kwargs": 5}, "lr_scheduler_kwargs"), ({"ema_decay": "x"}, "invalid float value"),
-    ({"train_dir": 5}, "5"), ({"model_type": ["vit"]}, "`model_type` is ["), ({"--drop_rate": 0.5}, "is not a flag"),
+    ({"train_dir": 5}, "5"), ({"model_type": ["vit"]}, "`model_type` is ["), ({"--drop_rate": 0.5}, "is not an option"),
     ({"learning-rate": 0.5, "drop_rate": 3}, "drop_rate"),
 ]  # fmt: skip
 JSON = [Case("args.json", message, json=content) for content, message in _WRONG]
 
-# What is odd but right: exit code 0.
+# Unusual but correct: exit code 0.
 RIGHT = [
     Case(("analyze", "{dollar}", "{under}", "--max_samples", "8", "--random_draws", "0", *_OUT), "Report: ", 0),
     Case(("prune", "{escape_name}", "--drop", "1", "--output_dir", f"new/{ESCAPE}"), "saved in", 0),

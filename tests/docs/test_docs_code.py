@@ -20,6 +20,7 @@ from transformers import HfArgumentParser, ViTForImageClassification, ViTImagePr
 
 import hf_featreuse
 from hf_featreuse import FeatureReuse, FeatureReuseConfig, FeatureReuseSchedule, cli, find_residual_blocks
+from hf_featreuse.program import parse_arguments
 
 # Pages that have their own tests, of what each block does.
 OWN_TESTS = {
@@ -124,6 +125,9 @@ def read_script(path, arguments, monkeypatch):
 
     stop_after_parsing(monkeypatch)
     monkeypatch.setattr(HfArgumentParser, "parse_args_into_dataclasses", parse)
+    if "hf_featreuse.program" in script.read_text(encoding="utf-8"):
+        read_training(arguments)
+        return
     if "parse_arg" not in script.read_text(encoding="utf-8"):
         assert arguments == [], f"{path} takes no argument"
         return
@@ -131,9 +135,20 @@ def read_script(path, arguments, monkeypatch):
         runpy.run_path(str(script), run_name="__main__")
 
 
+def read_training(arguments):
+    """Read the command line of the training program; a file of options is one that a command of the page writes."""
+    words = iter(arguments)
+    flags = [word for word in words if word != "--config" or not next(words).endswith("/run.yaml")]
+    if "--help" not in flags and not flags[:1] == ["run.yaml"]:
+        parse_arguments([*flags, "--use_cpu"])
+
+
 def read_launch(parser, arguments, monkeypatch):
-    """Read the command line of a launcher, then that of the script that it starts."""
+    """Read the command line of a launcher, then that of the script or module that it starts."""
     launch = parser.parse_args(arguments)
+    if launch.module:
+        read_command([launch.training_script.replace("hf_featreuse", "featreuse"), *launch.training_script_args], None)
+        return
     read_script(launch.training_script, launch.training_script_args, monkeypatch)
 
 
@@ -151,7 +166,9 @@ def read_pip(arguments):
 def read_command(command, monkeypatch):
     """Hand a command line to the parser of the program that it calls."""
     program, *arguments = command
-    if program == "featreuse":
+    if program == "featreuse" and arguments[0] == "train":
+        read_training(arguments[1:])
+    elif program == "featreuse":
         stop_after_parsing(monkeypatch)
         with pytest.raises(Parsed):
             cli.main(arguments)
@@ -254,7 +271,7 @@ def test_a_command_runs(page, line, digits, monkeypatch, capsys):
 
 def test_every_block_is_looked_at():
     languages = {block.language for block in BLOCKS}
-    assert languages <= {"", "bash", "bibtex", "console", "python"}
+    assert languages <= {"", "bash", "bibtex", "console", "python", "yaml"}
     assert {"README.md", "docs/index.md", "docs/method.md", DISTRIBUTED} <= set(PYTHON)
     assert {"docs/augmentation.md", "docs/subclassing.md"} <= OWN_TESTS
     assert len(COMMANDS) > 50

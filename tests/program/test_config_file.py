@@ -43,20 +43,9 @@ RUNS = {
     "digits": [],
     # Values that are TrainingArguments' defaults and not those of a run from scratch.
     "scratch": [
-        *(
-            "--train_dir",
-            "x",
-            "--model_type",
-            "vit",
-            "--output_dir",
-            "o",
-            "--weight_decay",
-            "0",
-            "--warmup_steps",
-            "0",
-        ),
-        *("--target_blocks", "layers.0", "layers.1", "--ema_decay", "0.9", "--eval_strategy", "no"),
-        *("--lr_scheduler_kwargs", '{"num_cycles": 1}', "--no_scale_kept", "--report_to", "none"),
+        *"--train_dir x --model_type vit --output_dir o --weight_decay 0 --warmup_steps 0 --ema_decay 0.9".split(),
+        *"--target_blocks layers.0 layers.1 --eval_strategy no --no_scale_kept --report_to none".split(),
+        *("--lr_scheduler_kwargs", '{"num_cycles": 1}'),
     ],
     "fine-tuning": ["--train_dir", "x", "--output_dir", "o", "--early_stopping_patience", "2", "--do_train"],
     "evaluation": ["--do_eval", "--model_name_or_path", "x", "--output_dir", "o", "--optim", "sgd"],
