@@ -50,7 +50,7 @@ class Shortcut(nn.Module):
 
 
 def objective(case: Architecture, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and the model's own loss or, where it has none, one made of the logits."""
+    """Logits, and the model's own loss or, if it has none, a loss of the logits."""
     torch.manual_seed(5)
     if case.returns_loss:
         output = model(**case.labelled(4))
@@ -64,8 +64,8 @@ def some_and_all(blocks: list[ResidualBlock]) -> list[list[ResidualBlock]]:
 
 
 def check_skipping_equals_taking_the_blocks_out(case: Architecture) -> None:
-    """Logits, gradients and statistics are those of the model without the blocks, to the bit or nearly so."""
-    # LeViT cannot be copied or run backward twice in eval mode, so the reference is built anew and both train.
+    """Logits, gradients and statistics are those of the model without the blocks, bit-identical or up to rounding."""
+    # LeViT cannot be copied or run backward twice in eval mode, so the reference is built again and both train.
     model = case.build()
     blocks = find_residual_blocks(model, case.batch())
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -131,7 +131,7 @@ def check_train_only_one_block(case: Architecture) -> None:
 def counted(case: Architecture, model: PreTrainedModel, context: contextlib.AbstractContextManager) -> int:
     """Operations of a forward and backward inside a context."""
     model.zero_grad(set_to_none=True)
-    # Each count fills the model's caches anew: LeViT's of attention biases would keep the graph of the one before.
+    # Each count fills the model's caches again: LeViT's of attention biases would keep the graph of the previous one.
     with undisturbed(model), context, flop_counter() as counter:
         model(**case.batch(1)).logits.sum().backward()
     return counter.get_total_flops()

@@ -128,7 +128,7 @@ def watched(
 ) -> dict[str, Any]:
     """Train, and keep the weights after every step and the bytes of every call at the process group.
 
-    With `watch`, `StepWatch` asserts after every step that what rests has not moved, moments included.
+    With `watch`, `StepWatch` asserts after every step that inactive parameters and their moments did not change.
     """
     states, step_watch = StatesByStep(), StepWatch()
     trainer = FeatureReuseTrainer(

@@ -53,7 +53,7 @@ class Telling(FeatureReuseTrainer):
 
 
 def train_to_the_end(folder: Path, case: str, connection: Connection | None) -> None:
-    """Train, from the last whole checkpoint where there is one, and write what the run ended with."""
+    """Train, from the last complete checkpoint if there is one, and write the end of the run."""
     folder.mkdir(exist_ok=True)
     for stream, name in ((1, os.devnull), (2, folder / "errors.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
@@ -68,7 +68,7 @@ def train_to_the_end(folder: Path, case: str, connection: Connection | None) -> 
     )
     model = with_dropout(build("vit"))
     trainer = Telling(connection, model, arguments, train_dataset=examples(14))
-    # `True` is what `--resume_from_checkpoint last` passes; a run that was killed before its first save starts anew.
+    # `True` is what `--resume_from_checkpoint last` passes; a run that was killed before its first save starts again.
     trainer.train(resume_from_checkpoint=newest_whole(folder)[0] is not None)
     result = {
         "weights": state_of(trainer.model),

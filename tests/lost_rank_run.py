@@ -39,7 +39,7 @@ class Losing(Telling):
 
 
 def train_rank(rank: int, port: int, folder: Path, fault: str = "", point: str = "") -> None:
-    """What each of two processes does; from the last whole checkpoint on, where there is one."""
+    """Run one of two processes, from the last complete checkpoint if there is one."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     log = os.open(folder / f"log_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -114,7 +114,7 @@ def sharded(
 def run_sharded(folder: Path, model: nn.Module | None = None, *, watch: bool = True, **changed: Any) -> dict[str, Any]:
     """Train in shards; keep weights after every step, moments at the end, and calls at the process group.
 
-    With `watch`, `StepWatch` asserts after every step that what rests has not moved, moments included.
+    With `watch`, `StepWatch` asserts after every step that inactive parameters and their moments did not change.
     """
     counter, states, step_watch = GroupCounter(), WholeStates(), StepWatch()
     calls = CallsByStep(counter)

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; skipped, with the reason, where there is none."""
+"""Tests that need a CUDA device; skipped, with the reason, if there is none."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("architecture", ["vit", "convnext", "resnet", "swin"])
-def test_frozen_parts_rest_to_the_bit(architecture, precision, tmp_path):
+def test_frozen_parts_stay_bit_identical(architecture, precision, tmp_path):
     watch = StepWatch()
     arguments = config(tmp_path, use_cpu=False, **precision)
     trainer = FeatureReuseTrainer(build(architecture), arguments, train_dataset=examples(), callbacks=[watch])

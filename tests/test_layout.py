@@ -19,7 +19,7 @@ from hf_featreuse import FeatureReuseError
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_featreuse"
 OPTIONAL = {"peft", "matplotlib", "sklearn", "torchvision", "wandb", "trackio", "tensorboard", "optuna", "timm"}
-# Modules of ours whose names are public besides those of `hf_featreuse` itself.
+# Our modules whose names are public in addition to those of `hf_featreuse` itself.
 PUBLIC_MODULES = {
     "hf_featreuse",
     *(

@@ -181,7 +181,7 @@ def test_every_command_of_a_workflow_exists(name):
         elif "/" in program:
             assert os.access(ROOT / program, os.X_OK), program
         else:
-            # Installed by name just before, or by an extra of ours and so beside this Python.
+            # Installed by name just before, or by one of our extras and so next to this Python.
             beside = shutil.which(program, path=str(Path(sys.executable).parent))
             assert program in installed or beside, program
 

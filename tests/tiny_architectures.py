@@ -33,7 +33,7 @@ class Architecture:
         model_class (`str`): class of transformers.
         config (`dict`): of the tiny model.
         blocks (`tuple[str, ...]`): the skippable residual blocks in forward order.
-        exact (`bool`): whether their shortcut is an identity to the bit.
+        exact (`bool`): whether their shortcut is a bitwise identity.
         activation (`str`, *optional*): after the addition.
         branch (`str`, *optional*): with such an activation, the part of a block whose output is added to its input.
         num_outputs (`int`, *optional*): length of the tuple that a block returns; `None` for a bare tensor.
@@ -213,7 +213,7 @@ _FOCALNET = {
     "drop_path_rate": 0.0,
 }
 
-# Attention and MLP are blocks of their own; the attention that subsamples, at the end of a stage, has no shortcut,
+# Attention and MLP are separate blocks; the attention that subsamples, at the end of a stage, has no shortcut,
 # the MLP behind it has one.
 _LEVIT_BLOCKS = _stages("levit.encoder.stages.{}.layers.{}", (0, 1, 3), (0, 1, 2, 3, 5), (0, 1))
 # Three parts of the encoder are transformers of 2, 4 and 3 layers, whatever the config.

@@ -38,7 +38,7 @@ def options(folder: Path, **changed: Any) -> dict[str, Any]:
 def config(folder: Path, **changed: Any) -> FeatureReuseConfig:
     """The same with feature reuse; with seed 5 and two or more blocks all kinds of step come early.
 
-    The trunk rests in masked-freeze steps, so that more is held still than by default.
+    The trunk is frozen in masked-freeze steps, so that more is frozen than by default.
     """
     fixed = {"drop_rate_schedule": "uniform", "reuse_seed": 5, "train_trunk": False}
     return FeatureReuseConfig(**options(folder, **{**fixed, **changed}))
@@ -58,7 +58,7 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same_bits(first: Any, second: Any) -> bool:
-    """Whether two nested structures of tensors and numbers are equal to the bit."""
+    """Whether two nested structures of tensors and numbers are bit-identical."""
     if isinstance(first, torch.Tensor):
         return isinstance(second, torch.Tensor) and torch.equal(first, second)
     if isinstance(first, dict):
