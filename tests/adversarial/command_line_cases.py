@@ -300,7 +300,8 @@ _WRONG: list[tuple[dict[str, Any], str]] = [
     ({"output_dir": ""}, "is empty"), ({"output_dir": ["a"]}, "`output_dir` is ["), ({"seed": -1}, "seed"),
     ({"seed": None}, "`seed` is null"), ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
     ({"lr_scheduler_kwargs": 5}, "lr_scheduler_kwargs"), ({"ema_decay": "x"}, "invalid float value"),
-    ({"train_dir": 5}, "5"), ({"model_type": ["vit"]}, "`model_type` is ["), ({"--drop_rate": 0.5}, "is not an option"),
+    ({"train_dir": 5}, "5"), ({"model_type": ["vit"]}, "`model_type` is ["),
+    ({"--drop_rate": 0.5}, "is not an option"),
     ({"learning-rate": 0.5, "drop_rate": 3}, "drop_rate"),
 ]  # fmt: skip
 JSON = [Case("args.json", message, json=content) for content, message in _WRONG]
