@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_featreuse import FeatureReuseConfig
+from hf_featreuse import ConfigurationError, FeatureReuseArguments, FeatureReuseConfig
 from hf_featreuse.data import ImageCollator
 from hf_featreuse.program import Setup
 from hf_featreuse.trainer.step_log import StepLog
+
+# Of the options that FeatureReuseConfig adds to those of the method and of Trainer, what the loop follows.
+FOLLOWED = {"mixup_alpha", "cutmix_alpha", "ema_decay"}
+
+
+def check_followed(setup: Setup) -> None:
+    """Refuse options of this package that only FeatureReuseTrainer follows."""
+    elsewhere = {
+        field.name for kind in (TrainingArguments, FeatureReuseArguments) for field in dataclasses.fields(kind)
+    }
+    others = [field for field in dataclasses.fields(FeatureReuseConfig) if field.name not in elsewhere | FOLLOWED]
+    given = [field.name for field in others if getattr(setup.args, field.name) != field.default]
+    if setup.options.run.early_stopping_patience is not None:
+        given.append("early_stopping_patience")
+    if given:
+        raise ConfigurationError(
+            f"`--{given[0]} {getattr(setup.args, given[0], '')}` has no effect in this loop. Leave it out, or use "
+            "run_image_classification.py."
+        )
 
 
 def make_optimizer(model: PreTrainedModel, args: FeatureReuseConfig) -> torch.optim.Optimizer:

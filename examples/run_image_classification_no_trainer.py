@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DistributedDataParallelKwargs
-from image_classification_loop import Progress, make_loader, make_optimizer
+from image_classification_loop import Progress, check_followed, make_loader, make_optimizer
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
@@ -28,7 +28,6 @@ from transformers import get_scheduler, set_seed
 
 from hf_featreuse import (
     BatchMixer,
-    ConfigurationError,
     FeatureReuse,
     WeightAverage,
     check_finite,
@@ -222,8 +221,7 @@ class Loop:
 def run(argv: list[str]) -> Loop:
     with prepare(argv) as setup:
         args = setup.args
-        if setup.options.run.early_stopping_patience is not None:
-            raise ConfigurationError("`--early_stopping_patience` is not for this loop. Leave it out.")
+        check_followed(setup)
         checkpoint = find_checkpoint(setup.resume_from, args)
         loop = Loop(setup)
         if args.report_to:
