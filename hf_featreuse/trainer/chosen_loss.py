@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.recipe.losses import DEFAULT_GAMMA, ImageLoss
-from hf_featreuse.trainer.arguments import RecipeArguments
 from hf_featreuse.trainer.class_weights import BALANCED, class_weights, labels_of
+from hf_featreuse.trainer.recipe_arguments import RecipeArguments
 
 _SEVERAL, _REGRESSION = "multi_label_classification", "regression"
 # Of a model without a config.

@@ -16,7 +16,7 @@ from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.recipe.losses import ImageLoss
 from hf_featreuse.recipe.mixing import BatchMixer, mix_losses
 from hf_featreuse.recipe.weight_average import AVERAGE_FILE, WeightAverage
-from hf_featreuse.trainer.arguments import RecipeArguments
+from hf_featreuse.trainer.recipe_arguments import RecipeArguments
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +40,7 @@ class Recipe:
     Example:
         >>> import torch
         >>> from hf_featreuse.trainer.recipe import Recipe
-        >>> from hf_featreuse.trainer.arguments import RecipeArguments
+        >>> from hf_featreuse.trainer.recipe_arguments import RecipeArguments
         >>> recipe = Recipe(RecipeArguments(mixup_alpha=0.8))
         >>> batch = {"pixel_values": torch.rand(2, 3, 4, 4), "labels": torch.tensor([0, 1])}
         >>> with recipe.mixed(batch, "pixel_values", step=0, position=0) as mixed:

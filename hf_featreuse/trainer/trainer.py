@@ -40,13 +40,14 @@ from hf_featreuse.method.fsdp import complete_state, forget_state
 from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind, StepPlan
 from hf_featreuse.recipe.weight_average import WeightAverage
 from hf_featreuse.trainer import backends
-from hf_featreuse.trainer.arguments import FeatureReuseArguments, RecipeArguments
+from hf_featreuse.trainer.arguments import FeatureReuseArguments
 from hf_featreuse.trainer.chosen_loss import chosen_loss
 from hf_featreuse.trainer.console import ConsoleCallback
 from hf_featreuse.trainer.inactive_parameters import InactiveParameters
 from hf_featreuse.trainer.layer_decay import check_own_optimizer, layer_numbers, split_by_layer
 from hf_featreuse.trainer.memory_format import set_memory_format
 from hf_featreuse.trainer.recipe import FollowWeights, Recipe
+from hf_featreuse.trainer.recipe_arguments import RecipeArguments
 from hf_featreuse.trainer.resumable import ResumableTrainer
 from hf_featreuse.trainer.step_log import StepLog
 from hf_featreuse.trainer.step_timer import StepTimer

@@ -8,7 +8,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_featreuse import ConfigurationError, FeatureReuseArguments, FeatureReuseConfig
-from hf_featreuse.trainer.arguments import RecipeArguments
+from hf_featreuse.trainer.recipe_arguments import RecipeArguments
 
 DEFAULTS = {
     "drop_rate": 0.5,

@@ -8,8 +8,8 @@ from training_runs import options
 from transformers import Trainer, TrainingArguments
 
 from hf_featreuse import CheckpointError, ConfigurationError
-from hf_featreuse.trainer.arguments import RecipeArguments
 from hf_featreuse.trainer.recipe import FollowWeights, Recipe
+from hf_featreuse.trainer.recipe_arguments import RecipeArguments
 
 
 def soft_loss(logits: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
