@@ -38,6 +38,7 @@ PUBLIC_MODULES = {
                 "plotting",
                 "program",
                 "pruning",
+                "recipe.losses",
                 "recipe.mixing",
             ),
             *("recipe.mixing", "small_models", "trainer.console", "trainer.step_log"),

@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from hf_featreuse.errors import ConfigurationError
 
-__all__ = ["ImageLoss", "LossKind", "balanced_weights"]
+__all__ = ["ImageLoss", "balanced_weights"]
 
 LossKind = Literal["cross_entropy", "bce", "focal", "mse"]
 DEFAULT_GAMMA = 2.0

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tiny_models import batch, build
 
 from hf_featreuse import FeatureReuse, FeatureReuseSchedule, find_residual_blocks
@@ -27,15 +29,25 @@ def test_a_loop_with_mixing():
     assert 0 < run(BLOCKS[0])["share"] < 1
 
 
+def test_any_random_transform():
+    names = {}
+    exec(BLOCKS[1], names)
+    images = [Image.radial_gradient("L").convert("RGB").crop((0, 0, 200, 90))] * 2
+    first, second = names["transform"].batch(images, np.array([3, 4]), epoch=0)
+    assert first.shape == (3, 32, 32)
+    assert not torch.equal(first, second)
+    assert torch.equal(names["transform"](images[0], row=3), first)
+
+
 def test_a_loop_with_an_average():
-    names = run(BLOCKS[1])
+    names = run(BLOCKS[2])
     weight = names["model"].classifier.weight
     assert not torch.equal(names["average"].state_dict()["classifier.weight"], weight)
     assert not names["model"].training
 
 
 def test_no_block_is_left_out():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 def test_the_flags_of_the_table_and_their_defaults_are_the_examples():
@@ -45,7 +57,7 @@ def test_the_flags_of_the_table_and_their_defaults_are_the_examples():
     data_args, args = options.data, options.training
     table = PAGE[PAGE.index("| flag |") : PAGE.index("```bash")]
     flags = re.findall(r"`--(\w+)`", table)
-    assert len(flags) == 6
+    assert len(flags) == 8
     values = {flag: getattr(data_args if hasattr(data_args, flag) else args, flag) for flag in flags}
     assert values == {
         "mixup_alpha": 0.0,
@@ -53,5 +65,7 @@ def test_the_flags_of_the_table_and_their_defaults_are_the_examples():
         "label_smoothing_factor": 0.0,
         "rand_augment_ops": 0,
         "rand_augment_magnitude": 9,
+        "augmentation": None,
+        "random_erasing": 0.0,
         "ema_decay": None,
     }
