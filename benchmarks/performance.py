@@ -58,7 +58,7 @@ def load() -> dict[str, dict]:
 
 
 def plot(found: dict[str, dict], path: Path) -> None:
-    """Time of a mean step against the stock Trainer's, with the FLOP bound, a panel for each case."""
+    """Time of a mean step against the stock Trainer's, with the share of arithmetic, a panel for each case."""
     rows = math.ceil(len(found) / _COLUMNS)
     figure = Figure(figsize=(3 * _COLUMNS, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -81,13 +81,13 @@ def plot(found: dict[str, dict], path: Path) -> None:
         axis.tick_params(axis="y", labelsize=8)
     for axis in panels[:, 0]:
         axis.set_ylabel("time of a step, Trainer = 1", fontsize=9)
-    figure.supxlabel("black line: FLOP bound", fontsize=8, x=0.99, ha="right")
+    figure.supxlabel("black line: share of arithmetic", fontsize=8, x=0.99, ha="right")
     figure.savefig(path, dpi=110)
 
 
 def page(found: dict[str, dict]) -> str:
     """What stands between the markers."""
-    parts = ["![Time of a mean step against the stock Trainer's, with the FLOP bound](images/performance.png)", ""]
+    parts = ["![Time of a mean step against the stock Trainer's, with the share of arithmetic](images/performance.png)", ""]
     for name, record in found.items():
         parts += [f"### {CASES[name][0]}", "", speed.table(record), ""]
         where = f"{record['device']}, {record['threads']} threads, {record['versions']}"

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=2 python benchmarks/speed.py --granularity batch sample --peers
 
 Rounds of the trainers take turns on copies of one model, so that a machine whose speed drifts slows all alike. Each
-time is printed as a ratio to the plain step's, beside the ratio of the arithmetic (the FLOP bound): a skipped block
+time is printed as a ratio to the plain step's, next to the share of arithmetic: a skipped block
 costs nothing; masked freeze runs the whole forward, input gradients down to the lowest block that trains, and weight
 gradients of the blocks that train. The peers are the stock Trainer with the DropPath of transformers, and that of timm
 where it is installed, around the same blocks at the same rates: they compute every sample and mask some.
@@ -247,7 +247,7 @@ def table(figures: dict) -> str:
     """The figures as a Markdown table."""
     base = statistics.mean(figures["seconds"]["Trainer"])
     lines = [
-        "| step | mean s | ratio to Trainer | FLOP bound | ratio / bound | memory MiB | steps |",
+        "| step | mean s | ratio to Trainer | share of arithmetic | ratio / share | memory MiB | steps |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:

@@ -51,6 +51,7 @@ def opening_summary(
     precision: str = "no",
     engine: str | None = None,
     batch_size: int | None = None,
+    micro_batches: int = 1,
 ) -> str:
     """Say what will be trained: model, blocks found, rates, steps, expected cost, sizes and engine.
 
@@ -63,6 +64,7 @@ def opening_summary(
         engine (`str`, *optional*): what several processes train with, such as `"FSDP2"`.
         batch_size (`int`, *optional*): samples in a micro-batch of one process. With a set for every sample, the
             summary says in how many ways a block divides them.
+        micro_batches (`int`, defaults to 1): of an optimizer step on all processes.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -101,18 +103,18 @@ def opening_summary(
                 f"{cost['stochastic_depth']:.2f}, masked freeze {cost['masked_freeze']:.2f})"
             )
         if batch_size and schedule.drop_granularity == "sample" and type(schedule) is FeatureReuseSchedule:
-            lines.append(f"  sizes   {_sizes(schedule, batch_size, max_steps)}")
+            lines.append(f"  sizes   {_sizes(schedule, batch_size, micro_batches, max_steps)}")
     device = next(model.parameters()).device.type
     where = f"{processes} process{'es' if processes > 1 else ''} on {device}{f', {engine}' if engine else ''}"
     lines.append(f"  engine  {where}, {'full precision' if precision == 'no' else precision}")
     return "\n".join(lines)
 
 
-def _sizes(schedule: FeatureReuseSchedule, batch_size: int, max_steps: int) -> str:
+def _sizes(schedule: FeatureReuseSchedule, batch_size: int, micro_batches: int, max_steps: int) -> str:
     """Say how many numbers of samples a block sees in 200 steps, as a GPU plans kernels again for each new one."""
     found: list[set[int]] = [set() for _ in range(schedule.num_blocks)]
     for step in range(schedule.first_step, schedule.first_step + min(200, max_steps)):
-        plan = schedule.plan(step, batch_size=batch_size)
+        plan = schedule.plan(step, batch_size=batch_size, position=step % micro_batches * batch_size)
         if plan.sample_masks is not None:
             for of_block, count in zip(found, plan.sample_masks.sum(0).tolist(), strict=True):
                 of_block.add(count)
@@ -234,6 +236,7 @@ class ConsoleCallback(TrainerCallback):
                     precision=accelerator.mixed_precision,
                     engine=_engine(accelerator),
                     batch_size=self.run.samples_per_process,
+                    micro_batches=args.gradient_accumulation_steps * accelerator.num_processes,
                 ),
                 args,
                 state,

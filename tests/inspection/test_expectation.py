@@ -1,4 +1,4 @@
-"""The expected cost of a schedule, against the sum over all sets D and against plans that are drawn."""
+"""The expected cost of a schedule, compared with the sum over all sets D and with drawn plans."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ VANILLA, DEPTH, FREEZE = StepKind.VANILLA, StepKind.STOCHASTIC_DEPTH, StepKind.M
 
 
 def model_with(name: str, freeze: str):
-    """A model on the meta device, of which a part is frozen, and its blocks."""
+    """A model on the meta device with a frozen part, and its blocks."""
     model = build(name).to("meta")
     blocks = find_residual_blocks(model)
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
@@ -43,7 +43,7 @@ def costs_of(name: str, freeze: str = "nothing", train_trunk: str = "all") -> St
 
 
 def steps_of_a_cycle(schedule: FeatureReuseSchedule, dropped: tuple[int, ...], trunk_trains: bool) -> list[StepPlan]:
-    """What a cycle does that draws a set D."""
+    """The steps of a cycle that draws a set D."""
     total = schedule.vanilla_steps + schedule.stochastic_depth_steps + schedule.masked_freeze_steps
     if not trunk_trains and len(dropped) == schedule.num_blocks:
         return [StepPlan(VANILLA)] * total
@@ -79,8 +79,8 @@ SCHEDULES = {
     "default": {},
     "uniform": {"drop_rate": 0.7, "drop_rate_schedule": "uniform"},
     "plain steps": {"vanilla_steps": 2, "stochastic_depth_steps": 2},
-    "stochastic depth alone": {"masked_freeze_steps": 0},
-    "masked freeze alone": {"stochastic_depth_steps": 0, "drop_rate": 0.2},
+    "only stochastic depth": {"masked_freeze_steps": 0},
+    "only masked freeze": {"stochastic_depth_steps": 0, "drop_rate": 0.2},
     # 20 whole cycles.
     "falling": {"drop_rate_over_time": "falling", "first_step": 7, "last_step": 46},
     "rising": {"drop_rate_over_time": "rising", "drop_rate": 0.9, "last_step": 59, "vanilla_steps": 1},
@@ -119,7 +119,7 @@ def test_the_report_has_these_costs(name, freeze, train_trunk):
             assert share == pytest.approx(expected[kind.value], rel=1e-9)
 
 
-# Plans that are drawn
+# Drawn plans
 
 # Without masked freeze the cost is linear in the rates, so that a mean over the wrong cycles shows.
 THINNED = {"drop_rate": 0.9, "masked_freeze_steps": 0, "last_step": 119}
@@ -147,7 +147,7 @@ def test_the_opening_summary_expects_the_mean_of_the_plans_of_a_run(options, fro
         reuse = FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks), seed=seed, **options))
         runs.append(np.mean([share(reuse.plan(step, batch_size=64)) for step in range(120)]))
     text = opening_summary(reuse, costs, max_steps=120)
-    expected = float(re.search(r"cost    (\S+) of a plain", text)[1])
+    expected = float(re.search(r"cost    share of arithmetic (\S+) of a plain", text)[1])
     # Two decimals are printed; the mean over the seeds has a standard error; per sample, few cycles are looked at.
     bound = 0.005 + 5 * np.std(runs) / math.sqrt(len(runs)) + 0.01 * per_sample
     assert bound < 0.03

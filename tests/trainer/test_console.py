@@ -41,7 +41,7 @@ def test_both_summaries_say_what_the_run_was(tmp_path, capsys):
     assert "  engine  1 process on cpu, full precision" in printed
     shares = [entry["compute_share"] for entry in trainer.state.log_history if "compute_share" in entry]
     assert f"arithmetic  {100 * sum(shares) / 60:.1f} % of plain" in printed
-    expected = float(re.search(r"cost    (\S+) of a plain", printed)[1])
+    expected = float(re.search(r"cost    share of arithmetic (\S+) of a plain", printed)[1])
     assert expected == pytest.approx(sum(shares) / 60, abs=0.06)
     last = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry][-1]
     assert f"accuracy    {100 * last:.1f} % after step 60" in printed
@@ -52,8 +52,9 @@ def test_with_a_set_for_every_sample_the_expected_cost_is_what_was_spent(tmp_pat
     trainer = run(tmp_path, drop_granularity="sample", max_steps=40)
     printed = capsys.readouterr().out
     assert "one set per sample" in printed
-    expected = float(re.search(r"cost    (\S+) of a plain", printed)[1])
+    expected = float(re.search(r"cost    share of arithmetic (\S+) of a plain", printed)[1])
     assert expected == pytest.approx(mean_compute_share(trainer.state.log_history), abs=0.05)
+    assert "  sizes   a block divides 4 samples in 1 way\n" in printed
 
 
 def test_plain_steps_and_rates_over_time_are_named(tmp_path, capsys):
