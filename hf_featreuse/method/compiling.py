@@ -9,7 +9,8 @@ a block a detached input that asks for its gradient:
 - The lowest block that trains runs the graph of the ones above it. This adds the gradient of the input of its first
   layer: of a norm in transformers, of a depthwise convolution in ConvNeXt.
 
-What is left is two graphs of training and one of evaluation for blocks of the same shape. They take any batch size. If
+What is left is two graphs of training and one of evaluation for blocks of the same shape. They take any batch size, so
+that with a set for every sample they also serve each group of samples; a single sample takes graphs of its own. If
 an activation follows the addition, stochastic-depth steps scale the branch inside the block and take one more graph,
 for all survival probabilities; other blocks are scaled outside of their graph.
 """
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 from torch._prims_common import make_contiguous_strides_for
 
+from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.method.class_swap import plain_class
 from hf_featreuse.method.dummy_forward import check_not_compiled
@@ -48,6 +50,7 @@ def compile_blocks(blocks: Sequence[ResidualBlock], **options: Any) -> Iterator[
 
     Raises:
         BlockError: a block or a part of it is compiled already.
+        ConfigurationError: `mode` is one that records CUDA graphs.
 
     Example:
         >>> import torch
@@ -63,6 +66,7 @@ def compile_blocks(blocks: Sequence[ResidualBlock], **options: Any) -> Iterator[
         >>> all(parameter.grad is None for parameter in blocks[0].module.parameters())
         True
     """
+    check_mode(options.get("mode"))
     for block in blocks:
         check_not_compiled(block.module, block.name)
     any_batch_size = options.get("dynamic") is None
@@ -80,6 +84,20 @@ def compile_blocks(blocks: Sequence[ResidualBlock], **options: Any) -> Iterator[
     finally:
         for block in blocks:
             block.module.__dict__.pop(_COMPILED, None)
+
+
+def check_mode(mode: str | None) -> None:
+    """Raise `ConfigurationError` for a mode of `torch.compile` that records CUDA graphs.
+
+    They are kept in a tree of the calls of an iteration, one branch for each order, and steps that drop random blocks
+    hardly ever have the same one.
+    """
+    if mode in ("reduce-overhead", "max-autotune"):
+        raise ConfigurationError(
+            f'`torch_compile_mode="{mode}"` records a CUDA graph for every sequence of blocks that a step runs, and '
+            "random sets give a new one in nearly every step. Leave the mode unset, or set it to "
+            '"max-autotune-no-cudagraphs".'
+        )
 
 
 def _for_this_torch(options: dict[str, Any]) -> tuple[dict[str, Any], contextlib.AbstractContextManager]:

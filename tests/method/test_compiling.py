@@ -17,6 +17,7 @@ from training_runs import StepWatch, config, losses, same_bits, state_of, train,
 
 from hf_featreuse import (
     BlockError,
+    ConfigurationError,
     FeatureReuse,
     FeatureReuseSchedule,
     FeatureReuseTrainer,
@@ -327,3 +328,15 @@ def test_blocks_that_are_compiled_already_are_refused() -> None:
         with compile_blocks(blocks):
             pass
     assert is_plain(model)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_that_record_graphs_of_a_device_are_refused(mode: str, tmp_path: Path) -> None:
+    model = build("vit")
+    before = snapshot(model)
+    with pytest.raises(ConfigurationError, match=rf'`torch_compile_mode="{mode}"` records a CUDA graph'):
+        with compile_blocks(find_residual_blocks(model), mode=mode):
+            raise AssertionError("entered")
+    assert snapshot(model) == before
+    with pytest.raises(ConfigurationError, match="max-autotune-no-cudagraphs"):
+        run(tmp_path, torch_compile=True, torch_compile_mode=mode)
