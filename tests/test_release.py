@@ -58,7 +58,7 @@ def test_versions_agree():
     assert headings
     if version.is_devrelease:
         assert headings[0] == ("Unreleased", "")
-        assert f"What will be {version.base_version}," in read("CHANGELOG.md")
+        assert f"This will be {version.base_version}," in read("CHANGELOG.md")
         assert "date-released" not in citation
         released = headings[1:]
     else:
