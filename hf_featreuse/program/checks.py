@@ -98,5 +98,11 @@ def set_early_stopping(values: dict[str, Any], given: Collection[str]) -> None:
         values["save_strategy"] = values["eval_strategy"]
         if values["eval_strategy"] == "steps":
             values["save_steps"] = values["eval_steps"] or values["logging_steps"]
+    if values["load_best_model_at_end"] and values["save_strategy"] not in (values["eval_strategy"], "best"):
+        raise ConfigurationError(
+            f"`--early_stopping_patience` keeps the best model, so each evaluation needs a checkpoint, and "
+            f"`--save_strategy {values['save_strategy']}` is not `--eval_strategy {values['eval_strategy']}`. Pass the "
+            "same for both, or `--load_best_model_at_end false`."
+        )
     # Otherwise a resumed run would count its evaluations from zero.
     values["restore_callback_states_from_checkpoint"] = True

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, ViTForImageClassification, ViTImagePr
 
 import hf_featreuse
 from hf_featreuse import FeatureReuse, FeatureReuseConfig, FeatureReuseSchedule, cli, find_residual_blocks
-from hf_featreuse.program import parse_arguments
+from hf_featreuse.program import checks, parse_arguments
 
 # Pages that have their own tests, of what each block does.
 OWN_TESTS = {
@@ -126,7 +126,7 @@ def read_script(path, arguments, monkeypatch):
     stop_after_parsing(monkeypatch)
     monkeypatch.setattr(HfArgumentParser, "parse_args_into_dataclasses", parse)
     if "hf_featreuse.program" in script.read_text(encoding="utf-8"):
-        read_training(arguments)
+        read_training(arguments, monkeypatch)
         return
     if "parse_arg" not in script.read_text(encoding="utf-8"):
         assert arguments == [], f"{path} takes no argument"
@@ -135,8 +135,11 @@ def read_script(path, arguments, monkeypatch):
         runpy.run_path(str(script), run_name="__main__")
 
 
-def read_training(arguments):
+def read_training(arguments, monkeypatch):
     """Read the command line of the training program; a file of options is one that a command of the page writes."""
+    # Trackers need not be installed here.
+    known = list(checks.INTEGRATION_TO_CALLBACK)
+    monkeypatch.setattr(checks, "get_available_reporting_integrations", lambda: known)
     words = iter(arguments)
     flags = [word for word in words if word != "--config" or not next(words).endswith("/run.yaml")]
     if "--help" not in flags and not flags[:1] == ["run.yaml"]:
@@ -147,7 +150,8 @@ def read_launch(parser, arguments, monkeypatch):
     """Read the command line of a launcher, then that of the script or module that it starts."""
     launch = parser.parse_args(arguments)
     if launch.module:
-        read_command([launch.training_script.replace("hf_featreuse", "featreuse"), *launch.training_script_args], None)
+        program = launch.training_script.replace("hf_featreuse", "featreuse")
+        read_command([program, *launch.training_script_args], monkeypatch)
         return
     read_script(launch.training_script, launch.training_script_args, monkeypatch)
 
@@ -167,7 +171,7 @@ def read_command(command, monkeypatch):
     """Hand a command line to the parser of the program that it calls."""
     program, *arguments = command
     if program == "featreuse" and arguments[0] == "train":
-        read_training(arguments[1:])
+        read_training(arguments[1:], monkeypatch)
     elif program == "featreuse":
         stop_after_parsing(monkeypatch)
         with pytest.raises(Parsed):

@@ -133,7 +133,10 @@ def test_bad_options_are_named(without, tmp_path):
         without.run(["--output_dir", str(tmp_path / "out"), *FLAGS, "--mixup_alpha", "-1"])
 
 
-@pytest.mark.parametrize("words", [["--layer_decay", "0.7"], ["--early_stopping_patience", "2"]])
+BEST = ["--load_best_model_at_end", "false"]
+
+
+@pytest.mark.parametrize("words", [["--layer_decay", "0.7"], ["--early_stopping_patience", "2", *BEST]])
 def test_what_only_the_trainer_follows_is_refused(without, tmp_path, words):
     with pytest.raises(ConfigurationError, match=f"`{words[0]} .*` has no effect in this loop"):
         without.run(["--output_dir", str(tmp_path / "out"), *FLAGS, "--config_overrides", TINY, *words])
