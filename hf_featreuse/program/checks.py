@@ -101,8 +101,8 @@ def set_early_stopping(values: dict[str, Any], given: Collection[str]) -> None:
     if values["load_best_model_at_end"] and values["save_strategy"] not in (values["eval_strategy"], "best"):
         raise ConfigurationError(
             f"`--early_stopping_patience` keeps the best model, so each evaluation needs a checkpoint, and "
-            f"`--save_strategy {values['save_strategy']}` is not `--eval_strategy {values['eval_strategy']}`. Pass the "
-            "same for both, or `--load_best_model_at_end false`."
+            f"`--save_strategy {values['save_strategy']}` is not `--eval_strategy {values['eval_strategy']}`. Pass "
+            "the same for both, or `--load_best_model_at_end false`."
         )
     # Otherwise a resumed run would count its evaluations from zero.
     values["restore_callback_states_from_checkpoint"] = True
