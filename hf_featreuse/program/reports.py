@@ -71,7 +71,7 @@ def _can_report(setup: Setup) -> bool:
     if missing:
         logger.info(
             f"No report in {REPORT_FOLDER}/: {joined(missing)} {'is' if len(missing) == 1 else 'are'} not installed. "
-            'Run `pip install "hf_featreuse[examples]"`.'
+            'Run `pip install "hf_featreuse[plot]"`.'
         )
         return False
     return True
