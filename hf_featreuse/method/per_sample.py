@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_featreuse.errors import StepError
+from hf_featreuse.errors import ConfigurationError, StepError
 from hf_featreuse.method.batch_arguments import Split, put_together, take_apart, with_items
 from hf_featreuse.method.blocks import ResidualBlock, check_exact, check_outputs
 from hf_featreuse.method.class_swap import Rule, bind_rules
@@ -136,11 +138,26 @@ def _bound(rules: list[tuple[ResidualBlock, Rule]]) -> contextlib.AbstractContex
     """
     block, last = rules[-1]
     rules = [*rules[:-1], (block, _with_graph(last))]
-    return bind_rules(rules, "__call__" if any(_is_compiled(block) for block, _ in rules) else "forward")
+    if not any(_is_compiled(block) for block, _ in rules):
+        return bind_rules(rules, "forward")
+    checkpointed = next((block for block, _ in rules if _is_checkpointed_outside(block.module)), None)
+    if checkpointed is not None:
+        raise ConfigurationError(
+            f'Block {checkpointed.name} is compiled and checkpointed, which `drop_granularity="sample"` takes from '
+            "transformers 5.23 on: before, backward would run frozen samples again as ones that train. Set "
+            '`torch_compile=False` or `gradient_checkpointing=False`, or `drop_granularity="batch"`.'
+        )
+    return bind_rules(rules, "__call__")
 
 
 def _is_compiled(block: ResidualBlock) -> bool:
     return block.module._compiled_call_impl is not None
+
+
+def _is_checkpointed_outside(module: nn.Module) -> bool:
+    """Whether activation checkpointing is around the call of a module, as before transformers 5.23."""
+    layer = GradientCheckpointingLayer
+    return "__call__" in vars(layer) and isinstance(module, layer) and module.gradient_checkpointing
 
 
 def _splits(trains: np.ndarray, device: torch.device, *, rest: bool) -> list[Split]:
