@@ -1,4 +1,4 @@
-"""Write the table of image classifiers in transformers: residual blocks, their share, and what steps cost.
+"""Write docs/architectures.md: the residual blocks of every image classifier of transformers, and what steps cost.
 
     python benchmarks/architectures.py
 
@@ -70,35 +70,30 @@ HEADER = (
     "checkpointing",
     "notes",
 )
-TEXT = f"""# Architectures
+TEXT = f"""# Supported architectures
 
 Every image classifier of transformers, in its default configuration. Blocks are found by structure, not from a list of
-classes: a module whose output is its input plus a branch. Anything else, such as a layer with a projection or a
-downsampling shortcut, belongs to the trunk: it always runs, and trains in both kinds of step by default.
+classes: a residual block is a module whose output is its input plus a branch. Everything else, such as a layer with a
+projection or downsampling shortcut, belongs to the trunk, which always runs. [Inspect](inspect.md) your own model to
+see its blocks.
 
-- *blocks*: residual blocks that can be skipped, frozen and [scaled](method.md#scaling).
-- *parameters in them*, *arithmetic in them*: share of the model's parameters, and of the arithmetic of a plain step.
-- *stochastic depth*, *masked freeze*: expected arithmetic of a step as a share of a plain step's, at a uniform drop
-  rate of 0.5 and the default `train_trunk="all"`. Counted, not timed; {NONE} where it cannot be.
+- *blocks*: residual blocks, which can be skipped, frozen and [scaled](method.md#scaling).
+- *parameters in them*, *arithmetic in them*: as a share of the model and of a plain step.
+- *stochastic depth*, *masked freeze*: expected arithmetic as a share of a plain step, at a uniform drop rate of 0.5
+  with `train_trunk="all"`; {NONE} if it cannot be counted.
 - *checkpointing*: whether transformers offers gradient checkpointing for the class.
 
-The image has the size that the configuration names, else {IMAGE_SIZE} pixels. Blocks with an activation after their
-addition are listed too; with ReLU, as here, skipping is exact, with GELU it is refused. They are scaled inside, before
-the activation: ResNet, RegNet, and BiT with `layer_type="bottleneck"`. All others are scaled as a whole.
+Images have the size in the configuration, or {IMAGE_SIZE} pixels. In ResNet, RegNet and BiT with
+`layer_type="bottleneck"`, an activation follows the addition; such blocks are scaled before it. With ReLU, as here,
+skipping them is exact; with GELU it is refused.
 
 """
 BEYOND = """
 ## timm
 
-Checkpoints of timm load as `TimmWrapperForImageClassification` if timm and torchvision are installed:
-`pip install "hf_featreuse[timm]"`. With a CPU-only or another build of torch than that of the package index, install
-torchvision from torch's own index first: one that does not fit keeps transformers itself from being imported
-(`operator torchvision::nms does not exist`). Blocks are found by the same rule; `tests/method/test_timm.py` checks
-these families of timm 1.0.31.
-
-The example reads sizes and normalisation from an image processor, and timm's wraps its own transforms instead: pass
-`--image_processor_name` with one that names its sizes, such as `ViTImageProcessor` saved with the mean and size of the
-checkpoint's `pretrained_cfg`.
+timm checkpoints load as `TimmWrapperForImageClassification` with `pip install "hf_featreuse[timm]"`. If your torch is
+not from the default package index (for example a CPU build), install torchvision from torch's own index first.
+`tests/method/test_timm.py` checks these families of timm 1.0.31:
 
 | families | blocks |
 |---|---|
@@ -106,16 +101,18 @@ checkpoint's `pretrained_cfg`.
 | CaiT | every block; in those of class attention the stream is the second argument |
 | ConvNeXt, ConvNeXt V2, Swin, DaViT, PVTv2, LeViT, EdgeNeXt, PoolFormer | every block |
 | ResNet, ResNetV2, RegNet, EfficientNet, MobileNetV3, MViTv2, Hiera | all but those that change width or resolution |
-| TNT | every block, with `allow_inexact_skip=True`: only the first of its two streams is shown to be kept |
-| CAFormer | those of the first two stages; in the others the shortcut has a scale: name them in `target_blocks` |
-| DLA, legacy Xception, RepViT | none in a list or row: name them in `target_blocks` |
-| ReXNet, DPN | none: every block widens the stream; none can be named |
-| VGG, LCNet, DenseNet | none: no addition to a stream anywhere |
+| TNT | every block, with `allow_inexact_skip=True`: only the first of its two streams is known to be kept |
+| CAFormer | those of the first two stages; in the others the shortcut is scaled: name them in `target_blocks` |
+| DLA, legacy Xception, RepViT | none found: name them in `target_blocks` |
+| ReXNet, DPN | none, and none can be named: every block widens the stream |
+| VGG, LCNet, DenseNet | none: no addition to a stream |
 
-On the CPU, torch 2.13 ends with a segmentation fault in the backward of a GroupNorm layer whose weights train and
-whose input is in channels-last layout and requires no gradient. With `train_trunk="head"` or `"none"`, the first layer
-of the lowest block that trains in a masked-freeze step is such a layer if the model or its stem puts images into that
-layout.
+The training example needs an image processor with sizes and normalization, which timm's wrapper does not give. Pass
+`--image_processor_name` with, for example, a `ViTImageProcessor` saved with the values of the checkpoint's
+`pretrained_cfg`.
+
+On the CPU, torch 2.13 crashes in the backward of a GroupNorm layer that trains on a channels-last input without a
+gradient. With `train_trunk="head"` or `"none"`, the lowest block that trains can begin with such a layer.
 
 ## Naming blocks that are not found
 
@@ -125,27 +122,25 @@ from hf_featreuse import FeatureReuseConfig
 config = FeatureReuseConfig("outputs/dla", target_blocks=["level2.tree2", "level3.tree2.tree2"])
 ```
 
-An entry of `target_blocks` that matches none of the blocks found may name any other module. It becomes a block if
-every call takes one tensor of the shape and dtype of its first output, and is refused with the reason if not.
+An entry of `target_blocks` that matches no found block may name any other module whose every call takes one tensor of
+the shape and dtype of its first output. Others are refused with the reason.
 
-- If the graph shows it to be its input plus something, it is a block like any other, as in DLA.
-- If it does not, as with a scaled shortcut, only you claim that it computes input plus branch. If dropped, it returns
-  its input as it is, and training asks for `allow_inexact_skip=True` as well.
+- If the autograd graph shows an input plus something, as in DLA, it is a block like any other.
+- If not, as with a scaled shortcut, training also needs `allow_inexact_skip=True`. If dropped, it returns its input.
 
-An entry that matches blocks found takes only those; for blocks of both kinds pass a list. Of two modules of which one
-contains the other only one can be named, and none that contains blocks found.
+To combine found and named blocks, pass a list. Named blocks must not contain each other or found blocks.
 
 ## Outside image classification
 
-Works, but not studied: nothing here is specific to images, and `tests/method/test_other_models.py` runs these on tiny
-random models. Whether feature reuse helps them is not known.
+Nothing is specific to images. `tests/method/test_other_models.py` runs these on tiny random models; whether feature
+reuse helps them has not been studied.
 
 | model | blocks | notes |
 |---|---|---|
 | Llama | every decoder layer | pass `use_cache=False` among the inputs, as Trainer does |
 | RoBERTa-PreLayerNorm | every layer | pre-norm, as ViT |
 | Whisper encoder | every encoder layer | pass a small batch as `inputs`: none can be made from the configuration |
-| BERT, DistilBERT | none | a layer is LayerNorm(x + f(x)): without f it still normalises, so no shortcut is exact |
+| BERT, DistilBERT | none | a layer is LayerNorm(x + f(x)), so no shortcut is an identity |
 """
 
 
