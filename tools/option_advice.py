@@ -33,8 +33,13 @@ WHEN = {
     "reuse_seed": "To draw other sets of blocks with the same data order and weights, or the same sets with others.",
     "mixup_alpha": "Long runs from scratch that overfit; 0.8 together with CutMix in the recipe of DeiT.",
     "cutmix_alpha": "The same; 1.0 in the recipe of DeiT.",
+    "loss": "`bce` in recipes with Mixup and CutMix, and for several labels per image; `focal` if most images are "
+    "easy; `mse` for regression. See [losses](losses.md).",
+    "focal_gamma": "With `--loss focal`. More looks away from easy images more.",
+    "class_weights": "`balanced` if some classes have far fewer images than others and count as much.",
     "layer_decay": "Fine-tuning: 0.65 to 0.75 for a ViT-Base, nearer to 1 for more layers or for much data. From "
     "scratch leave it off.",
     "head_lr_multiplier": "Fine-tuning with a new head: up to 10.",
+    "channels_last": "`false` if a convolutional model turns out to be slower with it on your GPU.",
     "ema_decay": "Long runs; 0.999 averages over about 1,000 steps.",
 }
