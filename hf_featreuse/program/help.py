@@ -8,10 +8,12 @@ import shutil
 import textwrap
 from typing import Any, get_args
 
+from hf_featreuse.data.seeded import AUGMENTATIONS
 from hf_featreuse.method.freezing import FrozenBatchNorm
 from hf_featreuse.method.schedule import DropGranularity, DropRateOverTime, DropRateSchedule, TrainTrunk
 from hf_featreuse.program.arguments import DIGITS, FINE_TUNING, FROM_SCRATCH
 from hf_featreuse.program.config_file import DEFAULTS, sections
+from hf_featreuse.recipe.losses import LossKind
 
 # Of fields that are plain strings, so that errors name the option as it is named in Python.
 _CHOICES = {
@@ -20,6 +22,8 @@ _CHOICES = {
     "drop_granularity": get_args(DropGranularity),
     "train_trunk": get_args(TrainTrunk),
     "frozen_batch_norm": get_args(FrozenBatchNorm),
+    "loss": get_args(LossKind),
+    "augmentation": AUGMENTATIONS,
 }
 # Those of TrainingArguments that most runs set, in words that fit a line.
 _RECIPE = {
