@@ -7,11 +7,15 @@ from types import ModuleType
 
 import pytest
 
-context = multiprocessing.get_context("forkserver")
+# Windows starts each process afresh.
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 
 
 def warm_forkserver(module: ModuleType) -> None:
     """Start the process that others are forked from, with a module of the tests imported."""
+    if not FORKS:
+        return
     # Python 3.11 does not pass its path on to the server.
     paths = [str(Path(str(module.__file__)).parent), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:

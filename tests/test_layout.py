@@ -136,11 +136,19 @@ def test_optional_libraries_are_imported_where_they_are_used():
 
 
 @pytest.mark.slow
-def test_importing_the_package_imports_no_plotting_or_tracking_library():
-    # transformers itself may import peft and scikit-learn.
-    program = "import sys, hf_featreuse; print([m for m in ('matplotlib', 'wandb', 'optuna') if m in sys.modules])"
+def test_what_is_not_used_is_not_imported():
+    program = """
+import sys
+heavy = ("torch", "transformers", "datasets", "accelerate", "evaluate", "peft", "sklearn")
+optional = ("matplotlib", "wandb", "tensorboard", "optuna", "onnx", "onnxruntime", "openvino")
+import hf_featreuse
+print([name for name in (*heavy, *optional) if name in sys.modules])
+from hf_featreuse import FeatureReuseTrainer
+# transformers itself may import peft and scikit-learn.
+print([name for name in ("evaluate", *optional) if name in sys.modules])
+"""
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.splitlines() == ["[]", "[]"]
 
 
 def test_every_import_of_ours_is_absolute():

@@ -74,6 +74,30 @@ def test_licence_is_the_same_everywhere():
     assert read("LICENSE").split()[:4] == ["Apache", "License", "Version", "2.0,"]
 
 
+def test_the_address_of_the_repository_is_the_same_everywhere():
+    address = PROJECT["urls"]["Repository"]
+    assert all(url.startswith(address) for url in PROJECT["urls"].values())
+    assert yaml.safe_load(read("CITATION.cff"))["repository-code"] == address
+    assert tomllib.loads(read("zensical.toml"))["project"]["repo_url"] == address
+    hook = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    raw = address.replace("github.com", "raw.githubusercontent.com")
+    for entry, start in zip(hook["substitutions"], (f"]({raw}/main/", f"]({address}/blob/main/"), strict=True):
+        assert start in entry["replacement"]
+    assert address in read(".github/ISSUE_TEMPLATE/config.yml")
+
+
+def test_links_of_the_readme_are_absolute_in_the_metadata():
+    hook = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = read("README.md")
+    for entry in hook["substitutions"]:
+        text = re.sub(entry["pattern"], entry["replacement"], text)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert "/main/docs/images/" in text
+    assert "/blob/main/docs/images/" not in text
+
+
 # Dependencies
 
 
@@ -108,6 +132,18 @@ def test_every_dependency_of_the_package_has_its_reason():
     assert [line for line in lines if "#" not in line] == ['  "torch>=2.11",']
 
 
+def test_extras_have_the_usual_names_and_reasons():
+    extras = PROJECT["optional-dependencies"]
+    assert set(extras) >= {"all", "dev", "docs", "examples", "export", "plot", "test", "timm", "trackers"}
+    (everything,) = map(Requirement, extras["all"])
+    # timm brings torchvision, which must fit torch's build.
+    assert everything.extras == {"export", "plot", "trackers"}
+    lines = read("pyproject.toml").partition("\n[project.optional-dependencies]")[2].partition("\n[")[0].splitlines()
+    named = [line for line in lines if re.match(r'  "[\w-]+>=', line)]
+    assert named
+    assert [line for line in named if "#" not in line] == []
+
+
 def test_pythons_are_the_same_everywhere():
     classified = {text.rpartition(" ")[2] for text in PROJECT["classifiers"] if re.search(r"Python :: \d\.\d+$", text)}
     assert classified == PYTHONS
@@ -133,7 +169,27 @@ def jobs() -> dict[str, Any]:
 
 
 def test_there_is_a_job_for_each_check():
-    assert set(jobs()) >= {"lint", "types", "tests", "docs", "wheel", "audit"}
+    assert set(jobs()) >= {"lint", "types", "tests", "systems", "export", "docs", "wheel", "audit", "build", "publish"}
+
+
+def test_what_is_published_was_built_and_checked_before():
+    assert jobs()["publish"]["needs"] == "build"
+    assert [".ci/wheel", "dist"] in commands(jobs()["build"])
+    uploaded, downloaded = (
+        step["with"]["name"]
+        for job in ("build", "publish")
+        for step in jobs()[job]["steps"]
+        if "name" in step.get("with", {})
+    )
+    assert uploaded == downloaded
+
+
+@pytest.mark.parametrize(("tag", "code"), [("v0.1.0", 0), ("v0.2.0", 1), ("main", 1)])
+def test_a_tag_must_be_the_version_of_the_wheel(tag, code, tmp_path):
+    (tmp_path / "hf_featreuse-0.1.0-py3-none-any.whl").touch()
+    environment = {**os.environ, "GITHUB_REF_NAME": tag}
+    done = subprocess.run([ROOT / ".ci" / "check_tag", tmp_path], env=environment, capture_output=True, check=False)
+    assert done.returncode == code
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
@@ -143,11 +199,14 @@ def test_workflow_reads_only_and_gives_up_in_time(path):
     assert workflow["concurrency"]["cancel-in-progress"] is True
     for name, job in workflow["jobs"].items():
         assert 0 < job["timeout-minutes"] <= 60, name
+        # Publishing proves by this token who it is; a password is stored nowhere.
+        assert job.get("permissions", {}) == ({"id-token": "write"} if name == "publish" else {})
         for step in job["steps"]:
             # Exactly one of the two.
             assert ("uses" in step) != ("run" in step), step
             if "uses" in step:
-                assert re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]), step
+                allowed = r"actions/[\w-]+@v\d+|pypa/gh-action-pypi-publish@release/v1"
+                assert re.fullmatch(allowed, step["uses"]), step
 
 
 def commands(job: dict[str, Any]) -> list[list[str]]:
