@@ -14,7 +14,7 @@ MEANINGS = {
     "drop_granularity": "batch: one drawn set of blocks per step; sample: one per sample",
     "vanilla_steps": "plain steps at the start of each cycle",
     "stochastic_depth_steps": "steps of a cycle in which the drawn blocks are skipped",
-    "masked_freeze_steps": "steps of a cycle in which only the drawn blocks train, of all blocks",
+    "masked_freeze_steps": "steps of a cycle in which, of all blocks, only the drawn ones train",
     "scale_kept": "whether stochastic-depth steps divide what a kept block adds by the probability that it is kept",
     "train_trunk": "what outside the blocks trains in masked-freeze steps: all, the head after them, or none",
     "frozen_batch_norm": "statistics that frozen BatchNorm layers use in masked-freeze steps",
@@ -22,6 +22,7 @@ MEANINGS = {
     "target_blocks": "which residual blocks take part; if none are given, all",
     "reuse_start": "fraction of training before which steps are plain",
     "reuse_end": "fraction of training after which steps are plain",
+    "unfreeze_at": "fraction of training by which all blocks train; if none is given, all train from the start",
     "reuse_seed": "seed of the random sets of blocks; if none is given, the training seed",
 }
 
@@ -212,8 +213,10 @@ def method_text(settings: Mapping[str, Any] | None, num_blocks: int) -> str:
         return "How this model was trained was not recorded."
     depth, freeze = steps_taken(settings)
     if not depth and not freeze:
-        return "The method of hf_featreuse was switched off: this model was trained in the usual way."
+        usual = "The method of hf_featreuse was switched off: this model was trained in the usual way."
+        return " ".join([usual, *_unfreezing(settings)])
     sentences = [*_steps(settings, num_blocks, depth, freeze), *_draws(settings), *_time(settings)]
+    sentences += _unfreezing(settings)
     sentences.append("Evaluation and prediction use the whole network.")
     if depth and freeze:
         sentences.append(
@@ -224,7 +227,7 @@ def method_text(settings: Mapping[str, Any] | None, num_blocks: int) -> str:
 
 
 def _steps(settings: Mapping[str, Any], num_blocks: int, depth: bool, freeze: bool) -> Iterator[str]:
-    """Yield what the steps of a cycle do."""
+    """Describe the steps of a cycle, in sentences."""
     blocks = f"a random set of the {num_blocks} residual blocks" if num_blocks else "a random set of residual blocks"
     plain = settings.get("vanilla_steps", 0)
     trunks = {"all": " and the layers outside the residual blocks", "head": " and the layers after the last block"}
@@ -251,6 +254,14 @@ def _steps(settings: Mapping[str, Any], num_blocks: int, depth: bool, freeze: bo
 def _draws(settings: Mapping[str, Any]) -> Iterator[str]:
     if settings.get("drop_granularity") == "sample":
         yield "Each sample of a batch has its own set."
+
+
+def _unfreezing(settings: Mapping[str, Any]) -> Iterator[str]:
+    if (end := settings.get("unfreeze_at")) is not None:
+        yield (
+            "At first only what follows the last block was trained; the blocks joined from the last one down, until "
+            f"everything was trained from {100 * end:g} % of training on."
+        )
 
 
 def _time(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -264,3 +264,12 @@ def test_the_recipe_is_listed_if_it_is_used(tmp_path):
         card = (tmp_path / "README.md").read_text(encoding="utf-8")
         assert ("mixup_alpha" in card and "ema_decay" in card) == listed
         assert "cutmix_alpha" not in card
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+def test_gradual_unfreezing_is_described(drop_rate):
+    from hf_featreuse.hub.card_text import method_text
+
+    said = method_text({"drop_rate": drop_rate, "unfreeze_at": 0.3}, 4)
+    assert "until everything was trained from 30 % of training on" in said
+    assert "At first" not in method_text({"drop_rate": drop_rate, "unfreeze_at": None}, 4)
