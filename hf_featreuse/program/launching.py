@@ -10,6 +10,7 @@ from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.program.arguments import Options
 from hf_featreuse.program.output_dir import check_output_dir
 from hf_featreuse.text import with_underscores
+from hf_featreuse.trainer.arguments import FeatureReuseConfig
 
 # What the launcher would ask for with a warning if it were not given. Port 0 is any free one.
 _LAUNCHER = (
@@ -48,6 +49,23 @@ def launch(options: Options, argv: Sequence[str]) -> int:
         print(f"featreuse: a process ended with exit code {code}; see above.", file=sys.stderr)
         return code if code > 0 else 1
     return 0
+
+
+def check_one_gpu(args: FeatureReuseConfig) -> None:
+    """Refuse, before anything is loaded, one process that sees several GPUs: Trainer would copy the model to each.
+
+    Args:
+        args (`FeatureReuseConfig`): the options of training.
+
+    Raises:
+        ConfigurationError: the process sees several GPUs, and the run is not plain training.
+    """
+    if args.n_gpu > 1 and args.alternates:
+        raise ConfigurationError(
+            f"This process sees {args.n_gpu} GPUs, and feature reuse needs one process per GPU. Pass `--launch "
+            f"{args.n_gpu}` to `featreuse train`, start other programs by `accelerate launch`, or set "
+            "CUDA_VISIBLE_DEVICES=0 to train on one GPU."
+        )
 
 
 def without_launch(argv: Sequence[str]) -> list[str]:

@@ -44,6 +44,7 @@ from hf_featreuse.data.labels import REGRESSION, SEVERAL, SINGLE
 from hf_featreuse.errors import ConfigurationError, FeatureReuseError
 from hf_featreuse.folders import new_folder
 from hf_featreuse.program.arguments import DataArguments, ModelArguments, Options
+from hf_featreuse.program.launching import check_one_gpu
 from hf_featreuse.program.output_dir import check_output_dir, delete_checkpoints
 from hf_featreuse.program.parsing import parse_arguments
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
@@ -121,6 +122,7 @@ def prepare(argv: Sequence[str]) -> Iterator[Setup]:
             f"`--launch {options.run.launch}` is of the command `featreuse train`. Start other programs by "
             f"`accelerate launch --multi_gpu --num_processes {options.run.launch}` and leave it out."
         )
+    check_one_gpu(options.training)
     start_logging(options.training)
     resume_from = check_output_dir(options)
     with new_folder(str(options.training.output_dir)):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from hf_featreuse import ConfigurationError
 from hf_featreuse.cli import main
 from hf_featreuse.program import prepare
-from hf_featreuse.program.launching import without_launch
+from hf_featreuse.program.launching import check_one_gpu, without_launch
 
 TINY = ["--config_overrides", "hidden_size=16,num_hidden_layers=3,num_attention_heads=2,intermediate_size=16"]
 
@@ -66,6 +67,13 @@ def test_the_examples_name_the_command(tmp_path):
         prepare(["--use_cpu", "--launch", "2", "--output_dir", str(tmp_path / "out")]),
     ):
         pass
+
+
+def test_one_process_with_several_gpus_names_the_flag():
+    with pytest.raises(ConfigurationError, match=r"sees 2 GPUs.*`--launch 2`.*CUDA_VISIBLE_DEVICES=0"):
+        check_one_gpu(SimpleNamespace(n_gpu=2, alternates=True))
+    check_one_gpu(SimpleNamespace(n_gpu=1, alternates=True))
+    check_one_gpu(SimpleNamespace(n_gpu=2, alternates=False))
 
 
 @pytest.mark.slow
