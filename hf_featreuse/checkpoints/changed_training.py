@@ -46,7 +46,9 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
     }
-    return {name: settings[name] if name in settings else getattr(args, name, None) for name in (*_EFFECTS, *_RESTORED)}
+    # A plain `TrainingArguments` lacks those of the recipe; JSON would give tuples back as lists.
+    found = {name: settings[name] if name in settings else getattr(args, name, None) for name in (*_EFFECTS, *_RESTORED)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def describe_changed_training(saved: object, now: Mapping[str, Any]) -> str | None:

@@ -203,6 +203,14 @@ def test_resume_is_exact_and_a_changed_loss_is_reported(tmp_path, caplog):
     assert "`loss='bce'` (before: 'focal')" in caplog.text
 
 
+def test_the_same_weights_are_no_change(tmp_path, caplog):
+    common = {"class_weights": (0.5, 1.0, 2.0), "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    train(trainer_of(tmp_path, **common))
+    with caplog.at_level("WARNING", logger="hf_featreuse"):
+        trainer_of(tmp_path, **common).train(resume_from_checkpoint=True)
+    assert "changed" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
