@@ -43,7 +43,7 @@ NOTES = {
         "every stage but the first keeps one layer, its first, which pools and widens; "
         "all others may be dropped at once"
     ),
-    "ImageGPTForImageClassification": "takes colour clusters as `input_ids`: 1,024 of them",
+    "ImageGPTForImageClassification": "takes color clusters as `input_ids`: 1,024 of them",
     "LevitForImageClassification": "attention and MLP are separate blocks",
     "LevitForImageClassificationWithTeacher": NO_LOSS,
     "MobileNetV1ForImageClassification": "no shortcut anywhere",
@@ -57,7 +57,7 @@ NOTES = {
         "figures for only text, so for its language layers: with an image its forward fails on the meta device, and "
         f"it is too large for another; {NO_LOSS}"
     ),
-    "TextNetForImageClassification": "its identity branch is a batch normalisation, not a shortcut",
+    "TextNetForImageClassification": "its identity branch is a batch normalization, not a shortcut",
 }
 HEADER = (
     "model type",
