@@ -47,7 +47,7 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
     }
     # A plain `TrainingArguments` lacks those of the recipe; JSON would give tuples back as lists.
-    found = {name: settings[name] if name in settings else getattr(args, name, None) for name in (*_EFFECTS, *_RESTORED)}
+    found = {name: getattr(args, name, None) for name in (*_EFFECTS, *_RESTORED)} | settings
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
