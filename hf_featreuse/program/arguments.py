@@ -61,6 +61,10 @@ class DataArguments:
             "else the only one of classes."
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read --dataset_name while training instead of keeping it; needs --max_steps to train."},
+    )
     skip_bad_images: bool = field(
         default=False, metadata={"help": "Decode all images first, leave out those that fail, and count them."}
     )

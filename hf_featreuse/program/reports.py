@@ -35,6 +35,9 @@ def write_reports(setup: Setup) -> None:
     if task != SINGLE:
         logger.info(f"No report and no predictions: they are for one class per image, and the labels are for {task}.")
         return
+    if setup.options.data.streaming:
+        logger.info("No report and no predictions: they read a split twice, and `--streaming` reads it once.")
+        return
     evaluates = bool(args.do_eval and _can_report(setup))
     if not evaluates and not args.do_predict:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 from transformers import EarlyStoppingCallback
@@ -44,6 +44,7 @@ def make_trainer(setup: Setup) -> FeatureReuseTrainer:
     stopping: list[Any] = []
     if run.early_stopping_patience is not None:
         stopping = [EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold)]
+    metrics: dict[str, Any] = metrics_for(setup.data.problem_type)
     trainer = FeatureReuseTrainer(
         setup.model,
         setup.args,
@@ -52,7 +53,7 @@ def make_trainer(setup: Setup) -> FeatureReuseTrainer:
         eval_dataset=setup.splits.get("validation"),
         processing_class=setup.processor,
         callbacks=stopping,
-        **metrics_for(setup.data.problem_type),
+        **metrics,
     )
     trainer.card_details = setup.card_details
     return trainer
@@ -86,7 +87,8 @@ def train_and_report(trainer: FeatureReuseTrainer, setup: Setup) -> None:
 
 def _report(trainer: FeatureReuseTrainer, prefix: str, metrics: dict[str, float], split: ImageSplit) -> None:
     """Print and save metrics as the transformers example does, with the images that were left out."""
-    metrics[f"{prefix}_samples"] = len(split)
+    if isinstance(split, Sized):  # A stream has no length.
+        metrics[f"{prefix}_samples"] = len(split)
     if split.num_skipped:
         metrics[f"{prefix}_skipped_images"] = split.num_skipped
     trainer.log_metrics(prefix, metrics)

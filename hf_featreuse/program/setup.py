@@ -16,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     BaseImageProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
@@ -39,6 +38,7 @@ from hf_featreuse.data import (
     load_image_data,
     open_classifier,
     relabelled,
+    stream_image_data,
 )
 from hf_featreuse.data.labels import REGRESSION, SEVERAL, SINGLE
 from hf_featreuse.errors import ConfigurationError, FeatureReuseError
@@ -165,7 +165,44 @@ def load_data(options: Options) -> ImageData:
     """Load the splits that will be used."""
     model_args, data_args, args = options.model, options.data, options.training
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
-    data = load_image_data(
+    if data_args.streaming:
+        data = _stream(options, [name for name, used in wanted.items() if used])
+    else:
+        data = _load(options, [name for name, used in wanted.items() if used])
+    for name, flag in (("validation", "do_eval"), ("test", "do_predict")):
+        if wanted[name] and name not in data.splits:
+            raise ConfigurationError(f"`--{flag}` needs a {name} split, and the data has only {sorted(data.splits)}.")
+    return data
+
+
+def _stream(options: Options, splits: Sequence[str]) -> ImageData:
+    model_args, data_args, args = options.model, options.data, options.training
+    if data_args.dataset_name is None or data_args.skip_bad_images:
+        raise ConfigurationError(
+            "`--streaming` reads the data set of `--dataset_name`, once. Pass that, and leave out `--train_dir`, "
+            "`--validation_dir` and `--skip_bad_images`."
+        )
+    if args.do_train and args.max_steps <= 0:
+        raise ConfigurationError(
+            "`--streaming` does not know how many images an epoch has. Pass `--max_steps`, the number of optimizer "
+            "steps."
+        )
+    return stream_image_data(
+        data_args.dataset_name,
+        data_args.dataset_config_name,
+        max_train_samples=data_args.max_train_samples,
+        max_eval_samples=data_args.max_eval_samples,
+        image_column_name=data_args.image_column_name,
+        label_column_name=data_args.label_column_name,
+        token=model_args.token,
+        seed=args.seed,
+        splits=splits,
+    )
+
+
+def _load(options: Options, splits: Sequence[str]) -> ImageData:
+    model_args, data_args, args = options.model, options.data, options.training
+    return load_image_data(
         data_args.dataset_name,
         data_args.dataset_config_name,
         train_dir=data_args.train_dir,
@@ -180,12 +217,8 @@ def load_data(options: Options) -> ImageData:
         trust_remote_code=model_args.trust_remote_code,
         seed=args.seed,
         skip_bad_images=data_args.skip_bad_images,
-        splits=[name for name, used in wanted.items() if used],
+        splits=splits,
     )
-    for name, flag in (("validation", "do_eval"), ("test", "do_predict")):
-        if wanted[name] and name not in data.splits:
-            raise ConfigurationError(f"`--{flag}` needs a {name} split, and the data has only {sorted(data.splits)}.")
-    return data
 
 
 def load_model(
@@ -195,7 +228,7 @@ def load_model(
     labels = data.label_names
     if model_args.model_name_or_path is None and model_args.config_name is None:
         model_type = model_args.model_type or "vit"
-        first = next(iter(data.splits.values()))[0]["pixel_values"]
+        first = next(iter(next(iter(data.splits.values()))))["pixel_values"]
         size = model_args.image_size or min(max(first.shape[-2:]), 224)
         config = small_config(model_type, size, len(labels), labels, model_args.config_overrides)
         set_task(config, data)
@@ -243,7 +276,7 @@ def load_trained(
     return relabelled(data, opened), opened.model, processor
 
 
-def set_task(config: PreTrainedConfig, data: ImageData) -> None:
+def set_task(config: Any, data: ImageData) -> None:
     """Tell a new head of what kind the labels are; transformers takes one class per image if nothing is said."""
     if data.problem_type != SINGLE or config.problem_type is not None:
         config.problem_type = data.problem_type
