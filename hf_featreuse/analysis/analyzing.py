@@ -38,24 +38,24 @@ def analyze_model(
 ) -> ModelAnalysis:
     """Measure what each residual block of a trained model does, and the accuracy without some of them.
 
-    The batches are gone through once, and nothing of a batch is kept but Gram matrices of its samples, so memory does
-    not grow with their number. Each batch is run once for every set of blocks that is dropped. The model is in eval
-    mode meanwhile and stays on its device; modes, buffers, hooks and torch's random state are as before afterwards.
+    The batches are read once, and only Gram matrices of the samples of a batch are kept, so memory does not grow with
+    the number of batches. Each batch runs once per set of dropped blocks. The model stays on its device and is in eval
+    mode meanwhile; afterwards modes, buffers, hooks and torch's random state are as before.
 
     Args:
         model (`torch.nn.Module`): an image classifier, bare or with PEFT adapters.
-        batches (`Iterable[dict[str, torch.Tensor]]`): what the model's forward takes, such as `pixel_values` of shape
-            (batch, 3, height, width), and `labels`, int64 of shape (batch,), where -100 means none. The images should
-            be in random order and the batches of one size, at least 4: CKA compares the images of a batch.
-        blocks (`list[ResidualBlock]`, *optional*): the blocks to look at, from [`find_residual_blocks`]. By default
+        batches (`Iterable[dict[str, torch.Tensor]]`): inputs of the model's forward, such as `pixel_values` of shape
+            (batch, 3, height, width), and `labels`, int64 of shape (batch,), where -100 means no label. The images
+            should be in random order and the batches of one size, at least 4: CKA compares the images of a batch.
+        blocks (`list[ResidualBlock]`, *optional*): the blocks to analyse, from [`find_residual_blocks`]. By default
             all, found with the first images.
-        random_draws (`int`, defaults to 10): sets of random blocks to draw for each number of blocks, all where there
-            are fewer; 0 for none. Above 13 blocks, twelve numbers of blocks are measured.
+        random_draws (`int`, defaults to 10): sets of random blocks to draw for each number of blocks; all sets if
+            there are fewer; 0 for none. Above 13 blocks, twelve numbers of blocks are measured.
         seed (`int`, defaults to 0): seed of these sets.
-        allow_inexact_skip (`bool`, defaults to `False`): drop blocks too whose shortcut is no identity, such as GELU
-            after the addition. By default their accuracies are `None`.
-        name (`str`, *optional*): what to call the model in the result; by default its class.
-        disable_tqdm (`bool`, *optional*): whether to show no progress bar; by default one is shown unless
+        allow_inexact_skip (`bool`, defaults to `False`): whether to drop blocks whose shortcut is not an identity
+            too, such as blocks with GELU after the addition. By default their accuracies are `None`.
+        name (`str`, *optional*): name of the model in the result; by default its class.
+        disable_tqdm (`bool`, *optional*): whether to hide the progress bar; by default it is shown unless
             transformers' log level is above warnings.
 
     Returns:
@@ -64,7 +64,7 @@ def analyze_model(
     Raises:
         ConfigurationError: an option is out of range.
         BlockError: the model has no residual block, or `blocks` is empty.
-        DataError: there is no batch, no label, or a label beyond the classes of the model.
+        DataError: there is no batch or no label, or a label is not a class of the model.
 
     Example:
         >>> import torch
@@ -84,11 +84,11 @@ def analyze_model(
     remaining = iter(batches)
     first = next(remaining, None)
     if first is None:
-        raise DataError("`batches` holds no batch. Pass at least one, as a data loader yields them.")
+        raise DataError("`batches` is empty. Pass at least one batch, as a data loader yields them.")
     labels_of(first)
     found = find_residual_blocks(model, _few(first)) if blocks is None else list(blocks)
     if not found:
-        raise BlockError("`blocks` is empty. Pass blocks from `find_residual_blocks`, or leave it out for all.")
+        raise BlockError("`blocks` is empty. Pass blocks from `find_residual_blocks`, or leave it out to use all.")
     sets = DropSets.of(found, random_draws, seed, allow_inexact_skip)
     meter, counter = FeatureMeter(found), AccuracyCounter(sets)
     num_sets = len(sets.distinct())
@@ -106,7 +106,7 @@ def analyze_model(
                 progress.update()
     accuracy = counter.accuracy(())
     if accuracy is None:
-        raise DataError("No sample has a label (-100 means none), so there is no accuracy. Pass labelled images.")
+        raise DataError("No sample has a label (-100 means none), so accuracy is undefined. Pass labelled images.")
     return ModelAnalysis(
         model=title,
         architecture=type(model).__name__,
@@ -136,7 +136,7 @@ def analyze_model(
 def _forwards(
     model: nn.Module, batch: Batch, blocks: Sequence[ResidualBlock], sets: DropSets, meter: FeatureMeter
 ) -> Iterator[tuple[Dropped, torch.Tensor]]:
-    """The logits of a batch without each set of blocks; the features are measured with all of them."""
+    """Yield the logits of a batch without each set of blocks; the features are measured with all blocks."""
     args, kwargs = model_inputs(model, batch)
     with meter.measuring(len(batch["labels"])):
         logits = _logits(model(*args, **kwargs))
@@ -149,7 +149,7 @@ def _forwards(
 
 
 def _logits(output: Any) -> torch.Tensor:
-    """The logits of what a model returned."""
+    """Return the logits in the output of a model."""
     if isinstance(output, torch.Tensor):
         return output
     return output["logits"] if isinstance(output, Mapping) else output[0]
@@ -159,30 +159,30 @@ def _check_classes(labels: torch.Tensor, classes: int) -> None:
     lowest, highest = int(labels.min()), int(labels.max())
     if highest >= classes or bool(((labels < 0) & (labels != -100)).any()):
         raise DataError(
-            f"The labels of a batch go from {lowest} to {highest}, but the model has {classes} classes. Pass labels "
-            "from 0 to the number of classes minus one, in the order of the model's classes."
+            f"The labels of a batch range from {lowest} to {highest}, but the model has {classes} classes. Pass "
+            "labels from 0 to the number of classes minus one, in the order of the model's classes."
         )
 
 
 def labels_of(batch: Batch) -> torch.Tensor:
-    """The labels of a batch, on the CPU."""
+    """Return the labels of a batch, on the CPU."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), torch.Tensor):
-        found = f"the keys {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        found = f"a dictionary of {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise DataError(
-            f"A batch holds {found} and no tensor called `labels`. Pass dictionaries of tensors with `labels`, as a "
-            "data loader for Trainer yields them."
+            f"A batch is {found}, without a tensor `labels`. Pass dictionaries of tensors with `labels`, as a data "
+            "loader for Trainer yields them."
         )
     labels = batch["labels"]
     if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
         raise DataError(
-            f"The `labels` of a batch are {labels.dtype} of shape {tuple(labels.shape)}. Pass one integer an image, "
+            f"The `labels` of a batch are {labels.dtype} of shape {tuple(labels.shape)}. Pass one integer per image, "
             "and no empty batch."
         )
     return labels.cpu()
 
 
 def _few(batch: Batch) -> dict[str, Any]:
-    """The first images of a batch."""
+    """Return the first images of a batch."""
     size = len(batch["labels"])
     return {
         key: value[:2] if isinstance(value, torch.Tensor) and value.shape[:1] == (size,) else value
@@ -197,20 +197,20 @@ def check_options(random_draws: int, seed: int) -> None:
 
 
 def _notes(blocks: Sequence[ResidualBlock], meter: FeatureMeter, allow_inexact: bool) -> list[str]:
-    """What to know when reading the figures."""
+    """Return notes for reading the figures."""
     notes = []
     activations = sorted({block.activation for block in blocks if block.activation})
     if activations:
         notes.append(
-            f"{' and '.join(activations)} follows the addition of some blocks: |f(x)| is there the length of output "
-            "minus input, not of the residual branch."
+            f"{' and '.join(activations)} follows the addition of some blocks: for them |f(x)| is the length of "
+            "output minus input, not of the residual branch."
         )
     inexact = [block for block in blocks if not block.exact]
     if inexact:
         what = (
-            "were dropped nevertheless, and hand on their input as it is"
+            "were dropped nevertheless, and returned their input unchanged"
             if allow_inexact
-            else "were not dropped; the other figures include them. `allow_inexact_skip` drops them nevertheless"
+            else "were not dropped, but the other figures include them; `allow_inexact_skip` drops them too"
         )
         notes.append(
             f"{len(inexact)} of {len(blocks)} blocks ({inexact[0].name}{', ...' if inexact[1:] else ''}) cannot be "
@@ -223,7 +223,9 @@ def _notes(blocks: Sequence[ResidualBlock], meter: FeatureMeter, allow_inexact: 
             "ratio, cosine and CKA are left out."
         )
     if not meter.num_cka_samples:
-        notes.append(f"CKA needs batches of at least {SMALLEST_BATCH} images; these are smaller.")
+        notes.append(f"CKA needs batches of at least {SMALLEST_BATCH} images, and these are smaller.")
     if any(block.num_calls > 1 for block in blocks):
-        notes.append("Some blocks run several times in a forward: CKA is of their last run, the rest a mean of all.")
+        notes.append(
+            "Some blocks run several times per forward: CKA is of their last run, the other figures are means of all."
+        )
     return notes

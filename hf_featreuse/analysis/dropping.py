@@ -1,4 +1,4 @@
-"""Which sets of blocks are dropped, and how often the model is right without them."""
+"""Choose sets of blocks to drop, and count correct predictions without them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_featreuse.analysis.results import RandomDrop
 from hf_featreuse.analysis.statistics import Accuracy, mean_interval
 from hf_featreuse.method.blocks import ResidualBlock
 
-# Numbers of random blocks, at most, that a deep model is measured at.
+# A deep model is measured at no more than this many numbers of random blocks.
 _MOST_RANDOM_COUNTS = 12
 
 Dropped = tuple[int, ...]
@@ -22,13 +22,13 @@ Dropped = tuple[int, ...]
 
 @dataclass(frozen=True)
 class DropSets:
-    """The sets of blocks to drop: each alone, the last k, and random k.
+    """The sets of blocks to drop: each block by itself, the last k, and k at random.
 
     Args:
-        each (`list[tuple[int, ...]]`): one set for each block that can be dropped.
+        each (`list[tuple[int, ...]]`): one set per block that can be dropped.
         last (`list[tuple[int, ...]]`): the last 0, 1, ... blocks, as long as all of them can be dropped.
         random (`dict[int, list[tuple[int, ...]]]`): the sets drawn for each number of blocks.
-        num_droppable (`int`): number of blocks that random sets are drawn from.
+        num_droppable (`int`): number of blocks from which random sets are drawn.
     """
 
     each: list[Dropped]
@@ -38,7 +38,7 @@ class DropSets:
 
     @classmethod
     def of(cls, blocks: Sequence[ResidualBlock], random_draws: int, seed: int, allow_inexact: bool) -> DropSets:
-        """Choose the sets for a model, the same for the same seed and the same number of blocks to drop."""
+        """Choose the sets for a model; they are the same for the same seed and number of droppable blocks."""
         droppable = [index for index, block in enumerate(blocks) if block.exact or allow_inexact]
         last = [tuple(range(len(blocks) - count, len(blocks))) for count in range(len(blocks) + 1)]
         random = {
@@ -57,20 +57,20 @@ class DropSets:
         )
 
     def distinct(self) -> list[Dropped]:
-        """Every set once, the empty one first."""
+        """Return every set once, starting with the empty one."""
         return list(dict.fromkeys(itertools.chain(self.last, self.each, *self.random.values())))
 
 
 def random_counts(num_blocks: int) -> list[int]:
-    """Numbers of blocks to drop at random: all below `num_blocks`, or twelve that are evenly spread."""
+    """Return the numbers of blocks to drop at random: all below `num_blocks`, or twelve, evenly spread."""
     if num_blocks - 1 <= _MOST_RANDOM_COUNTS:
         return list(range(1, num_blocks))
     return np.linspace(1, num_blocks - 1, _MOST_RANDOM_COUNTS).round().astype(int).tolist()
 
 
 def draw_sets(num_blocks: int, count: int, draws: int, seed: int) -> list[Dropped]:
-    """Draw distinct sets of `count` blocks, without touching global random state; all of them where they are few."""
-    # Each block alone is dropped anyway.
+    """Draw distinct sets of `count` blocks, or all if they are few, without changing the global random state."""
+    # Sets of one block are measured anyway.
     if count == 1 or math.comb(num_blocks, count) <= draws:
         return list(itertools.combinations(range(num_blocks), count))
     generator = np.random.default_rng([seed, count])
@@ -99,16 +99,16 @@ class AccuracyCounter:
         self._total[dropped] = self._total.get(dropped, 0) + len(hits)
 
     def accuracy(self, dropped: Dropped) -> Accuracy | None:
-        """The accuracy without these blocks; None where it was not measured."""
+        """Return the accuracy without these blocks; `None` if it was not measured."""
         total = self._total.get(dropped, 0)
         return Accuracy.of(self._correct[dropped], total) if total else None
 
     def early_exit(self, num_blocks: int) -> list[Accuracy | None]:
-        """The accuracy after 0, 1, ... and all blocks."""
+        """Return the accuracy after 0, 1, ... and all blocks."""
         return [self.accuracy(tuple(range(depth, num_blocks))) for depth in range(num_blocks + 1)]
 
     def random(self) -> list[RandomDrop]:
-        """The accuracies without random blocks, for each number of them."""
+        """Return the accuracies without random blocks, for each number of blocks."""
         found = []
         for count, drawn in self._sets.random.items():
             values = [self._correct[dropped] / self._total[dropped] for dropped in drawn]

@@ -17,8 +17,8 @@ from hf_featreuse.method.blocks import ResidualBlock
 class FeatureMeter:
     """Gathers residual ratios, cosine similarities and HSIC of blocks over batches.
 
-    Of a batch it keeps one Gram matrix a block and the input of the block that is running. The features of a sample
-    are the block's whole output for it, flattened.
+    During a batch it keeps one Gram matrix per block and the input of the running block. The features of a sample are
+    the block's whole output for it, flattened.
 
     Args:
         blocks (`list[ResidualBlock]`): the blocks of one model, in forward order.
@@ -49,15 +49,15 @@ class FeatureMeter:
         self._add_hsic(grams, num_samples)
 
     def residual_ratio(self, index: int) -> float | None:
-        """Mean over samples of |f(x)| / |x|."""
+        """Return the mean over samples of |f(x)| / |x|."""
         return self._mean(self._ratios, index)
 
     def cosine_similarity(self, index: int) -> float | None:
-        """Mean over samples of the cosine of the angle between x and the block's output."""
+        """Return the mean over samples of the cosine of the angle between x and the block's output."""
         return self._mean(self._cosines, index)
 
     def cka(self) -> list[list[float | None]]:
-        """Linear CKA between the outputs of all pairs of blocks, None where it is not defined."""
+        """Return linear CKA between the outputs of all pairs of blocks, `None` where it is not defined."""
         return [[finite(value) for value in row] for row in cka(self._hsic).tolist()]
 
     def _hooks(
@@ -85,7 +85,7 @@ class FeatureMeter:
         return enter, leave
 
     def _add_hsic(self, grams: dict[int, torch.Tensor], num_samples: int) -> None:
-        """Add a batch to the mean of the estimates, weighted by its samples; its weight cancels in CKA."""
+        """Add a batch to the mean of the estimates, weighted by its samples; the weight cancels out in CKA."""
         if grams:
             there = sorted(grams)
             estimate = unbiased_hsic(torch.stack([grams[index] for index in there]))
@@ -97,5 +97,5 @@ class FeatureMeter:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None for NaN and infinity, which JSON has no word for."""
+    """Return the value, or `None` for NaN and infinity, which JSON cannot express."""
     return value if math.isfinite(value) else None

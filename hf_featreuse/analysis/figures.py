@@ -17,7 +17,7 @@ from hf_featreuse.plotting import empty_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Those of Okabe and Ito (2008) that stand out from white.
+# The colours of Okabe and Ito (2008) that stand out from white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
 _MARKERS = ("o", "s", "^", "D", "v")
 _PANEL_INCHES = 3.6
@@ -30,7 +30,7 @@ Named = Sequence[tuple[str, ModelAnalysis]]
 
 
 def plot_cka(analyses: Named, path: Path) -> Path:
-    """Draw a map of linear CKA for each model, all in the same colours; grey where it is not defined."""
+    """Draw a map of linear CKA for each model, all on one colour scale; undefined values are grey."""
     columns = min(_MAPS_IN_A_ROW, max(2, len(analyses)))
     rows = math.ceil(len(analyses) / columns)
     figure = empty_figure((4.7 if columns == 2 else 3.3) * rows)
@@ -69,7 +69,7 @@ def plot_features(analyses: Named, path: Path) -> Path:
 
 
 def plot_single_drops(analyses: Named, path: Path) -> Path:
-    """Draw the accuracy without each block, with its interval; dashed, that of the whole model."""
+    """Draw the accuracy without each block, with its interval, and that of the whole model as a dashed line."""
     figure = empty_figure(_PANEL_INCHES)
     axes = figure.subplots()
     for index, (name, analysis) in enumerate(analyses):
@@ -83,7 +83,7 @@ def plot_single_drops(analyses: Named, path: Path) -> Path:
 
 
 def plot_many_drops(analyses: Named, path: Path) -> Path:
-    """Draw the accuracy over the depth left after, and over the number of blocks dropped: the last ones and random."""
+    """Draw the accuracy over the exit depth, and over the number of last blocks and of random blocks dropped."""
     figure = empty_figure(_PANEL_INCHES + 0.3)
     panels = figure.subplots(1, 3, sharey=True)
     for index, (name, analysis) in enumerate(analyses):
@@ -99,36 +99,37 @@ def plot_many_drops(analyses: Named, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-# File name, what draws it, heading and how to read it.
+# File name, function that draws it, heading and how to read it.
 FIGURES: tuple[tuple[str, Callable[[Named, Path], Path], str, str], ...] = (
     (
         "cka.png",
         plot_cka,
         "Similarity of the blocks",
-        "Linear CKA between the outputs of all pairs of blocks: 1 for equal features up to rotation and scale, 0 for "
-        "unrelated ones. A large bright square is a run of blocks that keep what came before; dark lines are where "
-        "the features change.",
+        "Linear CKA between the outputs of all pairs of blocks: 1 for features that are equal up to rotation and "
+        "scale, 0 for unrelated ones. A large bright square is a run of blocks with similar features; dark lines show "
+        "where the features change.",
     ),
     (
         "features.png",
         plot_features,
         "What a block adds",
-        "Left, the length of what a block adds against that of its input: 0 is a block that does nothing. Right, the "
-        "cosine of the angle between a block's input and output: 1 is a block that keeps the direction.",
+        "Left: the length of what a block adds, divided by that of its input; 0 is a block that does nothing. Right: "
+        "the cosine of the angle between a block's input and output; 1 is a block that keeps the direction.",
     ),
     (
         "drop_one.png",
         plot_single_drops,
         "Accuracy without one block",
-        "Each block alone is dropped; dashed, the whole model. Bars are 95 % Wilson intervals over the images.",
+        "One block is dropped at a time; the dashed line is the whole model. Bars are 95 % Wilson intervals over the "
+        "images.",
     ),
     (
         "drop_many.png",
         plot_many_drops,
         "Accuracy without several blocks",
-        "Left, all blocks after a depth are skipped, and the model's own norm and head follow: early exit. Middle, "
-        "the same figures over the number of last blocks dropped. Right, random blocks are dropped: a dot for each "
-        "set that was drawn, their mean, and its 95 % interval over all sets of that size.",
+        "Left: early exit; all blocks after a depth are skipped, and the model's own norm and head follow. Middle: "
+        "the same figures over the number of last blocks dropped. Right: random blocks are dropped; a dot for each "
+        "drawn set, their mean, and its 95 % interval over all sets of that size.",
     ),
 )
 
@@ -154,7 +155,7 @@ def _random_drops(axes: Axes, index: int, analysis: ModelAnalysis, name: str) ->
 
 
 def _accuracies(axes: Axes, index: int, accuracies: Sequence[Accuracy | None], name: str, offset: float = 0.0) -> None:
-    """Draw accuracies with their intervals as bars; a gap where there is none."""
+    """Draw accuracies with their intervals as bars, and gaps for missing ones."""
     places = np.arange(len(accuracies)) + offset
     values = 100 * np.array([np.nan if a is None else a.value for a in accuracies])
     low, high = (100 * np.array([np.nan if a is None else getattr(a, e) for a in accuracies]) for e in ("low", "high"))
@@ -164,7 +165,7 @@ def _accuracies(axes: Axes, index: int, accuracies: Sequence[Accuracy | None], n
 
 def _line(axes: Axes, index: int, places: Sequence[float] | np.ndarray | range, values, name: str) -> None:
     marker = _MARKERS[index % len(_MARKERS)]
-    # matplotlib leaves labels that begin with an underscore out of a legend.
+    # matplotlib leaves labels that start with an underscore out of a legend.
     label = f" {name}" if name.startswith("_") else name
     axes.plot(places, values, color=_colour(index), marker=marker, markersize=3.5, linewidth=1.6, label=label)
 
@@ -186,7 +187,7 @@ def _finish(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def _name_models(axes: Axes) -> None:
-    """Name the models above all panels where there are several."""
+    """Name the models above all panels if there are several."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
         columns = max(1, _CHARACTERS_IN_A_ROW // (max(map(len, names)) + 6))

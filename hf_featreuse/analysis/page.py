@@ -1,4 +1,4 @@
-"""One HTML page for one or more analyses, with the plots inside it."""
+"""Render one or more analyses as one HTML page that contains the plots."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hf_featreuse.text import common_prefix
 
 
 def render_page(analyses: Named, plots: Sequence[Path], data: Mapping[str, Any]) -> str:
-    """The page as text.
+    """Return the page as text.
 
     Args:
         analyses (`Sequence[tuple[str, ModelAnalysis]]`): each with its name on the page.
         plots (`Sequence[Path]`): the PNG files of `FIGURES`, in that order.
-        data (`dict[str, Any]`): what the models were measured on.
+        data (`dict[str, Any]`): what the models were measured on, by label.
     """
     names = [name for name, _ in analyses]
     title = f"Analysis of {names[0] if len(names) == 1 else f'{len(names)} models'}"
@@ -35,8 +35,8 @@ def render_page(analyses: Named, plots: Sequence[Path], data: Mapping[str, Any])
         *figures,
         section(
             "Each block",
-            "Blocks in forward order. Accuracy without: only this block dropped. Exit after it: all later blocks "
-            "skipped. A dash: not defined, or the block cannot be skipped exactly.",
+            "Blocks in forward order. Accuracy without: only this block is dropped. Exit after it: all later blocks "
+            "are skipped. A dash: not defined, or the block cannot be skipped exactly.",
             f'<div class="side">{"".join(_blocks(name, analysis) for name, analysis in analyses)}</div>',
         ),
     ]
@@ -44,7 +44,7 @@ def render_page(analyses: Named, plots: Sequence[Path], data: Mapping[str, Any])
 
 
 def _summary(analyses: Named) -> str:
-    """One row a model: what the figures come to."""
+    """Return a table with one row per model that summarises the figures."""
     heading = ("model", "class", "parameters", "blocks", "accuracy (95 % interval)", "lowest, one dropped",
                "mean, half dropped", "mean |f(x)|/|x|")  # fmt: skip
     rows = []
@@ -67,7 +67,7 @@ def _summary(analyses: Named) -> str:
 
 
 def _lowest(analysis: ModelAnalysis) -> str:
-    """The lowest accuracy with one block dropped, and the block."""
+    """Return the lowest accuracy with one block dropped, and the block."""
     found = [(block.accuracy_without, block.index) for block in analysis.blocks if block.accuracy_without]
     if not found:
         return "-"
@@ -76,7 +76,7 @@ def _lowest(analysis: ModelAnalysis) -> str:
 
 
 def _half(analysis: ModelAnalysis) -> str:
-    """The mean accuracy with half the blocks dropped, or the nearest number of them that was measured."""
+    """Return the mean accuracy with half the blocks dropped, or the nearest number of them that was measured."""
     half = len(analysis.blocks) / 2
     drop = min(analysis.random_drops, key=lambda drop: abs(drop.num_dropped - half), default=None)
     return "-" if drop is None else f"{drop.mean:.1%} ({drop.num_dropped} of {len(analysis.blocks)})"

@@ -1,4 +1,4 @@
-"""Write analyses to a folder: one JSON file, the plots, and one HTML page that needs no other file."""
+"""Write analyses to a folder: a JSON file, the plots, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def write_report(
 ) -> Path:
     """Write one or more analyses, side by side, to a folder.
 
-    It gets `analysis.json`, four PNG plots and `index.html`, which holds the plots and links to nothing. Either all
-    files appear or none: they are written beside the folder and moved, the page last. Needs matplotlib, which comes
-    with `pip install "hf_featreuse[examples]"`.
+    The folder gets `analysis.json`, four PNG plots and `index.html`, which contains the plots and links to nothing.
+    Either all files appear or none: they are written to a temporary folder and moved, the page last. Requires
+    matplotlib, which is installed by `pip install "hf_featreuse[examples]"`.
 
     Args:
         analyses (`Sequence[ModelAnalysis]`): from [`analyze_model`], at least one; depths may differ.
-        output_dir (`str` or `os.PathLike`): the folder; made if missing.
-        data (`dict[str, Any]`, *optional*): what the models were measured on, by what to call it, for page and JSON.
+        output_dir (`str` or `os.PathLike`): the folder; created if missing.
+        data (`dict[str, Any]`, *optional*): what the models were measured on, by label, for the page and the JSON.
         overwrite (`bool`, defaults to `False`): whether to replace files of this name in a folder that is not empty.
 
     Returns:
@@ -71,7 +71,7 @@ def write_report(
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last part of each path or Hub id; where two share one, as many parts as tell them apart."""
+    """Return the last part of each path or Hub id, or as many parts as needed to tell them apart."""
     parts = [Path(name).parts for name in names]
     candidates = (["/".join(part[-length:]) for part in parts] for length in range(1, max(map(len, parts)) + 1))
     short = next((found for found in candidates if len(set(found)) == len(set(names))), list(names))
@@ -84,5 +84,5 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    # Names of files need not be UTF-8.
+    # File names need not be UTF-8.
     path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What an analysis found, as dataclasses and as a table."""
+"""The results of an analysis, as dataclasses and as a table."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class BlockAnalysis:
         index (`int`): place in forward order, from 0.
         name (`str`): qualified name in the model.
         class_name (`str`): class of the module.
-        exact (`bool`): whether skipping the block equals a residual branch of zero, to the bit.
+        exact (`bool`): whether skipping the block is bit-identical to a residual branch of zero.
         residual_ratio (`float`, *optional*): mean over samples of |f(x)| / |x|, where f(x) is the block's output minus
-            its input x. `None` where the first dimension of the features is not the batch.
+            its input x. `None` if the first dimension of the features is not the batch.
         cosine_similarity (`float`, *optional*): mean over samples of the cosine of the angle between the block's input
             and its output, from -1 to 1. `None` as above.
-        accuracy_without (`Accuracy`, *optional*): of the model with this block alone dropped. `None` where the block
-            cannot be skipped exactly.
+        accuracy_without (`Accuracy`, *optional*): accuracy of the model with only this block dropped. `None` if the
+            block cannot be skipped exactly.
 
     Example:
         >>> from hf_featreuse.analysis import Accuracy, BlockAnalysis
@@ -52,9 +52,9 @@ class RandomDrop:
         num_dropped (`int`): number of blocks in each set.
         mean (`float`): mean accuracy over the sets, from 0 to 1.
         low (`float`, *optional*): lower end of the 95 % t interval of the mean over all sets of this size, on the same
-            images. `None` where only one of several sets was drawn.
+            images. `None` if only one of several sets was drawn.
         high (`float`, *optional*): upper end.
-        accuracies (`list[float]`): accuracy with each set.
+        accuracies (`list[float]`): accuracy without each set.
         sets (`list[list[int]]`): indices of the blocks of each set.
 
     Example:
@@ -73,7 +73,7 @@ class RandomDrop:
 
 @dataclass(frozen=True)
 class ModelAnalysis:
-    """What a trained model does with its residual blocks, from [`analyze_model`]. `str(analysis)` is a table.
+    """What the residual blocks of a trained model do, from [`analyze_model`]. `str(analysis)` is a table.
 
     Args:
         model (`str`): the name given, or the class of the model.
@@ -85,12 +85,12 @@ class ModelAnalysis:
         cka (`list[list[float | None]]`): linear CKA between the outputs of all pairs of blocks, of shape (blocks,
             blocks), from the unbiased estimator averaged over batches; an estimate over few images can lie outside
             [0, 1]. `None` where it is not defined.
-        early_exit (`list[Accuracy | None]`): entry `d` is the accuracy after the first `d` blocks, all later ones
-            skipped, with the model's own norm and head; of length blocks + 1. `None` where a later block cannot be
-            skipped exactly.
+        early_exit (`list[Accuracy | None]`): entry `d` is the accuracy after the first `d` blocks, with all later ones
+            skipped and the model's own norm and head; of length blocks + 1. `None` if a later block cannot be skipped
+            exactly.
         random_drops (`list[RandomDrop]`): accuracy with 1, 2, ... random blocks dropped.
-        options (`dict[str, Any]`): how it was measured.
-        notes (`list[str]`): what to know when reading it.
+        options (`dict[str, Any]`): the options of the measurement.
+        notes (`list[str]`): notes for reading the figures.
 
     Example:
         >>> import torch
@@ -119,11 +119,11 @@ class ModelAnalysis:
 
     @property
     def drop_last(self) -> list[Accuracy | None]:
-        """Accuracy with the last 0, 1, ... and all blocks dropped: `early_exit` from its end."""
+        """Accuracy with the last 0, 1, ... and all blocks dropped: `early_exit` reversed."""
         return self.early_exit[::-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the analysis as dicts, lists, strings and numbers, for JSON, `drop_last` included.
+        """Return the analysis as dicts, lists, strings and numbers, for JSON, `drop_last` included.
 
         Example:
             >>> from hf_featreuse.analysis import Accuracy, ModelAnalysis
@@ -150,7 +150,7 @@ BLOCK_COLUMNS = ("|f(x)|/|x|", "cosine", "accuracy without", "exit after it")
 
 
 def block_cells(analysis: ModelAnalysis, block: BlockAnalysis) -> list[str]:
-    """What a table says of a block, in the order of `BLOCK_COLUMNS`."""
+    """Return the cells of a block in a table, in the order of `BLOCK_COLUMNS`."""
     leaving = analysis.early_exit[block.index + 1]
     return [
         number(block.residual_ratio),
@@ -161,15 +161,15 @@ def block_cells(analysis: ModelAnalysis, block: BlockAnalysis) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """Three decimals, or a dash."""
+    """Return a number with three decimals, or a dash."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def percent(accuracy: Accuracy | None) -> str:
-    """A percentage, or a dash."""
+    """Return a percentage, or a dash."""
     return "-" if accuracy is None else f"{accuracy.value:.1%}"
 
 
 def described(accuracy: Accuracy) -> str:
-    """An accuracy with its interval and its number of samples."""
+    """Return an accuracy with its interval and its number of samples."""
     return f"{accuracy.value:.1%} (95 % interval {accuracy.low:.1%} to {accuracy.high:.1%}, {accuracy.total:,} images)"

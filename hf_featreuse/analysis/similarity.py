@@ -2,7 +2,7 @@
 
 Sources: Song et al. 2012 (JMLR 13, "Feature Selection via Dependence Maximization") for the estimator; Nguyen, Raghu
 and Kornblith 2021 (arXiv 2010.15327) for its average over minibatches. Only Gram matrices, samples by samples, are
-compared, so layers of different widths can be.
+compared, so the widths of layers may differ.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
     ones. An estimate over few samples can lie outside [0, 1].
 
     Args:
-        first (`torch.Tensor`): features, one row a sample, of shape (samples, ...); further dimensions are flattened.
-        second (`torch.Tensor`): the same of another layer; its width may differ.
+        first (`torch.Tensor`): features of shape (samples, ...), one row per sample; further dimensions are flattened.
+        second (`torch.Tensor`): the same for another layer; its width may differ.
 
     Returns:
-        `float`: the similarity; NaN where one of them is the same for all samples.
+        `float`: the similarity; NaN if the features of a layer are the same for all samples.
 
     Raises:
-        DataError: fewer than four samples, or as many in one as not in the other.
+        DataError: there are fewer than four samples, or their numbers differ.
 
     Example:
         >>> import torch
@@ -40,16 +40,16 @@ def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
     """
     if len(first) != len(second) or len(first) < SMALLEST_BATCH:
         raise DataError(
-            f"CKA got features of {len(first)} and of {len(second)} samples. Pass features of the same samples, at "
+            f"CKA got features of {len(first)} and of {len(second)} samples. Pass features of the same samples, of at "
             f"least {SMALLEST_BATCH}."
         )
     return float(cka(unbiased_hsic(torch.stack([centred_gram(first), centred_gram(second)])))[0, 1])
 
 
 def centred_gram(features: torch.Tensor) -> torch.Tensor:
-    """Products of the samples' features, float64 of shape (samples, samples), on the CPU.
+    """Return the inner products of the samples' centred features, float64 of shape (samples, samples), on the CPU.
 
-    The estimator does not depend on the mean of the features; without it, rounding would.
+    The estimator does not depend on the mean of the features, but rounding does, so the mean is subtracted.
     """
     flat = features.flatten(1)
     flat = flat if flat.dtype == torch.float64 else flat.float()

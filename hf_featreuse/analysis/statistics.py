@@ -37,7 +37,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, correct: int, total: int) -> Accuracy:
-        """Make the accuracy of a count."""
+        """Return the accuracy of a count."""
         return cls(correct / total, *wilson_interval(correct, total), correct, total)
 
 
@@ -63,14 +63,14 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     share, z2 = correct / total, _Z_95**2
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z_95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    # At 0 and 1 the end is exact, and rounding would cross it.
+    # At 0 and 1 the end is exact, and rounding could exceed it.
     return (0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half)
 
 
 def mean_interval(values: Sequence[float], population: int) -> tuple[float, float] | None:
-    """The 95 % t interval, cut to [0, 1], of a mean over values drawn without replacement from `population` values.
+    """Return the 95 % t interval, within [0, 1], of the mean of values drawn without replacement from a population.
 
-    None for one value of several. Where all were drawn, the mean is known and the interval has no width.
+    `None` for one value of several. If all were drawn, the mean is known and the interval has no width.
     """
     mean, count = float(np.mean(values)), len(values)
     if count == population:
@@ -83,7 +83,7 @@ def mean_interval(values: Sequence[float], population: int) -> tuple[float, floa
 
 
 def _t_quantile(degrees: int) -> float:
-    """The 0.975 quantile of Student's t, by integrating its density; right to 1e-4."""
+    """Return the 0.975 quantile of Student's t by integrating its density, accurate to 1e-4."""
     grid = np.linspace(0, 20, 200_001)
     log_constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
     density = np.exp(log_constant - (degrees + 1) / 2 * np.log1p(grid**2 / degrees))

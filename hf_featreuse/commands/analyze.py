@@ -1,4 +1,4 @@
-"""The verb `featreuse analyze`."""
+"""The command `featreuse analyze`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_featreuse.commands.data_options import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb's parser its arguments."""
+    """Add the arguments to the command's parser."""
     parser.add_argument(
         "models",
         nargs="+",
@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="trained image classifiers to compare: local checkpoint folders or Hub ids",
     )
     add_data_arguments(parser)
-    parser.add_argument("--max_samples", type=int, default=1000, help="most images to take, drawn by the seed")
+    parser.add_argument("--max_samples", type=int, default=1000, help="maximum number of images, drawn with the seed")
     parser.add_argument("--output_dir", default="outputs/analysis", metavar="DIR", help="folder for the report")
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="replace the report in a folder that is not empty"
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images in a batch, at least 4; CKA compares these")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per batch, at least 4, which CKA compares")
     parser.add_argument(
         "--random_draws", type=int, default=10, help="sets of random blocks for each number of blocks; 0 for none"
     )
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         default=argparse.SUPPRESS,
-        help="look at only these blocks. One value is a regular expression that must match the whole name, several "
+        help="analyse only these blocks. One value is a regular expression that must match the whole name, several "
         "are names or dotted endings of names",
     )
     parser.add_argument(
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> str:
-    """Analyse the models, write the report, and give the tables as text."""
+    """Analyse the models, write the report, and return the tables as text."""
     from torch import nn
 
     from hf_featreuse.analysis.analyzing import analyze_model
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> str:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what can be refused without loading anything."""
+    """Check what can be checked without loading anything."""
     from hf_featreuse.analysis.analyzing import check_options
     from hf_featreuse.analysis.similarity import SMALLEST_BATCH
     from hf_featreuse.errors import ConfigurationError

@@ -1,4 +1,4 @@
-"""Options of the verbs that look at trained models and data: which images, which device, progress bars."""
+"""Options of the commands that read trained models and data: which images, which device, progress bars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST = 2**32 - 1
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which images."""
+    """Add the options that choose the images."""
     parser.add_argument(
         "--data",
         default=DIGITS,
@@ -32,7 +32,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         choices=("train", "validation", "test"),
         default="validation",
-        help="which images; without a validation split, 15 %% of the training images chosen by the seed, as in "
+        help="which images; without a validation split, 15 %% of the training images, drawn with the seed as in "
         "training",
     )
     parser.add_argument(
@@ -41,20 +41,20 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label_column_name", default=argparse.SUPPRESS, help="column of the labels, if it has an unusual name"
     )
-    parser.add_argument("--seed", type=int, default=42, help="decides all that is drawn, such as images")
+    parser.add_argument("--seed", type=int, default=42, help="seed of everything that is drawn, such as images")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to run, and what to show meanwhile."""
+    """Add the options for the device and the progress bars."""
     parser.add_argument(
-        "--device", default=argparse.SUPPRESS, help="where to run, such as cpu or cuda:0; by default CUDA if there is"
+        "--device", default=argparse.SUPPRESS, help="device, such as cpu or cuda:0; by default CUDA if available"
     )
     parser.add_argument("--disable_tqdm", action="store_true", help="show no progress bars")
 
 
 def load_data(options: argparse.Namespace) -> ImageData:
-    """Load the one split that is asked for."""
+    """Load the requested split."""
     from hf_featreuse.data import load_image_data
 
     return load_image_data(
@@ -68,7 +68,7 @@ def load_data(options: argparse.Namespace) -> ImageData:
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:
-    """Refuse options below a number, such as `batch_size=1`, or above what libraries take as a seed or a count."""
+    """Refuse options below a bound, such as `batch_size=1`, or above what libraries accept as a seed or a count."""
     from hf_featreuse.errors import ConfigurationError
 
     for option, bound in least.items():
@@ -80,7 +80,7 @@ def check_least(options: argparse.Namespace, **least: int) -> None:
 
 
 def chosen_device(options: argparse.Namespace) -> torch.device:
-    """The device that is asked for.
+    """Return the requested device.
 
     Raises:
         ConfigurationError: it cannot be used.

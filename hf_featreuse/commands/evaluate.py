@@ -1,4 +1,4 @@
-"""The verb `featreuse evaluate`."""
+"""The command `featreuse evaluate`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hf_featreuse.commands.data_options import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Return the verb's parser its arguments."""
+    """Add the arguments to the command's parser."""
     parser.add_argument("model", metavar="MODEL", help="a local checkpoint folder of an image classifier, or a Hub id")
     add_data_arguments(parser)
     parser.add_argument(
         "--max_samples",
         type=int,
         default=argparse.SUPPRESS,
-        help="most images to take, drawn by the seed; by default all",
+        help="maximum number of images, drawn with the seed; by default all",
     )
     parser.add_argument("--batch_size", type=int, default=64, help="images per batch")
     parser.add_argument("--num_mistakes", type=int, default=24, help="mistakes to show; 0 for none")
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> str:
-    """Evaluate the model, write the report, and give it as text."""
+    """Evaluate the model, write the report, and return it as text."""
     from torch import nn
 
     from hf_featreuse.data.evaluation import open_classifier

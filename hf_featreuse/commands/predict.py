@@ -1,4 +1,4 @@
-"""The verb `featreuse predict`."""
+"""The command `featreuse predict`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_featreuse.commands.data_options import add_device_arguments, chosen_devi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb's parser its arguments."""
+    """Add the arguments to the command's parser."""
     parser.add_argument("model", metavar="MODEL", help="a local checkpoint folder of an image classifier, or a Hub id")
     parser.add_argument(
         "images", nargs="+", metavar="IMAGES", help="image files, and folders that are searched for images"
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> str:
-    """Classify the images and tell where the predictions are."""
+    """Classify the images and return where the predictions are."""
     from pathlib import Path
 
     from torch import nn

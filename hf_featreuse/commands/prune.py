@@ -1,4 +1,4 @@
-"""The verb `featreuse prune`: from a checkpoint to a shallower one."""
+"""The command `featreuse prune`: make a shallower checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INDEX = re.compile(r"-?[0-9]{1,9}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb's parser its arguments."""
+    """Add the arguments to the command's parser."""
     parser.add_argument("model", metavar="MODEL", help="a local checkpoint folder of an image classifier, or a Hub id")
     choice = parser.add_mutually_exclusive_group(required=True)
     which = "a comma-separated list of indices, names or endings of names, or one regular expression"
@@ -29,19 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         metavar="N",
         default=argparse.SUPPRESS,
-        help="what may remain at most: a whole number of blocks, such as 8, or a share of the forward's arithmetic, "
-        "such as 0.6; the blocks that the accuracy on --data misses least go",
+        help="how much may remain: a whole number of blocks, such as 8, or a share of the forward's arithmetic, such "
+        "as 0.6; the blocks whose removal costs least accuracy on --data are removed",
     )
     parser.add_argument(
         "--data",
         metavar="DATA",
         default=argparse.SUPPRESS,
         help="for --budget: a data set on the Hub, a local folder, or `digits`; its validation images are used, or "
-        "15%% of the training images where it has none",
+        "15%% of the training images if it has none",
     )
     parser.add_argument("--max_eval_samples", type=int, default=1000, help="for --budget: images to measure on")
-    parser.add_argument("--batch_size", type=int, default=64, help="for --budget: images in a batch")
-    parser.add_argument("--seed", type=int, default=42, help="for --budget: of the draw of these images")
+    parser.add_argument("--batch_size", type=int, default=64, help="for --budget: images per batch")
+    parser.add_argument("--seed", type=int, default=42, help="for --budget: seed of the draw of these images")
     parser.add_argument(
         "--output_dir", metavar="DIR", required=True, help="a new or empty folder for the shallower model"
     )
@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> str:
     budget = _budget(options.budget) if "budget" in options else None
     if budget is not None and "data" not in options:
         raise ConfigurationError(
-            "`--budget` needs `--data`: the blocks that accuracy misses least go. Pass a data set."
+            "`--budget` was passed without `--data`, on which the accuracy without each block is measured. Pass a "
+            "data set."
         )
     if budget is not None:
         check_least(options, batch_size=1, max_eval_samples=1, seed=0)
@@ -85,14 +86,14 @@ def _budget(text: str) -> int | float:
         budget = int(text) if _INDEX.fullmatch(text) else float(text)
     except ValueError:
         raise ConfigurationError(
-            f"`--budget {text}` is no number. Pass a number of blocks, or a share of the arithmetic such as 0.6."
+            f"`--budget {text}` is not a number. Pass a number of blocks, or a share of the arithmetic such as 0.6."
         ) from None
     check_budget(budget)
     return budget
 
 
 def _choice(text: str | None) -> BlockChoice | None:
-    """`1,4` as indices, `layers.1,layers.4` as names, `.*layers.[14]` as an expression."""
+    """Read `1,4` as indices, `layers.1,layers.4` as names, `.*layers.[14]` as an expression."""
     if text is None:
         return None
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
@@ -120,7 +121,7 @@ def _rank(opened: OpenModel, budget: int | float, options: argparse.Namespace) -
     split = data.splits["validation"]
     for note in class_notes(opened, data.label_names):
         print(note, file=sys.stderr)
-    # Decoded once: the images are gone through for every block.
+    # Decoded once: the images are read again for every block.
     batches = list(
         evaluation_loader(
             opened,

@@ -1,4 +1,4 @@
-"""The verb `featreuse push`: a finished run, or any saved model, to the Hub."""
+"""The command `featreuse push`: push a finished run, or any saved model, to the Hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb's parser its arguments."""
+    """Add the arguments to the command's parser."""
     parser.add_argument(
         "folder",
         metavar="FOLDER",
@@ -22,25 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action="store_const",
             const=meaning,
             default=argparse.SUPPRESS,
-            help=f"make the repository {name}, where there is none yet; by default as the owner's settings say",
+            help=f"make a new repository {name}; by default the owner's settings apply",
         )
     parser.add_argument(
-        "--revision", metavar="BRANCH", default=argparse.SUPPRESS, help="a branch, made if missing; default: main"
+        "--revision", metavar="BRANCH", default=argparse.SUPPRESS, help="a branch, created if missing; default: main"
     )
     parser.add_argument(
-        "--token", default=argparse.SUPPRESS, help="by default HF_TOKEN, or what `hf auth login` stored"
+        "--token", default=argparse.SUPPRESS, help="by default HF_TOKEN, or the token that `hf auth login` stored"
     )
     parser.add_argument("--checkpoints", action="store_true", help="push the folders checkpoint-<step> of a run too")
     parser.add_argument(
         "--new_card",
         action="store_true",
-        help="where the folder holds no model card, push a short one that says nothing of training",
+        help="if the folder holds no model card, push a short one without details of training",
     )
     parser.add_argument("--message", default="Upload model", help="message of the commit")
 
 
 def run(options: argparse.Namespace) -> str:
-    """Push, and give the address."""
+    """Push, and return the address."""
     from pathlib import Path
 
     from hf_featreuse.hub.folders import processor_note, push_folder

@@ -34,17 +34,17 @@ def evaluate_model(
     """Measure accuracy, scores of each class, confusions and calibration of a trained classifier.
 
     Runs each batch once, in eval mode and without gradients, and keeps four numbers per image. The model stays on its
-    device; modes, buffers and torch's random state are as before afterwards. Needs scikit-learn.
+    device; modes, buffers and torch's random state are as before afterwards. Requires scikit-learn.
 
     Args:
         model (`torch.nn.Module`): an image classifier with one class per image.
-        batches (`Iterable[dict[str, torch.Tensor]]`): what the model's forward takes, such as `pixel_values` of shape
-            (batch, 3, height, width), and `labels`, int64 of shape (batch,), where -100 means none.
+        batches (`Iterable[dict[str, torch.Tensor]]`): inputs of the model's forward, such as `pixel_values` of shape
+            (batch, 3, height, width), and `labels`, int64 of shape (batch,), where -100 means no label.
         label_names (`Sequence[str]`): names of the model's classes, in the order of their ids.
         num_mistakes (`int`, defaults to 24): how many of the most confident mistakes to keep.
-        name (`str`, *optional*): what to call the model in the result; by default its class.
+        name (`str`, *optional*): name of the model in the result; by default its class.
         notes (`Sequence[str]`): added to the result.
-        disable_tqdm (`bool`, *optional*): whether to show no progress bar; by default one is shown unless
+        disable_tqdm (`bool`, *optional*): whether to hide the progress bar; by default it is shown unless
             transformers' log level is above warnings.
 
     Returns:
@@ -52,7 +52,7 @@ def evaluate_model(
 
     Raises:
         ConfigurationError: scikit-learn is missing, or `label_names` does not fit the model.
-        DataError: there is no labelled image, or a label beyond the classes of the model.
+        DataError: there is no labelled image, or a label is not a class of the model.
 
     Source:
         Expected calibration error with 15 bins of equal width: Guo et al. 2017, "On Calibration of Modern Neural
@@ -108,7 +108,7 @@ def evaluate_model(
 def _outcomes(
     model: nn.Module, batch: Mapping[str, Any], labels: torch.Tensor, num_classes: int, first_index: int
 ) -> dict[str, np.ndarray]:
-    """What is kept of each labelled image of a batch."""
+    """Return the values to keep for each labelled image of a batch."""
     args, kwargs = model_inputs(model, batch)
     output = model(*args, **kwargs)
     logits = output["logits"] if isinstance(output, Mapping) else output if torch.is_tensor(output) else output[0]
@@ -141,7 +141,7 @@ def _outcomes(
 def _by_class(
     labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]
 ) -> tuple[list[ClassScores], list[list[int]]]:
-    """Scores of each class, and the confusion matrix."""
+    """Return the scores of each class, and the confusion matrix."""
     metrics, ids = _scikit_learn(), np.arange(len(names))
     found = metrics.precision_recall_fscore_support(labels, predicted, labels=ids, zero_division=np.nan)
     precision, recall, f1, support = map(np.asarray, found)
@@ -152,7 +152,7 @@ def _by_class(
             str(name),
             _known(precision[index]),
             _known(recall[index]),
-            # A class that occurs but was never hit has an F1 of zero, not none.
+            # A class that occurs but was never predicted correctly has an F1 of zero, not `None`.
             (_known(f1[index]) or 0.0) if occurs[index] else None,
             int(support[index]),
         )
@@ -179,7 +179,7 @@ def calibration_bins(confidence: np.ndarray, hits: np.ndarray) -> list[Calibrati
 
 
 def calibration_error(bins: Sequence[CalibrationBin]) -> float:
-    """Expected calibration error: mean distance of confidence and accuracy over the bins, weighted by images."""
+    """Return the expected calibration error: mean gap of confidence and accuracy over the bins, weighted by images."""
     total = sum(one.count for one in bins)
     return sum(one.count / total * abs((one.confidence or 0) - (one.accuracy or 0)) for one in bins if one.count)
 
@@ -206,7 +206,7 @@ def _known(value: float) -> float | None:
 
 
 def _scikit_learn() -> Any:
-    """The module `sklearn.metrics`."""
+    """Return the module `sklearn.metrics`."""
     try:
         from sklearn import metrics
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Write an evaluation to a folder: JSON, plots, and one HTML page that needs no other file."""
+"""Write an evaluation to a folder: JSON, plots, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def write_evaluation(
 ) -> Path:
     """Write an evaluation to a folder.
 
-    It gets `evaluation.json`, `reliability.png`, `confusion.png` (up to 40 classes), and `index.html`, which holds the
-    plots, the scores of each class and a gallery of the most confident mistakes. Either all files appear or none.
-    Needs matplotlib.
+    The folder gets `evaluation.json`, `reliability.png`, `confusion.png` (up to 40 classes), and `index.html`, which
+    contains the plots, the scores of each class and a gallery of the most confident mistakes. Either all files appear
+    or none. Requires matplotlib.
 
     Args:
         evaluation (`Evaluation`): from [`evaluate_model`].
-        output_dir (`str` or `os.PathLike`): the folder; made if missing.
-        image (`Callable[[int], PIL.Image.Image]`, *optional*): gives the image at a position among those that were
-            evaluated, for the gallery; by default the gallery is left out.
-        data (`dict[str, Any]`, *optional*): what the model was evaluated on, by what to call it, for page and JSON.
+        output_dir (`str` or `os.PathLike`): the folder; created if missing.
+        image (`Callable[[int], PIL.Image.Image]`, *optional*): returns the image at a position among the evaluated
+            ones, for the gallery; by default the gallery is left out.
+        data (`dict[str, Any]`, *optional*): what the model was evaluated on, by label, for the page and the JSON.
         overwrite (`bool`, defaults to `False`): whether to replace files of this name in a folder that is not empty.
 
     Returns:
@@ -92,7 +92,7 @@ def _page(evaluation: Evaluation, plots: Mapping[str, Path], gallery: list[str],
         ),
     ]
     if "confusion" in plots:
-        text = "Rows are classes, columns are predictions; the colour is the share of the row, the number the images."
+        text = "Rows are classes, columns are predictions; colours are shares of the row, numbers are images."
         parts.append(section("Confusion matrix", text, picture(plots["confusion"], "Confusion matrix")))
     if confused:
         parts.append(
@@ -102,7 +102,7 @@ def _page(evaluation: Evaluation, plots: Mapping[str, Path], gallery: list[str],
         section(
             "Calibration",
             f"A calibrated model that is 80 % confident is right 8 times in 10. Bars above the dashed line mean that "
-            f"the model is too cautious, bars below that it is too confident. Expected calibration error: "
+            f"the model is too cautious; bars below it, that the model is too confident. Expected calibration error: "
             f"{evaluation.calibration_error:.3f}.",
             picture(plots["reliability"], "Reliability diagram"),
         )
@@ -114,7 +114,7 @@ def _page(evaluation: Evaluation, plots: Mapping[str, Path], gallery: list[str],
 
 
 def _mistake(mistake: Mistake, image: Image.Image) -> str:
-    """A thumbnail with its caption."""
+    """Return the HTML of a thumbnail with its caption."""
     image = image.copy()
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = io.BytesIO()

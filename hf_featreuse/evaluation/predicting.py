@@ -66,7 +66,7 @@ def predict_files(
         top_k (`int`, defaults to 1): how many classes per image, most probable first.
         batch_size (`int`, defaults to 64): images per batch.
         overwrite (`bool`, defaults to `False`): whether to replace an existing output.
-        disable_tqdm (`bool`, *optional*): whether to show no progress bar; by default one is shown unless
+        disable_tqdm (`bool`, *optional*): whether to hide the progress bar; by default it is shown unless
             transformers' log level is above warnings.
 
     Returns:
@@ -149,27 +149,29 @@ def image_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a file that cannot take predictions.
+    """Check that predictions can be written to a file.
 
     Raises:
         ConfigurationError: it exists, has an unknown ending, or its folder does not exist.
     """
     if output.suffix not in _WRITERS:
         raise ConfigurationError(
-            f"`output={str(output)!r}` (--output) does not end in {joined(list(_WRITERS), 'or')}. Pass such a file."
+            f"`output={str(output)!r}` (--output) does not end in {joined(list(_WRITERS), 'or')}. Pass a file with "
+            "such an ending."
         )
     if output.is_dir() or (output.exists() and not overwrite):
         raise ConfigurationError(
-            f"`output={str(output)!r}` (--output) exists. Pass another file, or `overwrite=True` (--overwrite)."
+            f"`output={str(output)!r}` (--output) exists. Pass another file, or pass `overwrite=True` (--overwrite) "
+            "to replace it."
         )
     if not output.absolute().parent.is_dir():
         raise ConfigurationError(
-            f"`output={str(output)!r}` (--output) lies in a folder that does not exist. Make the folder first."
+            f"`output={str(output)!r}` (--output) is in a folder that does not exist. Create the folder first."
         )
 
 
 def _preprocessing(opened: OpenModel) -> Callable[[Sequence[Image.Image]], torch.Tensor]:
-    """Return from decoded images to what the model takes."""
+    """Return a function from decoded images to the input of the model."""
     if opened.processor is None:
         raise ConfigurationError(f"`{opened.name}` has no image processor. Pass a model with one.")
     transform, collator = EvalTransform(opened.processor), ImageCollator.from_processor(opened.processor)
@@ -208,7 +210,7 @@ def classify(
 
 @contextlib.contextmanager
 def writer(output: Path) -> Iterator[Callable[[list[Row]], None]]:
-    """Return a function that adds rows to a file, which takes its name at the end unless something fails."""
+    """Give a function that adds rows to a file, which gets its name at the end unless something fails."""
     partial = output.with_name(f".{output.name}.partial")
     try:
         with _WRITERS[output.suffix](partial) as write:

@@ -1,4 +1,4 @@
-"""What an evaluation finds, as data and as text."""
+"""The results of an evaluation, as dataclasses and as text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ClassScores:
     """Scores of one class.
 
     Args:
-        name (`str`): of the class.
+        name (`str`): name of the class.
         precision (`float`, *optional*): share of the images predicted as this class that belong to it; `None` if no
             image was predicted as this class.
         recall (`float`, *optional*): share of the images of this class that were predicted as it; `None` if no image
@@ -44,7 +44,7 @@ class CalibrationBin:
         high (`float`): upper end of the bin.
         count (`int`): number of images.
         confidence (`float`, *optional*): mean over these images; `None` without images.
-        accuracy (`float`, *optional*): the same.
+        accuracy (`float`, *optional*): share of these images classified correctly; `None` without images.
     """
 
     low: float
@@ -59,9 +59,9 @@ class Mistake:
     """An image that was classified wrongly.
 
     Args:
-        index (`int`): position of the image among those that were evaluated, from 0.
+        index (`int`): position of the image among the evaluated ones, from 0.
         label (`str`): name of its class.
-        predicted (`str`): name of the class that the model prefers.
+        predicted (`str`): name of the predicted class.
         confidence (`float`): probability of the predicted class.
         label_probability (`float`): probability of its own class.
     """
@@ -91,7 +91,7 @@ class Evaluation:
         confusion (`list[list[int]]`): images by class (rows) and predicted class (columns), in the same order.
         calibration (`list[CalibrationBin]`): 15 bins of equal width, from confidence 0 to 1.
         mistakes (`list[Mistake]`): the most confident mistakes, most confident first.
-        notes (`list[str]`): what to know when reading it.
+        notes (`list[str]`): notes for reading the figures.
     """
 
     model: str
@@ -109,11 +109,11 @@ class Evaluation:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the evaluation as dicts, lists, strings and numbers, for JSON."""
+        """Return the evaluation as dicts, lists, strings and numbers, for JSON."""
         return dataclasses.asdict(self)
 
     def most_confused(self, count: int = 10) -> list[tuple[str, str, int]]:
-        """The most frequent mistakes: class, predicted class and number of images, most frequent first."""
+        """Return the most frequent mistakes: class, predicted class and number of images, most frequent first."""
         names = [scores.name for scores in self.classes]
         pairs = [
             (names[label], names[predicted], images)
@@ -124,7 +124,7 @@ class Evaluation:
         return sorted(pairs, key=lambda pair: -pair[2])[:count]
 
     def summary(self) -> dict[str, str]:
-        """The scores of the whole model, by what they are called, as text."""
+        """Return the scores of the whole model as text, by name."""
         top5 = {} if self.top5_accuracy is None else {"top-5 accuracy": f"{self.top5_accuracy:.1%}"}
         return {
             "accuracy": described(self.accuracy),
@@ -145,7 +145,7 @@ class Evaluation:
         return "\n".join([*lines, "", *aligned(rows), *more, *(f"\nNote: {note}" for note in self.notes)])
 
     def _weakest(self) -> list[ClassScores]:
-        """The classes with the lowest F1, of those that occur."""
+        """Return the classes with the lowest F1, of those that occur."""
         found = sorted((scores for scores in self.classes if scores.f1 is not None), key=lambda scores: scores.f1 or 0)
         return found[:_MOST_ROWS]
 
@@ -154,6 +154,6 @@ SCORE_COLUMNS = ("precision", "recall", "F1", "images")
 
 
 def score_cells(scores: ClassScores) -> list[str]:
-    """What a table says of a class, in the order of `SCORE_COLUMNS`."""
+    """Return the cells of a class in a table, in the order of `SCORE_COLUMNS`."""
     shares = ("-" if value is None else f"{value:.3f}" for value in (scores.precision, scores.recall, scores.f1))
     return [*shares, str(scores.support)]

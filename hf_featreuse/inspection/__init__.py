@@ -1,4 +1,4 @@
-"""Report on a model before it trains: its residual blocks, what each kind of step costs, what cannot be skipped."""
+"""Inspect a model before training: its residual blocks, the cost of each kind of step, what cannot be skipped."""
 
 from hf_featreuse.inspection.inspecting import inspect_model
 from hf_featreuse.inspection.others import NotSkippable

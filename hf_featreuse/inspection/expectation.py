@@ -1,4 +1,4 @@
-"""Expected cost of each kind of step over the schedule: exact, or over time from up to 32 of its cycles."""
+"""Expected cost of each kind of step over the schedule: exact, or from up to 32 cycles if rates change over time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from hf_featreuse.method.cost import StepCosts
 from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind, StepPlan
 
-# Of a schedule whose rates change over time.
+# Cycles to count if the rates change over time.
 _MOST_CYCLES = 32
 
 
 def step_shares(schedule: FeatureReuseSchedule, trunk_trains: bool) -> dict[str, float]:
-    """Expected share of each kind among the steps of the window.
+    """Return the expected share of each kind among the steps of the window.
 
     A masked-freeze step that drew no block is vanilla; with a frozen trunk, so is a whole cycle that drew all.
     """
@@ -22,21 +22,21 @@ def step_shares(schedule: FeatureReuseSchedule, trunk_trains: bool) -> dict[str,
 
 
 def expected_costs(costs: StepCosts, schedule: FeatureReuseSchedule, trunk_trains: bool) -> dict[str, float]:
-    """Expected arithmetic of each kind of step and of the mean step of the window, as shares of a vanilla step's."""
+    """Return the expected arithmetic of each kind of step and of the mean step, as shares of a vanilla step's."""
     over_time = [(rates, _shares(schedule, rates, trunk_trains)) for rates in _rates_over_time(schedule)]
     expected = {"vanilla": 1.0}
     mean = sum(shares["vanilla"] for _, shares in over_time)
     for kind in (StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE):
         weighted = [(shares[kind], expected_share(costs, kind, rates, trunk_trains)) for rates, shares in over_time]
         total, weight = sum(w * cost for w, cost in weighted), sum(w for w, _ in weighted)
-        # Of a kind that does not occur, the cost that it would have.
+        # For a kind that does not occur, the cost that it would have.
         expected[kind.value] = total / weight if weight else sum(cost for _, cost in weighted) / len(weighted)
         mean += total
     return {**expected, "mean": mean / len(over_time)}
 
 
 def _rates_over_time(schedule: FeatureReuseSchedule) -> list[tuple[float, ...]]:
-    """The rates of the cycles of the window, or of some spread evenly over it."""
+    """Return the rates of the cycles of the window, or of some of them, evenly spread."""
     if schedule.drop_rate_over_time == "constant" or schedule.last_step is None or not schedule.alternates:
         return [schedule.rates]
     cycles = -(-(schedule.last_step - schedule.first_step + 1) // schedule.steps_per_cycle)
@@ -59,17 +59,17 @@ def _none_dropped(rates: Sequence[float]) -> float:
 
 
 def _all_dropped(rates: Sequence[float], trunk_trains: bool) -> float:
-    """Probability that a cycle is vanilla as it drops every block; it is not if the trunk trains."""
+    """Return the probability that a cycle is vanilla because it drops every block; 0 if the trunk trains."""
     return 0.0 if trunk_trains else math.prod(rates)
 
 
 def expected_share(costs: StepCosts, kind: StepKind, rates: Sequence[float], trunk_trains: bool = True) -> float:
-    """Give the exact expectation of `costs.share` over the sets D that make a step of this kind.
+    """Return the exact expectation of `costs.share` over the sets D that make a step of this kind.
 
-    Given the lowest block that trains, the cost of a step is a sum over the blocks above it: their expectations add.
+    Given the lowest block that trains, the cost of a step is a sum over the blocks above it, so expectations add up.
 
     Args:
-        costs (`StepCosts`): of the model.
+        costs (`StepCosts`): costs of the model.
         kind (`StepKind`): stochastic depth or masked freeze.
         rates (`Sequence[float]`): drop probability of each block.
         trunk_trains (`bool`, defaults to `True`): whether the trunk can train; if not, dropping all blocks is vanilla.
@@ -89,7 +89,7 @@ def expected_share(costs: StepCosts, kind: StepKind, rates: Sequence[float], tru
         total += none_below * training[lowest] * (alone + above)
         none_below *= 1 - training[lowest]
     total += none_below * share()
-    # The sets that make the step vanilla instead.
+    # Remove the sets that make the step vanilla instead.
     none, all_dropped = 0.0 if depth else _none_dropped(rates), _all_dropped(rates, trunk_trains)
     total -= none * costs.share(StepPlan(kind, ()))
     total -= all_dropped * costs.share(StepPlan(kind, tuple(everything)))

@@ -1,4 +1,4 @@
-"""Look at a model before it trains."""
+"""Inspect a model before training."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def inspect_model(
 ) -> ModelReport:
     """Report a model's residual blocks, the expected cost of each kind of step, and what cannot be skipped.
 
-    A named model is built from its configuration alone, on the meta device; where its forward fails there, on the CPU
-    with random weights. A module is looked at on its own device and stays as it is, gradients included.
+    A named model is built from only its configuration, on the meta device, or on the CPU with random weights if its
+    forward fails there. A module is inspected on its own device and does not change, including its gradients.
 
     Args:
-        model_or_name (`torch.nn.Module`, `str` or `os.PathLike`): a model; or an image-classification checkpoint,
-            local folder or Hub id, of which only `config.json` is read; or a model type, such as `"vit"`, which means
+        model_or_name (`torch.nn.Module`, `str` or `os.PathLike`): a model; or an image-classification checkpoint, as a
+            local folder or Hub id, of which only `config.json` is read; or a model type, such as `"vit"`, for
             transformers' default configuration of it.
-        inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch as the model's forward takes
-            it. By default a batch of one is made from `model.config`.
+        inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch for the model's forward. By
+            default a batch of one is made from `model.config`.
         target_blocks (`str` or `list[str]`, *optional*): keep only these blocks, as in [`find_residual_blocks`].
         drop_rate (`float`, defaults to 0.5): as in [`FeatureReuseSchedule`].
         drop_rate_schedule (`"linear"` or `"uniform"`, defaults to `"linear"`): as in [`FeatureReuseSchedule`].
@@ -61,17 +61,17 @@ def inspect_model(
         vanilla_steps (`int`, defaults to 0): plain optimizer steps at the start of each cycle.
         train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): what outside the blocks trains in
             masked-freeze steps.
-        timing (`Timing`, *optional*): also time each block and predict the time of each kind of step. A named model
-            is built with random weights on the device for this. By default nothing is timed.
+        timing (`Timing`, *optional*): also time each block and predict the time of each kind of step. For this, a
+            named model is built on the device with random weights. By default nothing is timed.
 
     Returns:
         `ModelReport`: print it for a table; `report.to_dict()` for JSON.
 
     Raises:
-        ConfigurationError: an option is out of range, or the name is no model that transformers can build as an image
-            classifier.
-        BlockError: the model has no residual block, none of its blocks trains, a target matches none, or no batch for
-            it can be made.
+        ConfigurationError: an option is out of range, or the name is not a model that transformers can build as an
+            image classifier.
+        BlockError: the model has no residual block, none of its blocks trains, a target matches none, or no batch can
+            be made for it.
 
     Example:
         >>> from hf_featreuse import inspect_model
@@ -126,7 +126,7 @@ def _block_reports(
     times: StepCosts | None,
     parameters: int,
 ) -> list[BlockReport]:
-    """What the report says of each block; `parameters` is the number of the whole model."""
+    """Return the report of each block; `parameters` is the number of parameters of the whole model."""
     reports = []
     for index, block in enumerate(blocks):
         count = _count(block.module)
@@ -147,7 +147,7 @@ def _block_reports(
 
 
 def _saved(costs: StepCosts | None, index: int) -> float | None:
-    """What skipping one block saves of a vanilla step."""
+    """Return the share of a vanilla step that skipping one block saves."""
     return None if costs is None else 1 - costs.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (index,)))
 
 
@@ -160,7 +160,7 @@ def _step_times(
     timing: Timing,
     train_trunk: TrainTrunk,
 ) -> StepCosts:
-    """The measured times; a named model, which has no weights, is built once more on the device."""
+    """Return the measured times; a named model, which has no weights so far, is built again on the device."""
     if not isinstance(model_or_name, nn.Module):
         model = real_model(os.fspath(model_or_name), timing.device)
         blocks = trainable_blocks(model, find_and_choose(model, inputs, target_blocks)[1])
@@ -177,15 +177,14 @@ def _note_refused(blocks: Sequence[ResidualBlock], notes: list[str]) -> None:
     if inexact:
         notes.append(
             f"{len(inexact)} of {len(blocks)} blocks cannot be skipped exactly: {inexact[0].inexact}. "
-            "Training refuses them, unless you leave them out with "
-            "`target_blocks` or set `allow_inexact_skip=True`."
+            "Training refuses them unless you leave them out with `target_blocks` or set `allow_inexact_skip=True`."
         )
 
 
 def _step_costs(
     model: nn.Module, blocks: Sequence[ResidualBlock], inputs: Inputs | None, train_trunk: TrainTrunk, notes: list[str]
 ) -> StepCosts | None:
-    """The measured costs, or None with a note: the blocks are worth reporting without them."""
+    """Return the measured costs; `None` and a note if the count fails, so that the blocks are reported anyway."""
     try:
         return measure_step_costs(model, blocks, inputs, train_trunk=train_trunk)
     except FeatureReuseError:

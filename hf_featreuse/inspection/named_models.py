@@ -1,4 +1,4 @@
-"""Open an image classifier by name, without its weights."""
+"""Build an image classifier by name, without its weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Inputs = Mapping[str, Any] | torch.Tensor
 def open_model(
     name: str, inputs: Inputs | None, target_blocks: str | Sequence[str] | None, notes: list[str]
 ) -> tuple[nn.Module, Inputs | None, list[ResidualBlock], list[ResidualBlock]]:
-    """The model of a name, without its weights, its batch on the same device, its blocks and those of the target."""
+    """Return a named model without its weights, its batch on the same device, its blocks and those of the target."""
     config = _configuration(name)
     model = _build(name, config, "meta")
     on_meta = inputs.to("meta") if isinstance(inputs, torch.Tensor) else inputs
@@ -34,14 +34,14 @@ def open_model(
     except BlockError as error:
         if error.__cause__ is None:
             raise
-        notes.append("The forward fails on the meta device, so the model was built on the CPU with random weights.")
+        notes.append("The forward failed on the meta device, so the model was built on the CPU with random weights.")
     model = _build(name, config, "cpu")
     try:
         return model, inputs, *find_and_choose(model, inputs, target_blocks)
     except BlockError as error:
         if inputs is not None or error.__cause__ is None:
             raise
-        # The command line, which passes no batch, comes here too.
+        # The message names Python because the command line, which cannot pass a batch, gets here too.
         raise BlockError(
             f"`{name}` cannot be inspected from its configuration alone: {type(model).__name__} fails on a batch made "
             f"from it. {type(error.__cause__).__name__}: {first_sentence(error.__cause__)} Make a batch of one with "
@@ -50,19 +50,19 @@ def open_model(
 
 
 def real_model(name: str, device: str) -> nn.Module:
-    """The model of a name with random weights, on a device."""
+    """Return a named model with random weights, on a device."""
     return _build(name, _configuration(name), device)
 
 
 def _configuration(name: str) -> PreTrainedConfig:
-    """The configuration of a local checkpoint, a model type or a Hub checkpoint, in this order."""
+    """Return the configuration of a local checkpoint, a model type or a Hub checkpoint, in this order."""
     types = sorted(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
     if not (Path(name) / "config.json").is_file():
         if name in types:
             return CONFIG_MAPPING[name]()
         if Path(name).is_dir():
             raise ConfigurationError(
-                f"The folder `{name}` has no config.json, so it is no checkpoint. Pass a folder that "
+                f"The folder `{name}` has no config.json, so it is not a checkpoint. Pass a folder that "
                 "`save_pretrained` wrote, a Hub id or a model type."
             )
     try:
@@ -74,9 +74,10 @@ def _configuration(name: str) -> PreTrainedConfig:
                 "image classifier."
             ) from error
         raise ConfigurationError(
-            f"`{name}` is no model that can be inspected. It is no local folder; no model type of transformers' image "
-            f"classifiers.{did_you_mean(name, types)} The Hugging Face Hub gave no checkpoint of that name: "
-            f"{one_line(error)} Pass a folder with a config.json, a Hub id, or a model type such as `vit`."
+            f"`{name}` is not a model that can be inspected. It is neither a local folder nor a model type of "
+            f"transformers' image classifiers.{did_you_mean(name, types)} The Hugging Face Hub returned no checkpoint "
+            f"of that name: {one_line(error)} Pass a folder with a config.json, a Hub id, or a model type such as "
+            "`vit`."
         ) from error
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ConfigurationError(
@@ -87,7 +88,7 @@ def _configuration(name: str) -> PreTrainedConfig:
 
 
 def _build(name: str, config: PreTrainedConfig, device: str) -> nn.Module:
-    """The image classifier of a configuration, without touching torch's random state."""
+    """Return the image classifier of a configuration without changing torch's random state."""
     config = copy.deepcopy(config)
     if not config.architectures:
         # AutoModel fails on types with several classes, such as DeiT, when the configuration names none.
@@ -98,6 +99,6 @@ def _build(name: str, config: PreTrainedConfig, device: str) -> nn.Module:
             return AutoModelForImageClassification.from_config(config)
     except Exception as error:
         raise ConfigurationError(
-            f"transformers cannot build `{name}` from its configuration: {one_line(error)} Install what it names, or "
-            "pass another model."
+            f"transformers cannot build `{name}` from its configuration: {one_line(error)} Install what is missing, "
+            "or pass another model."
         ) from error

@@ -1,4 +1,4 @@
-"""Modules that look like residual blocks and are none."""
+"""Find modules that look like residual blocks but are not."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Inputs = Mapping[str, Any] | torch.Tensor
 
 @dataclass(frozen=True)
 class NotSkippable:
-    """A module beside residual blocks, or of the class of one, that steps neither skip nor train alone.
+    """A module next to residual blocks, or of the class of one, that steps neither skip nor train selectively.
 
     Args:
         name (`str`): qualified name in the model.
         class_name (`str`): class of the module.
-        reason (`str`): why.
+        reason (`str`): why it does not take part.
     """
 
     name: str
@@ -36,7 +36,7 @@ def not_skippable(
     found: Sequence[ResidualBlock],
     blocks: Sequence[ResidualBlock],
 ) -> list[NotSkippable]:
-    """Modules in one list with a residual block, or of its class, that do not take part, each with the reason."""
+    """Return the modules in one list with a residual block, or of its class, that do not take part, with reasons."""
     names, taking_part = [block.name for block in found], {block.name for block in blocks}
     lists = {name.rpartition(".")[0] for name in names}
     classes = {type(block.module) for block in found if not type(block.module).__module__.startswith("torch.")}
@@ -56,7 +56,7 @@ def not_skippable(
 
 
 def _reason(module: nn.Module, shapes: tuple[list[Any], Any] | None, left_out: bool | None) -> str:
-    """Why a module is no block: `left_out` says whether a block that does not take part could train."""
+    """Return why a module does not take part; `left_out` is whether a block that was left out could train."""
     if left_out is not None:
         return "left out by target_blocks" if left_out else "no parameter that requires gradients"
     if next(module.parameters(), None) is None:
@@ -72,7 +72,7 @@ def _reason(module: nn.Module, shapes: tuple[list[Any], Any] | None, left_out: b
 def _shapes(
     model: nn.Module, inputs: Inputs | None, modules: Mapping[str, nn.Module]
 ) -> dict[str, tuple[list[Any], Any]]:
-    """Shapes of the tensors that go into each module and of the first that comes out, from one forward."""
+    """Return, from one forward, the shapes of each module's input tensors and of its first output."""
     if not modules:
         return {}
     shapes: dict[str, tuple[list[Any], Any]] = {}

@@ -21,11 +21,11 @@ _CHARACTERS_IN_A_ROW = 150
 def plot_inspection(report: ModelReport, path: str | Path, *, title: str | None = None) -> Path:
     """Write a PNG of an inspected model: survival probability and share of arithmetic of each block, over depth.
 
-    Needs matplotlib, which comes with `pip install "hf_featreuse[examples]"`.
+    Requires matplotlib, which is installed by `pip install "hf_featreuse[examples]"`.
 
     Args:
-        report (`ModelReport`): from `inspect_model`. Without counted arithmetic, the second panel is left out.
-        path (`str` or `Path`): the file to write; its folder is made if missing.
+        report (`ModelReport`): from `inspect_model`. If the arithmetic was not counted, the second panel is left out.
+        path (`str` or `Path`): the file to write; its folder is created if missing.
         title (`str`, *optional*): printed above the panels; by default the model and the expected costs.
 
     Returns:
@@ -64,7 +64,7 @@ def _inspection_title(report: ModelReport) -> str:
 
 
 def _draw_bars(axes: Axes, values: Sequence[float], colour: str, label: str) -> None:
-    """Draw one bar a block."""
+    """Draw one bar per block."""
     axes.bar(range(len(values)), values, width=0.75, color=colour)
     axes.set_ylabel(label)
     axes.set_xlim(-0.6, len(values) - 0.4)
@@ -74,7 +74,7 @@ def _draw_bars(axes: Axes, values: Sequence[float], colour: str, label: str) -> 
 
 
 def _label_blocks(axes: Axes, names: Sequence[str]) -> None:
-    """Name the blocks under their bars, every second or further one where they are many."""
+    """Name the blocks under their bars, or only every second, third, ... one if there are many."""
     prefix = common_prefix(names)
     shown = range(0, len(names), math.ceil(len(names) / _MAX_LABELS))
     labels = [names[block].removeprefix(prefix) for block in shown]

@@ -1,4 +1,4 @@
-"""What an inspection found, as dataclasses and as a table."""
+"""The results of an inspection, as dataclasses and as a table."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class BlockReport:
     """One residual block in a [`ModelReport`].
 
     Args:
-        index (`int`): place in forward order, from 0; what `StepPlan.dropped` holds.
+        index (`int`): place in forward order, from 0, as in `StepPlan.dropped`.
         name (`str`): qualified name in the model.
         class_name (`str`): class of the module.
         parameters (`int`): number of parameters.
-        share_of_parameters (`float`): of the model's parameters, from 0 to 1.
-        share_of_arithmetic (`float`, *optional*): of a vanilla step, from 0 to 1: what skipping this block alone
-            saves, forward and backward. `None` where the arithmetic could not be counted.
-        share_of_time (`float`, *optional*): of a vanilla step's forward and backward, as measured; `None` if no time
-            was measured.
+        share_of_parameters (`float`): share of the model's parameters, from 0 to 1.
+        share_of_arithmetic (`float`, *optional*): share of a vanilla step's arithmetic, from 0 to 1, that skipping
+            only this block saves in forward and backward. `None` if the arithmetic could not be counted.
+        share_of_time (`float`, *optional*): measured share of a vanilla step's forward and backward time; `None` if no
+            time was measured.
         survival_probability (`float`): probability, from 0 to 1, that a cycle does not draw the block.
-        exact (`bool`): whether skipping the block equals a residual branch of zero, to the bit.
+        exact (`bool`): whether skipping the block is bit-identical to a residual branch of zero.
 
     Example:
         >>> from hf_featreuse import inspect_model
@@ -50,7 +50,7 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What feature reuse does with a model, from [`inspect_model`]. `str(report)` is a table.
+    """What feature reuse would do with a model, from [`inspect_model`]. `str(report)` is a table.
 
     Args:
         model (`str`): the name given, or the class of the module given.
@@ -59,15 +59,15 @@ class ModelReport:
         blocks (`list[BlockReport]`): the residual blocks in forward order.
         costs (`dict[str, float]`): expected arithmetic of a step as a share of a vanilla step's: `"vanilla"`,
             `"stochastic_depth"`, `"masked_freeze"` and `"mean"` over the steps of the schedule. Exact expectations,
-            not samples. Empty where the arithmetic could not be counted.
-        times (`dict[str, float]`): the same of the time of forward and backward, from the measured times of the
+            not samples. Empty if the arithmetic could not be counted.
+        times (`dict[str, float]`): the same for the time of forward and backward, from the measured times of the
             blocks. Empty if no time was measured.
         step_seconds (`float`, *optional*): time of forward and backward of a vanilla step, in seconds.
         step_shares (`dict[str, float]`): expected share of the steps that each kind of step takes, from 0 to 1.
         not_skippable (`list[NotSkippable]`): modules in one list with a block, or of the class of a block, that are
             not among the blocks.
-        options (`dict[str, Any]`): drop rate, schedule, steps in a cycle, `train_trunk`, and how times were measured.
-        notes (`list[str]`): what else to know before training.
+        options (`dict[str, Any]`): drop rate, schedule, steps per cycle, `train_trunk`, and how times were measured.
+        notes (`list[str]`): further notes to read before training.
 
     Example:
         >>> from hf_featreuse import inspect_model
@@ -89,7 +89,7 @@ class ModelReport:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as dicts, lists, strings and numbers, for JSON.
+        """Return the report as dicts, lists, strings and numbers, for JSON.
 
         Example:
             >>> from hf_featreuse import inspect_model
@@ -115,7 +115,7 @@ def _heading(report: ModelReport) -> str:
 
 
 def _table(report: ModelReport) -> str:
-    """One line a block; the prefix that all names share moves into the heading where a line would be too long."""
+    """Return one line per block; if lines are too long, the prefix that all names share moves into the heading."""
     names = [block.name for block in report.blocks]
     lines = aligned(_rows(report, names, "block"))
     prefix = common_prefix(names)
@@ -177,7 +177,7 @@ def _steps(count: int, kind: str) -> str:
 
 
 def _others(report: ModelReport) -> str:
-    """Modules that are no blocks, gathered by reason, then the notes."""
+    """Return the modules that are not blocks, grouped by reason, then the notes."""
     reasons: dict[str, list[str]] = {}
     for other in report.not_skippable:
         reasons.setdefault(f"{other.class_name}, {other.reason}", []).append(other.name)

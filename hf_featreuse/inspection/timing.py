@@ -25,8 +25,8 @@ class Timing:
     """How to time a model in [`inspect_model`].
 
     Args:
-        device (`str`, defaults to `"cpu"`): where, such as `"cuda"`. A model that is passed as a module is timed where
-            it is.
+        device (`str`, defaults to `"cpu"`): device, such as `"cuda"`. A model that is passed as a module is timed on
+            its own device.
         batch_size (`int`, defaults to 8): images in the batch.
         bf16 (`bool`, defaults to `False`): whether to autocast to bfloat16.
         compiled (`bool`, defaults to `False`): whether to compile the blocks, as training with `torch_compile` does.
@@ -42,7 +42,7 @@ class Timing:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ConfigurationError(f"`batch_size={self.batch_size}` is below 1. Pass 1 or more.")
+            raise ConfigurationError(f"`batch_size={self.batch_size}` is below 1. Pass a whole number of at least 1.")
         try:
             torch.empty(1, device=self.device)
         except Exception as error:
@@ -63,10 +63,12 @@ def time_steps(
     timing: Timing,
     train_trunk: TrainTrunk,
 ) -> StepCosts:
-    """The times of a model that is on its device, in nanoseconds."""
+    """Measure the times of a model on its device, in nanoseconds."""
     args, kwargs = model_inputs(model, inputs)
     if args:
-        raise ConfigurationError("Pass `inputs` as a dictionary of tensors, such as `pixel_values`, to take times.")
+        raise ConfigurationError(
+            "`inputs` is a tensor, but timing needs names. Pass a dictionary of tensors, such as `pixel_values`."
+        )
     batch = {
         name: value.expand(timing.batch_size, *value.shape[1:]).contiguous() if _is_one(value) else value
         for name, value in kwargs.items()

@@ -1,4 +1,4 @@
-"""Pictures as PNG files: a training run, and the figure that others draw into."""
+"""Draw a training run as a PNG file, and provide the figure for other plots."""
 
 from hf_featreuse.plotting.figure import empty_figure, save_figure
 from hf_featreuse.plotting.training import dropped_shares, plot_training

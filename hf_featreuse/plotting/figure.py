@@ -1,7 +1,7 @@
-"""Figures of one width, and their parts.
+"""Create figures of one width and their parts.
 
-The colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers. matplotlib is imported when a
-figure is made, and draws without pyplot, so that an application's figures and backend stay as they are.
+The colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart. matplotlib is imported when a
+figure is created, and draws without pyplot, so that an application's figures and backend do not change.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _WIDTH_INCHES, _DOTS_PER_INCH = 10.0, 120
 
 
 def empty_figure(height: float) -> Figure:
-    """Make a figure of this height in inches and of the width of all; `ConfigurationError` without matplotlib."""
+    """Create a figure of this height in inches and the common width; raise `ConfigurationError` without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError(
             'Plotting needs matplotlib, which is not installed. Run `pip install "hf_featreuse[examples]"`, or leave '
-            "the plot out."
+            "out the plot."
         ) from error
     figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -36,7 +36,7 @@ def empty_figure(height: float) -> Figure:
 
 
 def stacked_axes(heights: Sequence[float], title: str | None) -> tuple[Figure, list[Axes]]:
-    """Make the figure and axes of these heights in inches, one above the other, that share their x axis."""
+    """Create a figure with axes of these heights in inches, one above the other, that share their x axis."""
     # Each panel needs half an inch more, for its legend.
     figure = empty_figure(sum(heights) + 0.5 * len(heights) + 0.4)
     if title:
@@ -46,7 +46,7 @@ def stacked_axes(heights: Sequence[float], title: str | None) -> tuple[Figure, l
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG and make its folder if missing."""
+    """Write a figure as PNG; create its folder if missing."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -58,7 +58,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def legend_above(axes: Axes, handles: list[Any] | None = None) -> None:
-    """Put the legend over the panel, where it hides nothing."""
+    """Put the legend above the panel, where it hides nothing."""
     axes.legend(
         handles=handles,
         loc="lower left",

@@ -1,4 +1,4 @@
-"""Parts of a self-contained HTML page: the frame, tables, pictures."""
+"""Render the parts of a self-contained HTML page: the frame, tables, pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ figcaption { font-size: .9em; overflow-wrap: anywhere; }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
         title (`str`): plain text.
@@ -41,7 +41,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, tall: bool = False) -> str:
-    """A table that scrolls by itself, with its first column fixed.
+    """Return a table that scrolls by itself, with its first column fixed.
 
     Args:
         heading (`Sequence[str]`): plain text.
@@ -60,26 +60,26 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1,
 
 
 def section(heading: str, text: str = "", *parts: str) -> str:
-    """A heading, a paragraph of plain text, and HTML."""
+    """Return a heading, a paragraph of plain text, and HTML."""
     return "\n".join([f"<h2>{escape(heading)}</h2>", *([f"<p>{escape(text)}</p>"] if text else []), *parts])
 
 
 def picture(file: Path, description: str) -> str:
-    """A PNG file, inside the page."""
+    """Return the HTML of a PNG file, embedded in the page."""
     return f'<img alt="{escape(description)}" src="data:image/png;base64,{encoded(file.read_bytes())}">'
 
 
 def encoded(data: bytes) -> str:
-    """Bytes as the text that a `data:` address takes."""
+    """Return bytes as text for a `data:` address."""
     return base64.b64encode(data).decode("ascii")
 
 
 def note(text: str, about: str = "") -> str:
-    """A paragraph that stands out."""
+    """Return a highlighted paragraph."""
     start = f"<b>{escape(about)}</b>: " if about else ""
     return f'<p class="note">{start}{escape(text)}</p>'
 
 
 def quiet(text: str) -> str:
-    """A paragraph in grey."""
+    """Return a paragraph in grey."""
     return f'<p class="quiet">{escape(text)}</p>' if text else ""

@@ -1,4 +1,4 @@
-"""A folder that takes the files of a report: all of them or none."""
+"""Write the files of a report to a folder: all of them or none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE_FILE = "index.html"
 
 
 def check_output_dir(output_dir: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuse a folder that cannot take a report, before anything is computed; nothing is left behind.
+    """Check that a report can be written to a folder, before anything is computed; leave nothing behind.
 
     Raises:
         ConfigurationError: the folder is not empty or cannot be written, or matplotlib is missing.
@@ -27,12 +27,12 @@ def check_output_dir(output_dir: str | os.PathLike[str], overwrite: bool) -> Non
     try:
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
             raise ConfigurationError(
-                f"`output_dir={str(folder)!r}` (--output_dir) is not empty. Pass another folder, or `overwrite=True` "
-                "(--overwrite_output_dir) to replace the report in it."
+                f"`output_dir={str(folder)!r}` (--output_dir) is not empty. Pass another folder, or pass "
+                "`overwrite=True` (--overwrite_output_dir) to replace the report in it."
             )
         with all_or_none(folder, keep=False):
             pass
-    except (OSError, ValueError) as error:  # The second for a null character.
+    except (OSError, ValueError) as error:  # `ValueError` for a null character.
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(
@@ -42,7 +42,7 @@ def check_output_dir(output_dir: str | os.PathLike[str], overwrite: bool) -> Non
 
 @contextlib.contextmanager
 def all_or_none(folder: Path, keep: bool = True) -> Iterator[Path]:
-    """A folder to write into, whose files move to `folder` at the end unless something fails; the page moves last."""
+    """Give a temporary folder whose files move to `folder` at the end, the page last, unless something fails."""
     with new_folder(folder, keep), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
         yield Path(temporary)
         if keep:

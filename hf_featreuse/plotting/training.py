@@ -31,11 +31,11 @@ _KIND_LOSSES = (
 _OVERALL_LOSS = (("loss", "training", GREY, "-"),)
 _EVALUATION_LOSS = (("eval_loss", "evaluation", GREEN, "--"),)
 _ACCURACIES = (("eval_accuracy", "top-1", GREEN, "-"), ("eval_top5_accuracy", "top-5", PURPLE, "--"))
-# About three pixels each; narrower ones blur into one another.
+# About three pixels each; narrower ones blur.
 _MAX_COLUMNS = 300
 # Columns hold whole cycles: this many steps is a multiple of the usual lengths of a cycle.
 _CYCLES = 12
-# Steps of a column that are counted: a plan takes some 60 microseconds, and a run may have millions of steps.
+# Steps per column that are counted: a plan takes about 60 microseconds, and a run may have millions of steps.
 _MAX_COUNTED = 2 * _CYCLES
 _MAX_ROW_LABELS = 16
 _SMOOTH_FROM = 150
@@ -52,14 +52,15 @@ def plot_training(
 ) -> Path:
     """Write a PNG of a run: losses, evaluation accuracy and a raster of the dropped blocks, over the optimizer steps.
 
-    Panels without data are left out. Needs matplotlib, which comes with `pip install "hf_featreuse[examples]"`.
+    Panels without data are left out. Requires matplotlib, which is installed by
+    `pip install "hf_featreuse[examples]"`.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`. Entries with `loss`,
             `loss/stochastic_depth`, `loss/masked_freeze`, `loss/vanilla` or `eval_loss` give the first panel,
             `eval_accuracy` and `eval_top5_accuracy`, from 0 to 1, the second.
-        schedule (`FeatureReuseSchedule`): says for each step which blocks were dropped, the third panel.
-        path (`str` or `Path`): the file to write; its folder is made if missing.
+        schedule (`FeatureReuseSchedule`): the schedule, which gives the blocks dropped in each step, the third panel.
+        path (`str` or `Path`): the file to write; its folder is created if missing.
         block_names (`Sequence[str]`, *optional*): name of each block in forward order; block numbers by default.
         title (`str`, *optional*): printed above the panels.
 
@@ -81,15 +82,15 @@ def plot_training(
     last_step = max((int(entry["step"]) for entry in log_history if "step" in entry), default=0)
     if last_step < 1:
         raise ConfigurationError(
-            f"`log_history` has {len(log_history)} entries and none at a step of 1 or more, so there is nothing to "
-            "plot. Call this after `trainer.train()`, with `logging_steps` at most the number of steps."
+            f"`log_history` has {len(log_history)} entries, none of them at a step of 1 or more, so there is nothing "
+            "to plot. Call this after `trainer.train()`, with `logging_steps` at most the number of steps."
         )
     if block_names is not None and len(block_names) != schedule.num_blocks:
         raise ConfigurationError(
             f"`block_names` has {len(block_names)} names, but the schedule has {schedule.num_blocks} blocks. Pass the "
-            "names of the blocks that the schedule was made for, in forward order."
+            "names of the blocks of the schedule, in forward order."
         )
-    # A plain Trainer logs no kinds of step, only the overall training loss.
+    # A plain Trainer logs only the overall training loss, not that of each kind of step.
     has_kinds = bool(_curves(log_history, _KIND_LOSSES))
     losses = _curves(log_history, (*(_KIND_LOSSES if has_kinds else _OVERALL_LOSS), *_EVALUATION_LOSS))
     accuracies = _curves(log_history, _ACCURACIES)
@@ -97,7 +98,7 @@ def plot_training(
     panels = [bool(losses), bool(accuracies), bool(shares.any())]
     if not any(panels):
         raise ConfigurationError(
-            f"`log_history` has no loss and no accuracy up to step {last_step}, and the schedule drops no block: "
+            f"`log_history` has no loss and no accuracy up to step {last_step}, and the schedule drops no block, so "
             "there is nothing to plot. Pass `trainer.state.log_history` of a finished run."
         )
     heights = [2.6, 2.0, min(5.0, max(1.6, 0.2 * schedule.num_blocks))]
@@ -114,18 +115,18 @@ def plot_training(
 
 
 def dropped_shares(schedule: FeatureReuseSchedule, num_steps: int, max_columns: int = _MAX_COLUMNS) -> np.ndarray:
-    """Count how often each block was in D, for each kind of step and each column of the raster.
+    """Return how often each block was in D, for each kind of step and each column of the raster.
 
     Args:
         schedule (`FeatureReuseSchedule`): the schedule of the run.
         num_steps (`int`): optimizer steps of the run, at least 1.
-        max_columns (`int`, defaults to 300): most columns to share the steps among. Columns hold equal numbers of
-            steps, a multiple of 12 where above 12; the last one holds what is left. Of more than 24 steps in a column
-            24 are counted, in two runs of 12 steps.
+        max_columns (`int`, defaults to 300): maximum number of columns. Columns hold equal numbers of steps, a
+            multiple of 12 if above 12; the last one holds the rest. If a column holds more than 24 steps, 24 are
+            counted, in two runs of 12 steps.
 
     Returns:
-        `numpy.ndarray`: shape (2, num_blocks, columns): of the counted steps of a column, the share that was a
-        stochastic-depth step, then a masked-freeze step, with this block in D.
+        `numpy.ndarray`: shape (2, num_blocks, columns): the share of the counted steps of a column that were
+        stochastic-depth steps, and masked-freeze steps, with this block in D.
 
     Example:
         >>> from hf_featreuse import FeatureReuseSchedule
@@ -137,7 +138,7 @@ def dropped_shares(schedule: FeatureReuseSchedule, num_steps: int, max_columns: 
     columns = math.ceil(num_steps / steps_per_column)
     counts = np.zeros((2, schedule.num_blocks, columns))
     kinds = {"stochastic_depth": 0, "masked_freeze": 1}
-    # With a set for every sample, a few samples stand for all.
+    # With one set per sample, a few samples represent all.
     samples = {"batch_size": _SAMPLES} if schedule.drop_granularity == "sample" else {}
     for column in range(columns):
         steps = _counted_steps(column * steps_per_column, min((column + 1) * steps_per_column, num_steps))
@@ -151,7 +152,7 @@ def dropped_shares(schedule: FeatureReuseSchedule, num_steps: int, max_columns: 
 
 
 def _counted_steps(first: int, end: int) -> list[int]:
-    """Steps from `first` to before `end`: all, or, where they are many, runs of whole cycles spread over them."""
+    """Return the steps from `first` to before `end`; if there are many, runs of whole cycles spread over them."""
     if end - first <= _MAX_COUNTED:
         return list(range(first, end))
     runs = range(first, end, _CYCLES)
@@ -164,7 +165,7 @@ def _curves(log_history: LogHistory, keys: Sequence[tuple[str, str, str, str]]) 
     curves = []
     for key, name, colour, style in keys:
         points = [(int(entry["step"]), float(entry[key])) for entry in log_history if key in entry and "step" in entry]
-        # A key may be logged as None, and a loss may be infinite: neither has a place on the axis.
+        # A key may be logged as None, and a loss may be infinite: neither can be drawn.
         points = [(step, value) for step, value in points if math.isfinite(value)]
         if points:
             steps, values = zip(*points, strict=True)
@@ -173,13 +174,13 @@ def _curves(log_history: LogHistory, keys: Sequence[tuple[str, str, str, str]]) 
 
 
 def _column_width(num_steps: int, max_columns: int) -> int:
-    """Give the steps in a column: a number that whole cycles of 2, 3, 4 or 6 steps fill, or stripes would appear."""
+    """Return the number of steps per column: a multiple of cycles of 2, 3, 4 or 6 steps, to avoid stripes."""
     least = math.ceil(num_steps / max_columns)
     return next((width for width in (1, 2, 4, 6, 12) if width >= least), _CYCLES * math.ceil(least / _CYCLES))
 
 
 def _draw_curves(axes: Axes, curves: Sequence[_Curve], label: str, factor: float = 1.0) -> None:
-    """Draw one line a curve; long ones faintly, with their running mean on top."""
+    """Draw one line per curve; long ones faintly, with their running mean on top."""
     longest = max(len(steps) for (steps, _), *_ in curves)
     for (steps, values), name, colour, style in curves:
         scaled = factor * np.asarray(values)
@@ -212,7 +213,7 @@ def _draw_curves(axes: Axes, curves: Sequence[_Curve], label: str, factor: float
 
 
 def _draw_raster(axes: Axes, shares: np.ndarray, last_step: int, block_names: Sequence[str] | None) -> None:
-    """Draw which blocks were in D: one cell a step, or two half rows of shares where steps share a column."""
+    """Draw which blocks were in D: one cell per step, or two half rows of shares if several steps share a column."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 

@@ -1,4 +1,4 @@
-"""Shallower models: remove residual blocks and keep an ordinary model of the same class."""
+"""Remove residual blocks from a model, and get an ordinary, shallower model of the same class."""
 
 from hf_featreuse.pruning.measuring import accuracy_on
 from hf_featreuse.pruning.removing import prune_blocks

@@ -1,8 +1,8 @@
-"""Which option of a configuration sets the depth, and whether a smaller value gives the model without some blocks.
+"""Find the configuration of a model without some of its blocks, if there is one.
 
-No table of architectures: the options are tried. A twin of the model is built on the meta device with a smaller value,
-and its layers are compared, one by one, with those that are to remain. A layer that would be another at its new place
-(Swin shifts the windows of every second one) is refused.
+There is no table of architectures; the options that set the depth are tried. A twin of the model is built on the meta
+device with a smaller value, and its layers are compared, one by one, with the layers that remain. A layer that would
+differ at its new place (Swin shifts the windows of every second one) is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_featreuse.errors import BlockError
 from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.text import joined
 
-# Names under which configurations of transformers hold a number of layers, or a list with one for each stage.
+# Names under which configurations of transformers hold a number of layers, or a list with one per stage.
 _DEPTH_OPTIONS = (
     "num_hidden_layers", "n_layer", "num_self_attends_per_block", "depths", "depth", "n_attn_blocks",
     "stage_num_blocks", "num_block_repeats",
@@ -62,7 +62,7 @@ class Depth:
     """The lists of layers of a model, and the options of its configuration that set their lengths.
 
     Args:
-        model (`PreTrainedModel`): to be made shallower.
+        model (`PreTrainedModel`): the model to make shallower.
         blocks (`list[ResidualBlock]`): its residual blocks.
     """
 
@@ -76,7 +76,7 @@ class Depth:
         self._values: dict[tuple[str, int], tuple[DepthOption, int] | str] = {}
 
     def config_without(self, names: Sequence[str]) -> PreTrainedConfig:
-        """The configuration of the model without these blocks; `BlockError` where there is none."""
+        """Return the configuration of the model without these blocks; raise `BlockError` if there is none."""
         found = self._settings(names)
         if isinstance(found, str):
             raise BlockError(
@@ -86,21 +86,21 @@ class Depth:
         return _changed(self.config, found)
 
     def can_express(self, names: Sequence[str]) -> bool:
-        """Whether a configuration without these blocks exists."""
+        """Return whether a configuration without these blocks exists."""
         return not isinstance(self._settings(names), str)
 
     def partners(self, names: Sequence[str]) -> list[str]:
-        """Blocks of the same lists each of which would mend a removal that cannot be expressed."""
+        """Return the blocks of the same lists that, removed too, would make the removal possible."""
         lists = dict.fromkeys(name.rpartition(".")[0] for name in names)
         others = [f"{name}.{child}" for name in lists for child in self.layers[name]]
         return [name for name in others if name not in names and self.can_express([*names, name])]
 
     def _hint(self, names: Sequence[str]) -> str:
         partners = self.partners(names)
-        return f" It can without {joined(partners, 'or')} as well." if partners else ""
+        return f" It can if {joined(partners, 'or')} is removed as well." if partners else ""
 
     def _settings(self, names: Sequence[str]) -> dict[DepthOption, int] | str:
-        """The values of the options that leave out these blocks, or why there are none."""
+        """Return the values of the options that remove these blocks, or the reason why there are none."""
         settings: dict[DepthOption, int] = {}
         rest = {name: list(children) for name, children in self.layers.items()}
         for name in names:
@@ -114,7 +114,7 @@ class Depth:
                 return found
             option, value = found
             if settings.setdefault(option, value) != value:
-                return f"`{option}` sets the lengths of several lists, {parent} among them."
+                return f"`{option}` sets the lengths of several lists, including {parent}."
             twin = self._twin({option: value})
             assert not isinstance(twin, str)
             reason = self._compare(parent, children, twin[parent])
@@ -127,7 +127,7 @@ class Depth:
         return settings if wrong is None else f"`{next(iter(settings))}` changes the length of {wrong} too."
 
     def _value(self, parent: str, length: int) -> tuple[DepthOption, int] | str:
-        """The option and its value that give a list of layers this length, or why there is none."""
+        """Return the option and the value that give a list of layers this length, or the reason why there is none."""
         if (parent, length) not in self._values:
             self._values[parent, length] = self._find_value(parent, length)
         return self._values[parent, length]
@@ -142,7 +142,7 @@ class Depth:
             elif len(twin[parent]) != len(self.layers[parent]):
                 setting.append(option)
         if not setting:
-            return " ".join([f"no option of it sets the length of {parent}.", *failures])
+            return " ".join([f"none of its options sets the length of {parent}.", *failures])
         if len(setting) > 1:
             return f"several options, {joined([str(option) for option in setting])}, share the layers of {parent}."
         now = setting[0].read(options)
@@ -154,7 +154,7 @@ class Depth:
         return f"no value of `{setting[0]}` leaves {length} of the {len(self.layers[parent])} layers of {parent}."
 
     def _compare(self, parent: str, children: Sequence[str], twin: Sequence[Signature]) -> str | None:
-        """Why a remaining layer would be another one in the shallower model, or None."""
+        """Return why a remaining layer would differ in the shallower model; `None` if none would."""
         whole = self._twin({})
         if isinstance(whole, str):
             return whole
@@ -169,7 +169,7 @@ class Depth:
         return None
 
     def _twin(self, settings: Mapping[DepthOption, int]) -> dict[str, list[Signature]] | str:
-        """What the layers of each list are in a model of the changed configuration, or why it cannot be built."""
+        """Return the layers' signatures in a model of the changed configuration, or why it cannot be built."""
         key = tuple(settings.items())
         if key not in self._twins:
             self._twins[key] = self._build_twin(settings)
@@ -181,14 +181,14 @@ class Depth:
             with torch.random.fork_rng([]), torch.device("meta"):
                 modules = dict(self.model_class(config).named_modules())
         except Exception as error:
-            said = ", ".join(f"{option}={value}" for option, value in settings.items())
+            listed = ", ".join(f"{option}={value}" for option, value in settings.items())
             reason = " ".join(str(error).split()).rstrip(".")
-            return f"{self.model_class.__name__} cannot be built with {said}: {type(error).__name__}: {reason}."
+            return f"{self.model_class.__name__} cannot be built with {listed}: {type(error).__name__}: {reason}."
         return {name: [_signature(child) for child in modules[name].children()] for name in self.layers}
 
 
 def _depth_options(options: Mapping[str, Any]) -> list[DepthOption]:
-    """Every number of layers in a configuration and the configurations inside it."""
+    """Return every option that holds a number of layers, of a configuration and those inside it."""
     parts = {"": options, **{name: value for name, value in options.items() if isinstance(value, dict)}}
     found = []
     for part, inner in parts.items():
@@ -202,22 +202,22 @@ def _depth_options(options: Mapping[str, Any]) -> list[DepthOption]:
 
 
 def _changed(config: PreTrainedConfig, settings: Mapping[DepthOption, int]) -> PreTrainedConfig:
-    """A copy of a configuration with other numbers of layers."""
+    """Return a copy of a configuration with changed numbers of layers."""
     if not settings:
         return copy.deepcopy(config)
     options = config.to_dict()
     for option, value in settings.items():
         option.write(options, value)
     changed = type(config).from_dict(options)
-    # A choice of the session that configurations do not save.
+    # Chosen per session; configurations do not save it.
     changed._attn_implementation = config._attn_implementation
     return changed
 
 
 def _signature(layer: nn.Module) -> Signature:
-    """What makes a layer what it is, weights aside: classes, shapes and plain attributes of its modules.
+    """Return what defines a layer except its weights: classes, shapes and plain attributes of its modules.
 
-    Dropout and drop path are left out: their rates follow from the depth, and they rest in inference.
+    Dropout and drop path are left out: their rates follow from the depth, and they do nothing in inference.
     """
     signature: Signature = {}
     for name, module in layer.named_modules():

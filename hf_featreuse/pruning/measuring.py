@@ -1,4 +1,4 @@
-"""How good a model is on labelled batches."""
+"""Measure the accuracy of a model on labelled batches."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hf_featreuse.method.dummy_forward import model_device
 
 
 def accuracy_on(batches: Iterable[Mapping[str, torch.Tensor]]) -> Callable[[nn.Module], float]:
-    """Make a function that measures a model's top-1 accuracy, for `prune_blocks` and `rank_removals`.
+    """Return a function that measures a model's top-1 accuracy, for `prune_blocks` and `rank_removals`.
 
     Args:
-        batches (`Iterable[dict[str, torch.Tensor]]`): inputs of the model's forward and `labels`. It is read once for
-            every measurement: pass a list or a `DataLoader`, not an iterator.
+        batches (`Iterable[dict[str, torch.Tensor]]`): inputs of the model's forward and `labels`. It is read once per
+            measurement: pass a list or a `DataLoader`, not an iterator.
 
     Returns:
         `Callable[[torch.nn.Module], float]`: from a model to its accuracy, 0 to 1.
 
     Raises:
-        DataError: when called: there is no sample, or a batch has no `labels`.
+        DataError: raised by the function: there is no sample, or a batch has no `labels`.
 
     Example:
         >>> import torch
@@ -47,7 +47,8 @@ def accuracy_on(batches: Iterable[Mapping[str, torch.Tensor]]) -> Callable[[nn.M
                 total += len(labels)
         if not total:
             raise DataError(
-                "No batch to measure accuracy on. Pass a list or a DataLoader, not an iterator read before."
+                "There is no batch to measure accuracy on. Pass a list or a DataLoader, not an iterator that was read "
+                "before."
             )
         return correct / total
 

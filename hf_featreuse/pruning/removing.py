@@ -1,4 +1,4 @@
-"""Remove residual blocks from a model: another configuration, the same weights, and a proof that it gives the same."""
+"""Remove residual blocks from a model, and check that the result gives the logits of the model that skips them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_featreuse.method.targets import match_targets
 from hf_featreuse.pruning.expressing import Depth
 from hf_featreuse.pruning.selecting import check_budget, rank_removals
 
-# Which blocks: a regular expression, or indices in forward order, names and endings of names.
+# A regular expression, or a list of indices in forward order, names and endings of names.
 BlockChoice = str | Sequence[int | str]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -33,31 +33,32 @@ def prune_blocks(
     evaluate: Callable[[nn.Module], float] | None = None,
     inputs: Mapping[str, Any] | torch.Tensor | None = None,
 ) -> Model:
-    """Make a shallower model of the same class without some residual blocks; the model itself stays as it is.
+    """Return a shallower model of the same class without some residual blocks; the model itself does not change.
 
-    The new model has a configuration of its own and copies of the weights, so `save_pretrained` writes an ordinary
-    checkpoint. Before it is returned, its logits are compared with those of the model that skips the blocks: they are
-    equal to the bit. Exactly one of `drop`, `keep` and `budget` says what goes.
+    The new model has its own configuration and copies of the weights, so `save_pretrained` writes an ordinary
+    checkpoint. Before it is returned, its logits are compared with those of the model that skips the blocks: they must
+    be bit-identical. Pass exactly one of `drop`, `keep` and `budget`.
 
     Args:
-        model (`PreTrainedModel`): an image classifier whose configuration has numbers of layers.
+        model (`PreTrainedModel`): an image classifier whose configuration sets the number of layers.
         drop (`str` or `list[int | str]`, *optional*): blocks to remove. A list holds indices into
             `find_residual_blocks(model)`, names and dotted endings of names; a string is a regular expression that
             must match the whole name.
-        keep (`str` or `list[int | str]`, *optional*): the blocks to keep, in the same grammar; all others go.
+        keep (`str` or `list[int | str]`, *optional*): the blocks to keep, in the same grammar; all others are removed.
         budget (`int` or `float`, *optional*): how much may remain at most: a whole number of residual blocks, or a
-            share of the forward's arithmetic between 0 and 1. Needs `evaluate`; see [`rank_removals`].
+            share of the forward's arithmetic between 0 and 1. Requires `evaluate`; see [`rank_removals`].
         evaluate (`Callable`, *optional*): takes the model and returns how good it is, higher is better, such as
             `accuracy_on(batches)` on validation data.
         inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a batch to find the blocks with and to
-            compare on. By default one of noise is made from `model.config`.
+            compare on. By default a batch of noise is made from `model.config`.
 
     Returns:
         `PreTrainedModel`: of the same class, dtype, device and mode.
 
     Raises:
         ConfigurationError: not exactly one of `drop`, `keep` and `budget`, or a budget out of range.
-        BlockError: no such block, nothing to drop, nothing left, or the configuration cannot express the result.
+        BlockError: there is no such block, nothing to drop or nothing left, or the configuration cannot express the
+            result.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -86,7 +87,7 @@ def prune_blocks(
 
 
 def chosen_names(blocks: Sequence[ResidualBlock], choice: BlockChoice, option: str, model_name: str) -> set[str]:
-    """The names of the blocks that a choice selects."""
+    """Return the names of the blocks that a choice selects."""
     names = [block.name for block in blocks]
     if isinstance(choice, str):
         return match_targets(names, choice, model_name)
@@ -94,13 +95,13 @@ def chosen_names(blocks: Sequence[ResidualBlock], choice: BlockChoice, option: s
     targets = [entry for entry in choice if isinstance(entry, str)]
     if len(indices) + len(targets) < len(choice):
         raise BlockError(
-            f"`{option}={choice!r}` holds what is neither an index nor a name. Pass integers and strings."
+            f"`{option}={choice!r}` holds an entry that is neither an index nor a name. Pass integers and strings."
         )
     wrong = [index for index in indices if not 0 <= index < len(blocks)]
     if wrong:
         raise BlockError(
             f"`{option}` holds {wrong[0]}, but {model_name} has {len(blocks)} blocks, 0 to {len(blocks) - 1}, "
-            f"{names[0]} ... {names[-1]}. `featreuse inspect` lists them."
+            f"{names[0]} ... {names[-1]}. Pass some of these; `featreuse inspect` lists them."
         )
     return {names[index] for index in indices} | (match_targets(names, targets, model_name) if targets else set())
 
@@ -110,8 +111,8 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, PreTrainedModel):
         raise BlockError(
-            f"{type(model).__name__} is no transformers model, so no configuration could say what is left of it. Pass "
-            "the bare model; merge adapters first with `merge_and_unload()`."
+            f"{type(model).__name__} is not a transformers model, so no configuration can describe what is left of "
+            "it. Pass the bare model; merge adapters first with `merge_and_unload()`."
         )
     given = [name for name, value in (("drop", drop), ("keep", keep), ("budget", budget)) if value is not None]
     if len(given) != 1:
@@ -123,8 +124,9 @@ def _check_arguments(
         check_budget(budget)
         if evaluate is None:
             raise ConfigurationError(
-                f"`budget={budget!r}` without `evaluate`: which blocks go is decided by how good the model is without "
-                "them. Pass `evaluate=accuracy_on(batches)` with validation data, or name the blocks with `drop`."
+                f"`budget={budget!r}` was passed without `evaluate`, which measures how good the model is without "
+                "each block. Pass `evaluate=accuracy_on(batches)` with validation data, or name the blocks with "
+                "`drop`."
             )
 
 
@@ -132,11 +134,11 @@ def _check_dropped(model: nn.Module, blocks: Sequence[ResidualBlock], dropped: S
     name = type(model).__name__
     if not dropped:
         raise BlockError(
-            f"Nothing to drop: all {len(blocks)} residual blocks of {name} would stay. Name some in `drop`, leave "
-            "some out of `keep`, or pass a smaller `budget`."
+            f"There is nothing to drop: all {len(blocks)} residual blocks of {name} would stay. Name some in `drop`, "
+            "leave some out of `keep`, or pass a smaller `budget`."
         )
     if len(dropped) == len(blocks):
-        raise BlockError(f"All {len(blocks)} residual blocks of {name} would go. Leave at least one.")
+        raise BlockError(f"All {len(blocks)} residual blocks of {name} would be removed. Leave at least one.")
 
 
 def _build(
@@ -145,7 +147,7 @@ def _build(
     dropped: Sequence[ResidualBlock],
     inputs: Mapping[str, Any] | torch.Tensor | None,
 ) -> Model:
-    """The model of the smaller configuration with the weights that remain."""
+    """Return the model of the smaller configuration with the weights that remain."""
     renamed = _new_names(model, dropped)
     with torch.random.fork_rng([]), torch.device("cpu"):
         pruned = type(model)(config)
@@ -153,10 +155,10 @@ def _build(
     problems = set(state) ^ set(pruned.state_dict())
     if problems:
         raise BlockError(
-            f"{type(model).__name__} has other weights than its configuration says: {sorted(problems)[:4]} "
-            f"({len(problems)}). Pass a model as `from_pretrained` gives it; merge adapters first."
+            f"The weights of {type(model).__name__} are not those of its configuration: {sorted(problems)[:4]} "
+            f"({len(problems)}). Pass a model as `from_pretrained` returns it; merge adapters first."
         )
-    # transformers annotates `to` in a way that no argument fits.
+    # The annotations of `to` in transformers accept no argument.
     nn.Module.to(pruned, model.device)
     # Assigned, not copied: each weight keeps its own dtype.
     pruned.load_state_dict(state, strict=True, assign=True)
@@ -168,15 +170,15 @@ def _build(
     difference = logits_difference(model, dropped, pruned, inputs)
     if difference != 0:
         raise BlockError(
-            f"{type(model).__name__} without {dropped[0].name} ({len(dropped)} in all) does not give the logits of "
-            f"the model that skips them: they differ by {difference:.2g}. Its configuration cannot express this "
+            f"The logits of {type(model).__name__} without {dropped[0].name} ({len(dropped)} in all) differ by "
+            f"{difference:.2g} from those of the model that skips these blocks. Its configuration cannot express this "
             "model. Drop other blocks."
         )
     return pruned
 
 
 def _new_names(model: nn.Module, dropped: Sequence[ResidualBlock]) -> dict[str, str]:
-    """The name that every remaining entry of the state dict has in the shallower model."""
+    """Return the new name of every remaining entry of the state dict, by its old name."""
     modules = dict(model.named_modules())
     moved: dict[str, str | None] = {}
     for parent in dict.fromkeys(block.name.rpartition(".")[0] for block in dropped):
@@ -197,9 +199,9 @@ def _new_names(model: nn.Module, dropped: Sequence[ResidualBlock]) -> dict[str, 
 
 
 def _logits(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """Logits from aligned copies of the weights.
+    """Return the logits from aligned copies of the weights.
 
-    Weights that were loaded lie at any offset of their file, and kernels for unaligned memory may round otherwise.
+    Loaded weights lie at any offset of their file, and kernels for unaligned memory may round differently.
     """
     weights = {name: value.clone() for name, value in chain(model.named_parameters(), model.named_buffers())}
     return torch.func.functional_call(model, weights, args, dict(kwargs))[0]
@@ -211,7 +213,7 @@ def logits_difference(
     other: nn.Module,
     inputs: Mapping[str, Any] | torch.Tensor | None = None,
 ) -> float:
-    """Largest difference between the logits of a model that skips blocks and those of another; 0 means to the bit."""
+    """Return the largest difference of the logits of a model that skips blocks from another's; 0 if bit-identical."""
     args, kwargs = model_inputs(model, inputs)
     if inputs is None:
         generator = torch.Generator().manual_seed(0)
@@ -224,7 +226,7 @@ def logits_difference(
 
 
 def _noise(value: Any, generator: torch.Generator) -> Any:
-    """Noise in place of a dummy batch: zeros would hide a difference."""
+    """Return noise in the shape of a dummy input, because zeros would hide a difference."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     return torch.randn(2, *value.shape[1:], generator=generator).to(value)

@@ -1,4 +1,4 @@
-"""Choose the residual blocks that a trained model misses least: greedy removal by measured quality."""
+"""Choose which residual blocks to remove from a trained model: greedily, by measured quality."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Removal:
     """One round of the greedy removal.
 
     Args:
-        blocks (`tuple[str, ...]`): names of the blocks removed in this round: one, or two where the configuration
-            can express only pairs.
-        score (`float`): what `evaluate` gives without these and all blocks of the rounds before.
-        blocks_left (`int`): residual blocks that remain.
-        forward_share (`float`): arithmetic of a forward that remains, as a share of the whole model's.
+        blocks (`tuple[str, ...]`): names of the blocks removed in this round: one, or two if the configuration can
+            express only pairs.
+        score (`float`): what `evaluate` returns without these blocks and those of all earlier rounds.
+        blocks_left (`int`): number of residual blocks that remain.
+        forward_share (`float`): arithmetic of a forward that remains, as a share of that of the whole model.
 
     Example:
         >>> from hf_featreuse import Removal
@@ -49,27 +49,28 @@ def rank_removals(
     budget: int | float = 1,
     inputs: Mapping[str, Any] | torch.Tensor | None = None,
 ) -> list[Removal]:
-    """Remove, round after round, the residual block whose absence costs least, until a budget is met.
+    """Rank removals: in each round the residual block whose removal costs least, until a budget is met.
 
-    Each round measures the model without each remaining block, by skipping it, so a budget that takes away k of L
-    blocks evaluates about k * L times. Of equal scores the one that saves most arithmetic wins, then the deepest. Only
-    removals that the configuration can express are tried; where no single block can go, pairs from the same list are.
-    The model stays as it is.
+    Each round measures the model without each remaining block, by skipping it, so a budget that removes k of L blocks
+    evaluates about k * L times. Of equal scores the one that saves most arithmetic wins, then the deepest. Only
+    removals that the configuration can express are tried: single blocks, and pairs of the same list if neither block
+    can be removed by itself. The model does not change.
 
     Args:
         model (`PreTrainedModel`): a trained image classifier.
         evaluate (`Callable`): takes the model, in eval mode, and returns how good it is, higher is better.
-        budget (`int` or `float`, defaults to 1): how much may remain at most: a whole number of residual blocks, from
-            1, or a share of the forward's arithmetic, above 0 and below 1.
-        inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch as the model's forward takes
-            it. By default one is made from `model.config`.
+        budget (`int` or `float`, defaults to 1): how much may remain at most: a whole number of residual blocks, at
+            least 1, or a share of the forward's arithmetic, above 0 and below 1.
+        inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch for the model's forward. By
+            default one is made from `model.config`.
 
     Returns:
-        `list[Removal]`: in order; empty if the model meets the budget as it is.
+        `list[Removal]`: in order; empty if the model already meets the budget.
 
     Raises:
-        ConfigurationError: `budget` is out of range, or `evaluate` gives no number.
-        BlockError: the budget cannot be met: the trunk alone costs more, or the configuration expresses no such model.
+        ConfigurationError: `budget` is out of range, or `evaluate` does not return a number.
+        BlockError: the budget cannot be met: the rest of the model costs more, or the configuration cannot express
+            such a model.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -92,7 +93,7 @@ def rank_removals(
             raise BlockError(
                 f"`budget={budget!r}` cannot be met: {len(left)} of {len(blocks)} residual blocks of "
                 f"{type(model).__name__} and {_share_left(shares, left):.0%} of the arithmetic are left, and its "
-                "configuration can express no model with fewer. Pass a larger budget."
+                "configuration cannot express a model with fewer. Pass a larger budget."
             )
         scores = {
             move: _score(model, evaluate, [block for block in blocks if block.name in {*gone, *move}])
@@ -112,7 +113,7 @@ def check_budget(budget: int | float) -> None:
     if not whole and not share:
         raise ConfigurationError(
             f"`budget={budget!r}` is neither a whole number of blocks of at least 1 nor a share of the arithmetic "
-            "between 0 and 1. Pass what may remain, such as 8 blocks or 0.6."
+            "between 0 and 1. Pass how much may remain, such as 8 blocks or 0.6."
         )
 
 
@@ -125,7 +126,7 @@ def _share_left(shares: Mapping[str, float], left: Mapping[str, ResidualBlock]) 
 
 
 def _moves(depth: Depth, left: Sequence[str], gone: Sequence[str]) -> list[tuple[str, ...]]:
-    """What can go next: single blocks; of those that cannot go alone, pairs with another of the same list."""
+    """Return what can be removed next: single blocks, and pairs of one list of which neither can be removed singly."""
     if len(left) == 1:
         return []
     moves: list[tuple[str, ...]] = [(name,) for name in left if depth.can_express([*gone, name])]
@@ -144,7 +145,8 @@ def _score(model: nn.Module, evaluate: Callable[[nn.Module], float], dropped: Se
         score = evaluate(model)
     if not isinstance(score, float | int) or math.isnan(score):
         raise ConfigurationError(
-            f"`evaluate` returned {score!r} without {dropped[-1].name}. Return a number, higher is better."
+            f"`evaluate` returned {score!r} without {dropped[-1].name}, which is not a number. Return a number; "
+            "higher is better."
         )
     return float(score)
 
@@ -152,7 +154,7 @@ def _score(model: nn.Module, evaluate: Callable[[nn.Module], float], dropped: Se
 def _forward_shares(
     model: nn.Module, blocks: Sequence[ResidualBlock], inputs: Mapping[str, Any] | torch.Tensor | None
 ) -> dict[str, float]:
-    """The share of the forward's arithmetic that skipping each block saves."""
+    """Return the share of the forward's arithmetic that skipping each block saves."""
 
     def count(dropped: Sequence[ResidualBlock]) -> int:
         args, kwargs = model_inputs(model, inputs)

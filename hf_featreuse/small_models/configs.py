@@ -1,4 +1,4 @@
-"""Configurations for training an image classifier from scratch on small images, and its image processor."""
+"""Create configurations and image processors for training image classifiers from scratch on small images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OWN_PROCESSOR = {
 }
 SMALL_FAMILIES = tuple(BUILDERS)
 _STAGE_COUNTS = ("num_encoder_blocks", "num_layers", "num_stages")
-# Lists with one entry a stage.
+# Lists with one entry per stage.
 _PER_STAGE = (
     "depths",
     "focal_levels",
@@ -56,12 +56,12 @@ def small_config(
     label_names: Sequence[str] | None = None,
     overrides: str | Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
-    """Make the configuration of an image classifier that suits training from scratch on images of this size.
+    """Create the configuration of an image classifier for training from scratch on images of this size.
 
-    From 8 to 64 pixels the common families (`SMALL_FAMILIES`) get 6 to 12 blocks 64 to 256 wide, patches or strides
-    that keep 16 to 256 positions, and no drop path of their own. Other types and larger images get transformers'
-    defaults. Options that follow from one you override follow your value: `hidden_size=96` also sets
-    `intermediate_size=384` and the number of heads, unless you give them.
+    From 8 to 64 pixels the common families (`SMALL_FAMILIES`) get 6 to 12 blocks with a width of 64 to 256, patches or
+    strides that keep 16 to 256 positions, and no drop path. Other types and larger images get transformers' defaults.
+    Options that depend on one you override follow your value: `hidden_size=96` also sets `intermediate_size=384` and
+    the number of heads, unless you pass them.
 
     Args:
         model_type (`str`): a type of transformers' image classifiers, such as `"vit"`, `"convnext"` or `"resnet"`.
@@ -69,9 +69,9 @@ def small_config(
         num_labels (`int`): number of classes, at least 1.
         label_names (`Sequence[str]`, *optional*): the name of each class, in the order of their ids. By default
             `"LABEL_0"`, `"LABEL_1"`, ...
-        overrides (`str` or `Mapping[str, Any]`, *optional*): options of the configuration to set differently, as a
-            dict or as `"hidden_size=96,depths=[2,2],hidden_act=relu,qkv_bias=false,drop_path_rate=1e-2"`. Names of
-            nested configurations are dotted: `"vision_config.hidden_size=96"`.
+        overrides (`str` or `Mapping[str, Any]`, *optional*): options of the configuration to override, as a dict or as
+            `"hidden_size=96,depths=[2,2],hidden_act=relu,qkv_bias=false,drop_path_rate=1e-2"`. Names in nested
+            configurations are dotted: `"vision_config.hidden_size=96"`.
 
     Returns:
         `PreTrainedConfig`: for `AutoModelForImageClassification.from_config`, with `id2label` and `label2id` set.
@@ -113,21 +113,21 @@ def small_config(
 
 
 def small_image_processor(config_or_type: PreTrainedConfig | str, image_size: int) -> ViTImageProcessorPil:
-    """Make the image processor of a classifier trained from scratch: RGB, exact resize, values from -1 to 1.
+    """Create the image processor of a classifier trained from scratch: RGB, exact resize, values from -1 to 1.
 
     It is transformers' `ViTImageProcessor` on its PIL backend, so it needs no torchvision. A saved one loads with
     `AutoImageProcessor` and `pipeline("image-classification")` without this package.
 
     Args:
         config_or_type (`PreTrainedConfig` or `str`): the model's configuration or its model type.
-        image_size (`int`): height and width to resize to, in pixels, at least 8; no cropping.
+        image_size (`int`): height and width to resize to, in pixels, at least 8. Images are not cropped.
 
     Returns:
         `ViTImageProcessorPil`: mean and standard deviation 0.5 for each of the three channels, bilinear resize.
 
     Raises:
         ConfigurationError: the model type is unknown or needs its own processor, or the configuration has another
-            image size or is not for three channels.
+            image size or a number of channels other than three.
 
     Example:
         >>> from PIL import Image
@@ -157,7 +157,7 @@ def small_image_processor(config_or_type: PreTrainedConfig | str, image_size: in
 
 
 def _check_model_type(model_type: str) -> None:
-    """Refuse types that transformers has no image classifier for."""
+    """Refuse types for which transformers has no image classifier."""
     types = sorted(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
     if model_type not in types:
         raise ConfigurationError(
@@ -171,30 +171,30 @@ def _check_image_size(image_size: int) -> None:
     if not is_whole(image_size) or image_size < SMALLEST_IMAGE:
         raise ConfigurationError(
             f"`image_size={image_size!r}` is not a whole number of at least {SMALLEST_IMAGE} pixels. Pass the height "
-            "and width the images are resized to, such as 32."
+            "and width to which images are resized, such as 32."
         )
 
 
 def _check_processor_fits(config: PreTrainedConfig, image_size: int) -> None:
-    """Compare the size and the channels that the configuration states with those of the processor."""
+    """Check that the size and the channels in the configuration are those of the processor."""
     options = config.to_dict()
     options = {**options, **options.get("vision_config", {})}
     size = options.get("image_size", image_size)
     # EfficientNet and Perceiver state a size that their layers do not depend on, but a mismatch is still a mistake.
     if size not in (image_size, [image_size, image_size], (image_size, image_size)):
         raise ConfigurationError(
-            f"`image_size={image_size}`, but the configuration is for images of {size} pixels. Pass that size, or "
-            "make the configuration with the same `image_size`."
+            f"`image_size={image_size}` was passed, but the configuration is for images of {size} pixels. Pass that "
+            "size, or create the configuration with the same `image_size`."
         )
     if options.get("num_channels", 3) != 3:
         raise ConfigurationError(
-            f"The configuration is for {options['num_channels']} channels, and the processor makes RGB images. Leave "
-            "`num_channels` at 3."
+            f"The configuration is for {options['num_channels']} channels, but the processor produces RGB images. "
+            "Leave `num_channels` at 3."
         )
 
 
 def _labels(num_labels: int, label_names: Sequence[str] | None) -> dict[int, str]:
-    """Give the name of each class id."""
+    """Return the name of each class id."""
     if not is_whole(num_labels) or num_labels < 1:
         raise ConfigurationError(
             f"`num_labels={num_labels!r}` is not a whole number of at least 1. Pass the number of classes."
@@ -202,16 +202,16 @@ def _labels(num_labels: int, label_names: Sequence[str] | None) -> dict[int, str
     names = [f"LABEL_{index}" for index in range(num_labels)] if label_names is None else list(label_names)
     if len(names) != num_labels:
         raise ConfigurationError(
-            f"`label_names` has {len(names)} names and `num_labels={num_labels}`. Pass one name for each class."
+            f"`label_names` has {len(names)} names, but `num_labels={num_labels}`. Pass one name per class."
         )
     repeated = sorted({str(name) for name in names if names.count(name) > 1})
     if repeated:
-        raise ConfigurationError(f"`label_names` has {repeated} more than once. Give each class its own name.")
+        raise ConfigurationError(f"`label_names` has {repeated} more than once. Pass a different name for each class.")
     return {index: str(name) for index, name in enumerate(names)}
 
 
 def _fixed(model_type: str, labels: dict[int, str], default: PreTrainedConfig) -> Settings:
-    """Give the settings that are arguments or follow from the model type."""
+    """Return the settings that are arguments or follow from the model type."""
     classes = cast(Any, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)[model_type]
     fixed: Settings = {
         # AutoModel fails on types with several classes, such as DeiT, when the configuration names none.
@@ -219,12 +219,12 @@ def _fixed(model_type: str, labels: dict[int, str], default: PreTrainedConfig) -
         "id2label": labels,
         "label2id": {name: index for index, name in labels.items()},
     }
-    # PVT keeps the number of classes as an option of its own.
+    # PVT has a separate option for the number of classes.
     return {**fixed, "num_labels": len(labels)} if "num_labels" in default.to_dict() else fixed
 
 
 def _with_image_size(default: PreTrainedConfig, image_size: int) -> Settings:
-    """Set the image size where the default configuration has one, in the form it has there."""
+    """Return the setting of the image size in the form of the default configuration, if it has one."""
     options = default.to_dict()
     if isinstance(options.get("image_size"), list | tuple):
         return {"image_size": [image_size, image_size]}
@@ -236,18 +236,18 @@ def _with_image_size(default: PreTrainedConfig, image_size: int) -> Settings:
 
 
 def _check_stages(model_type: str, settings: Settings) -> None:
-    """Refuse per-stage lists of different lengths, which some models would silently cut to the shortest."""
+    """Refuse per-stage lists of different lengths, which some models silently cut to the shortest."""
     lengths = {name: len(settings[name]) for name in _PER_STAGE if isinstance(settings.get(name), list | tuple)}
     counts = {name: settings[name] for name in _STAGE_COUNTS if lengths and name in settings}
     if len({*lengths.values(), *counts.values()}) > 1:
         raise ConfigurationError(
-            f"`{model_type}` has one entry a stage in each of its lists, but the numbers of stages are "
+            f"`{model_type}` needs one entry per stage in each of its lists, but the numbers of stages are "
             f"{shown({**lengths, **counts})}. Give all of them in `overrides`."
         )
 
 
 def _check_heads(config: PreTrainedConfig) -> None:
-    """Refuse widths that the heads do not divide, which some models notice only when they are built."""
+    """Refuse widths that are not a multiple of the heads, which some models notice only when they are built."""
     options = config.to_dict()
     for name, inner in [("", options), ("vision_config.", options.get("vision_config", {}))]:
         width, heads = inner.get("hidden_size"), inner.get("num_attention_heads")

@@ -1,4 +1,4 @@
-"""Options of a configuration that a user overrides: read, checked against those there are, and set."""
+"""Read, check and set the options of a configuration that a user overrides."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parse_overrides(overrides: str | Mapping[str, Any] | None) -> Settings:
         `dict[str, Any]`: value of each option.
 
     Raises:
-        ConfigurationError: an entry has no `=`, a value does not parse, or a name comes twice.
+        ConfigurationError: an entry has no `=`, a value cannot be parsed, or a name appears twice.
 
     Example:
         >>> from hf_featreuse.small_models import parse_overrides
@@ -58,8 +58,8 @@ def parse_overrides(overrides: str | Mapping[str, Any] | None) -> Settings:
         name, equals, value = (part.strip() for part in entry.partition("="))
         if not name or not equals:
             raise ConfigurationError(
-                f"`overrides={overrides!r}` has the entry {entry.strip()!r}, which is not `name=value`. Write "
-                'it as in "hidden_size=192,depths=[2,2]".'
+                f"`overrides={overrides!r}` has the entry {entry.strip()!r}, which is not `name=value`. Write entries "
+                'as in "hidden_size=192,depths=[2,2]".'
             )
         if name in parsed:
             raise ConfigurationError(f"`overrides={overrides!r}` sets `{name}` twice. Keep one of them.")
@@ -117,9 +117,11 @@ def _option_names(options: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def as_option(name: str, value: Any, default: PreTrainedConfig) -> Any:
-    """Check that the option exists; give the value the type that the default has where nothing is lost."""
+    """Check that an option exists, and convert the value to the type of the default if nothing is lost."""
     if name in _ARGUMENTS:
-        raise ConfigurationError(f"`overrides` sets `{name}`. Pass the argument `{_ARGUMENTS[name]}` instead.")
+        raise ConfigurationError(
+            f"`overrides` sets `{name}`, which is an argument. Pass the argument `{_ARGUMENTS[name]}` instead."
+        )
     names = [*_option_names(default.to_dict()), *default.attribute_map]
     if name not in names:
         raise ConfigurationError(
@@ -130,10 +132,15 @@ def as_option(name: str, value: Any, default: PreTrainedConfig) -> Any:
     if isinstance(before, bool):
         words = {"1": True, "y": True, "yes": True, "true": True, "0": False, "n": False, "no": False, "false": False}
         if str(value).lower() not in words:
-            raise ConfigurationError(f"`overrides` sets `{name}={value!r}`. Pass true or false.")
+            raise ConfigurationError(
+                f"`overrides` sets `{name}={value!r}`, which is not a boolean. Pass true or false."
+            )
         return words[str(value).lower()]
     if isinstance(before, int) and (isinstance(value, bool) or not isinstance(value, int | type(None))):
-        raise ConfigurationError(f"`overrides` sets `{name}={value!r}`. Pass a whole number, as the default {before}.")
+        raise ConfigurationError(
+            f"`overrides` sets `{name}={value!r}`, which is not an integer. Pass a whole number, like the default "
+            f"{before}."
+        )
     if isinstance(before, float) and is_whole(value):
         return float(value)
     return value
@@ -160,7 +167,7 @@ def set_nested(settings: Settings, name: str, value: Any, config: Any) -> None:
 
 
 def check_taken(config: PreTrainedConfig, given: Settings) -> None:
-    """Refuse overrides that the configuration replaced by a value computed from other options."""
+    """Refuse overrides that the configuration replaced by values computed from other options."""
     for name, value in given.items():
         found = get_nested(config, name)
         if found != value and not isinstance(found, PreTrainedConfig):
@@ -171,16 +178,16 @@ def check_taken(config: PreTrainedConfig, given: Settings) -> None:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Tell whole numbers from the rest; True is not a number here."""
+    """Return whether a value is a whole number; `True` is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def shown(options: Mapping[str, Any]) -> str:
-    """Show options as `name=value`."""
+    """Format options as `name=value`."""
     return ", ".join(f"{name}={value!r}" for name, value in options.items()) or "no overrides"
 
 
 def last_line(error: Exception) -> str:
-    """Keep the sentence of an error that says what is wrong."""
+    """Return the last line of an error, which names the problem, without the class of the error."""
     line = re.sub(r"^\w*(Error|Exception): ", "", str(error).strip().splitlines()[-1].strip())
     return line if line.endswith(".") else line + "."

@@ -1,4 +1,4 @@
-"""Analyses with known answers: zeroed branches, whole models, one batch or several, and models it must refuse."""
+"""Analyses with known answers: zeroed branches, whole models, one batch or several, and models that are refused."""
 
 import gc
 import json
@@ -28,7 +28,7 @@ def halves(data: dict[str, torch.Tensor], *sizes: int) -> list[dict[str, torch.T
 
 
 def zeroed(name: str, index: int):
-    """A model in which one residual branch gives zero."""
+    """A model in which one residual branch is zero."""
     model = build(name)
     block = find_residual_blocks(model)[index]
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_model_is_as_before_after_an_error():
     model = build("vit").train()
     before = snapshot(model)
     bad = {**batch(4), "labels": torch.tensor([0, 1, 2, NUM_LABELS])}
-    with pytest.raises(DataError, match="go from 0 to 3, but the model has 3 classes"):
+    with pytest.raises(DataError, match="range from 0 to 3, but the model has 3 classes"):
         analyze(model, [batch(4), bad])
     assert snapshot(model) == before
 
@@ -240,7 +240,7 @@ def test_evaluation_mode_is_used():
     assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
 
 
-# Blocks that cannot be dropped, or not be measured
+# Blocks that cannot be dropped or measured
 
 
 def gelu_resnet():
@@ -265,7 +265,7 @@ def test_inexact_blocks_are_measured_but_not_dropped():
     assert "  -\n" not in str(allowed) and "  -\n" in str(analysis)
 
 
-def test_activation_after_the_addition_is_said():
+def test_activation_after_the_addition_is_noted():
     assert any("Relu follows the addition" in note for note in analyze(build("resnet")).notes)
     assert analyze(build("vit")).notes == []
 
@@ -307,12 +307,12 @@ def test_model_without_residual_block_is_refused():
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "holds no batch"),
-        ([{"pixel_values": torch.zeros(2, 3, 32, 32)}], r"keys \['pixel_values'\] and no tensor called `labels`"),
-        ([torch.zeros(2, 3)], "holds a Tensor"),
+        ([], "`batches` is empty"),
+        ([{"pixel_values": torch.zeros(2, 3, 32, 32)}], r"of \['pixel_values'\], without a tensor `labels`"),
+        ([torch.zeros(2, 3)], "is a Tensor"),
         ([{**batch(2), "labels": torch.zeros(2)}], r"torch.float32 of shape \(2,\)"),
         ([{**batch(2), "labels": torch.tensor([-100, -100])}], "No sample has a label"),
-        ([{**batch(2), "labels": torch.tensor([-1, 0])}], "go from -1 to 0"),
+        ([{**batch(2), "labels": torch.tensor([-1, 0])}], "range from -1 to 0"),
     ],
 )
 def test_unusable_batches_are_refused(batches, message):

@@ -1,4 +1,4 @@
-"""The folder of a report: JSON, plots on shared axes and a page that needs nothing else."""
+"""The folder of a report: JSON, plots on shared axes and a self-contained page."""
 
 import base64
 import html
@@ -165,7 +165,7 @@ def test_short_names():
 # Writing
 
 
-def test_full_folder_is_kept_unless_told(three, tmp_path):
+def test_a_folder_that_is_not_empty_is_kept_by_default(three, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ConfigurationError, match="is not empty"):
         write_report(three[:1], tmp_path)
@@ -175,7 +175,7 @@ def test_full_folder_is_kept_unless_told(three, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_nothing_is_left_of_a_report_that_fails(three, tmp_path, monkeypatch):
+def test_a_report_that_fails_leaves_no_files(three, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("no page")
 
@@ -193,24 +193,24 @@ def test_unusable_folder_and_empty_list_are_refused(three, tmp_path):
         write_report([], tmp_path / "report")
 
 
-def test_missing_matplotlib_is_said_before_anything_is_written(three, tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported_before_anything_is_written(three, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigurationError, match=re.escape('pip install "hf_featreuse[examples]"')):
         write_report(three[:1], tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
-# Names that mean something elsewhere
+# Names with a special meaning elsewhere
 
 
 @pytest.mark.parametrize("name", ["a$b", "$x^2", "$\\frac{1}{2}$", "$_{$", "caf\udce9", "\x1b[31m", "_hidden"])
-def test_a_name_is_drawn_and_written_as_it_is(three, tmp_path, name):
+def test_a_name_is_drawn_and_written_unchanged(three, tmp_path, name):
     page = write_report([replace(three[0], model=name), three[1]], tmp_path, data={"data": name})
     text = page.read_text(encoding="utf-8")
     assert html.escape(printable(name)) in text and {path.name for path in tmp_path.iterdir()} == FILES
 
 
-def test_models_whose_names_begin_with_an_underscore_are_in_the_legend(three):
+def test_models_whose_names_start_with_an_underscore_are_in_the_legend(three):
     axes = empty_figure(2).subplots()
     for index, name in enumerate(("_first", "_second")):
         figures._line(axes, index, range(2), [0.0, 1.0], name)

@@ -37,7 +37,7 @@ def test_interval_of_a_mean():
     values = [0.4, 0.5, 0.6]
     low, high = mean_interval(values, 10**9)
     assert (low, high) == pytest.approx((0.5 - 4.303 * 0.1 / math.sqrt(3), 0.5 + 4.303 * 0.1 / math.sqrt(3)), abs=1e-3)
-    # With half of all sets seen the rest can move the mean less; with all of them seen not at all.
+    # If half of all sets were drawn, the rest can change the mean less; if all were drawn, not at all.
     half = mean_interval(values, 6)
     assert half[1] - half[0] == pytest.approx((high - low) / math.sqrt(2), rel=1e-6)
     assert mean_interval(values, 3) == pytest.approx((0.5, 0.5))
@@ -65,7 +65,7 @@ def test_sets_are_distinct_and_of_their_size():
         assert all(len(set(dropped)) == count and dropped == tuple(sorted(dropped)) for dropped in drawn)
 
 
-def test_sets_depend_on_the_seed_alone():
+def test_sets_depend_only_on_the_seed():
     state = np.random.get_state()[1].copy()
     first, again, other = (draw_sets(10, 4, 20, seed) for seed in (1, 1, 2))
     assert first == again != other

@@ -31,7 +31,7 @@ def deeper(tmp_path_factory) -> str:
 
 
 def analyze(tmp_path, *arguments: str) -> tuple[int, dict | None]:
-    """Run the verb and read its JSON."""
+    """Run the command and read its JSON."""
     folder = tmp_path / "report"
     options = ["--output_dir", str(folder), "--disable_tqdm", "--device", "cpu"]
     code = main(["analyze", *arguments, *options])
@@ -85,7 +85,7 @@ def test_same_command_gives_the_same_figures(tiny, tmp_path):
     assert first["models"][0]["cka"] != other["models"][0]["cka"]
 
 
-def test_labels_go_by_name(tiny, tmp_path):
+def test_labels_are_matched_by_name(tiny, tmp_path):
     """A model with its classes in another order has the same accuracy once its head is reordered likewise."""
     model = AutoModelForImageClassification.from_pretrained(tiny)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
@@ -122,7 +122,7 @@ def test_image_folder_split_and_targets(tmp_path, capsys, pets):
     assert len(content["models"][0]["blocks"]) == 2
 
 
-def test_classes_of_other_names_are_said(tmp_path, pets):
+def test_classes_with_other_names_are_noted(tmp_path, pets):
     model = save(tmp_path / "chats", labels=["chat", "chien"])
     code, content = analyze(tmp_path, model, *pets, "--random_draws", "0")
     assert code == 0
@@ -132,8 +132,8 @@ def test_classes_of_other_names_are_said(tmp_path, pets):
 
 
 @pytest.mark.slow
-def test_no_bar_is_shown_where_none_is_wanted(tmp_path, pets):
-    """In a process of its own, as the tests switch the bars of datasets off."""
+def test_no_bar_is_shown_if_disabled(tmp_path, pets):
+    """In a separate process, because the tests switch off the bars of datasets."""
     model = save(tmp_path / "pets", labels=["cat", "dog"])
     program = "import sys; from hf_featreuse.cli import main; sys.exit(main())"
     arguments = ["analyze", model, *pets, "--split", "train", "--output_dir", str(tmp_path / "report")]

@@ -30,8 +30,8 @@ def test_evaluate_reports_on_the_validation_images(tiny, tmp_path, capsys):
 
 def test_evaluate_shows_the_images_of_its_mistakes(tiny, tmp_path, capsys, monkeypatch):
     """The gallery's image is the one whose label the mistake has, although the order is drawn."""
-    from hf_featreuse import evaluation
     from hf_featreuse.data import load_image_data
+    from hf_featreuse.evaluation import splits
 
     seen = {}
 
@@ -39,7 +39,7 @@ def test_evaluate_shows_the_images_of_its_mistakes(tiny, tmp_path, capsys, monke
         seen.update({one.index: (one.label, image(one.index)) for one in found.mistakes})
         return folder
 
-    monkeypatch.setattr(evaluation, "write_evaluation", write)
+    monkeypatch.setattr(splits, "write_evaluation", write)
     arguments = ["--max_samples", "20", "--output_dir", str(tmp_path / "r"), "--disable_tqdm", "--device", "cpu"]
     assert main(["evaluate", tiny, *arguments]) == 0
     split = load_image_data(splits=("validation",)).splits["validation"]

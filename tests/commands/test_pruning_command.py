@@ -69,8 +69,8 @@ def test_command_chooses_by_accuracy(checkpoint, tmp_path, capsys):
     [
         (["--drop", "7"], "`drop` holds 7"),
         (["--keep", "nothing.*"], "matches no residual block"),
-        (["--budget", "2"], "needs `--data`"),
-        (["--budget", "two", "--data", "digits"], "`--budget two` is no number"),
+        (["--budget", "2"], "was passed without `--data`"),
+        (["--budget", "two", "--data", "digits"], "`--budget two` is not a number"),
         (["--budget", "0", "--data", "digits"], "`budget=0`"),
         (["--budget", "2", "--data", "/nowhere"], "Cannot load data set '/nowhere'"),
     ],
@@ -87,7 +87,7 @@ def test_command_errors_are_one_line_and_leave_nothing(options, message, checkpo
 
 def test_command_refuses_a_folder_that_is_in_use(checkpoint, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
-    # Said before anything is loaded.
+    # Reported before anything is loaded.
     assert main(["prune", "no/such-model", "--drop", "1", "--output_dir", str(tmp_path)]) == 1
     assert "is not empty" in capsys.readouterr().err
     with pytest.raises(ConfigurationError, match="is not empty"):
@@ -95,7 +95,7 @@ def test_command_refuses_a_folder_that_is_in_use(checkpoint, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_command_refuses_a_checkpoint_that_is_no_classifier(checkpoint, tmp_path, capsys):
+def test_command_refuses_a_checkpoint_that_is_not_a_classifier(checkpoint, tmp_path, capsys):
     ViTForImageClassification.from_pretrained(checkpoint).vit.save_pretrained(tmp_path / "headless")
     assert main(["prune", str(tmp_path / "headless"), "--drop", "1", "--output_dir", str(tmp_path / "out")]) == 1
     assert "lacks 2 weights of ViTForImageClassification" in capsys.readouterr().err
@@ -118,7 +118,7 @@ def test_labels_must_be_those_of_the_model(tmp_path, capsys):
 def test_a_failed_save_leaves_nothing(tmp_path):
     model = build("vit")
     pruned = prune_blocks(model, drop=[0])
-    # Says one thing, holds another: what is written cannot load as this model.
+    # The configuration does not match the weights, so the saved model cannot be loaded as this model.
     pruned.config.num_hidden_layers = 4
     with pytest.raises(CheckpointError, match="does not load as the same model"):
         saving.save_whole(pruned, None, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Scores of a trained classifier, against the same figures computed by hand."""
+"""Scores of a trained classifier, compared with figures computed by hand."""
 
 import json
 
@@ -20,7 +20,7 @@ NAMES = ["ant", "bee", "<cat>"]
 
 
 class Table(nn.Module):
-    """Gives the logits that its input holds."""
+    """Returns its input as logits."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ def test_scores_are_those_computed_by_hand(evaluation):
 
 
 def test_calibration_error_is_the_mean_gap_of_fifteen_bins(evaluation):
-    # Confidences 0.7, 0.8, 0.5 and 0.9 lie in bins of their own.
+    # Confidences 0.7, 0.8, 0.5 and 0.9 lie in separate bins.
     assert [one.count for one in evaluation.calibration].count(1) == 4
     assert evaluation.calibration_error == pytest.approx((0.3 + 0.2 + 0.5 + 0.9) / 4, rel=1e-6)
 
@@ -82,7 +82,7 @@ def test_mistakes_come_most_confident_first(evaluation):
     assert evaluation.mistakes[0].label_probability == pytest.approx(0.06)
 
 
-def test_a_class_that_is_never_hit_scores_zero_not_nothing():
+def test_a_class_that_is_never_predicted_correctly_has_an_f1_of_zero():
     found = evaluate_model(Table(), batches([[0.9, 0.1]], [1]), ["a", "b"], disable_tqdm=True)
     assert [scores.f1 for scores in found.classes] == [0.0, 0.0]
 
@@ -93,7 +93,7 @@ def test_top_five_counts_classes_that_are_strictly_better():
     assert found.top5_accuracy == 0.5
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_does_not_change():
     model = Table().train()
     evaluate_model(model, batches(PROBABILITIES, LABELS), NAMES, disable_tqdm=True)
     assert model.training and model.scale.grad is None
@@ -136,7 +136,7 @@ def test_the_report_holds_the_same_figures_and_escapes_names(evaluation, tmp_pat
     ]
 
 
-def test_many_classes_get_no_picture_of_all_pairs(tmp_path):
+def test_many_classes_get_no_confusion_matrix(tmp_path):
     names = [f"class {index}" for index in range(41)]
     probabilities = torch.full((2, 41), 1 / 41).tolist()
     found = evaluate_model(Table(), batches(probabilities, [0, 1]), names, disable_tqdm=True)
@@ -145,7 +145,7 @@ def test_many_classes_get_no_picture_of_all_pairs(tmp_path):
     assert "(39 more classes; these have the lowest F1.)" in str(found)
 
 
-def test_a_folder_with_files_is_refused_and_left_alone(evaluation, tmp_path):
+def test_a_folder_with_files_is_refused_and_not_changed(evaluation, tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ConfigurationError, match="is not empty"):
         write_evaluation(evaluation, tmp_path)

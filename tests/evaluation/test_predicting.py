@@ -52,7 +52,7 @@ def test_rows_hold_the_probabilities_of_the_model(opened, folder, tmp_path, endi
         assert [float(row["score"]), float(row["score_2"])] == pytest.approx(values, abs=1e-5)
 
 
-def test_unreadable_images_are_named_and_left_out(opened, folder, tmp_path):
+def test_unreadable_images_are_reported_and_left_out(opened, folder, tmp_path):
     (folder / "cut.png").write_bytes((folder / "b.png").read_bytes()[:40])
     done = predict_files(opened, [folder], tmp_path / "out.csv", batch_size=1, disable_tqdm=True)
     assert done.count == 4 and len(rows_of(done.output)) == 4

@@ -1,4 +1,4 @@
-"""What the report says of blocks, costs and modules that are none, against known answers and brute force."""
+"""The report of blocks, costs and modules that are not blocks, compared with known answers and brute force."""
 
 import copy
 import dataclasses
@@ -79,7 +79,7 @@ def test_a_rate_of_zero_costs_as_much_as_plain_training():
     assert {block.survival_probability for block in report.blocks} == {1.0}
 
 
-def test_the_summary_names_plain_steps_and_what_of_the_trunk_trains():
+def test_the_summary_names_plain_steps_and_the_part_of_the_trunk_that_trains():
     def summary(**options):
         # Lines may break after a hyphen.
         return " ".join(str(inspect_model(build("vit"), **options)).split()).replace("- ", "-")
@@ -97,7 +97,7 @@ def test_tiny_rates_divide_by_no_zero():
     assert all(math.isfinite(cost) for cost in report.costs.values())
 
 
-# Modules that are no blocks
+# Modules that are not blocks
 
 
 def test_downsampling_blocks_are_named_with_the_reason():
@@ -175,7 +175,7 @@ def test_local_checkpoint_needs_no_weights(tmp_path):
     assert report.model == str(tmp_path)
 
 
-def test_folder_wins_over_model_type(tmp_path, monkeypatch):
+def test_a_folder_takes_precedence_over_a_model_type(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet").mkdir()
     assert len(inspect_model("resnet").blocks) == 12
@@ -197,7 +197,7 @@ def test_forward_that_fails_on_meta_runs_on_the_cpu(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_blocks_are_reported_where_arithmetic_cannot_be_counted(monkeypatch):
+def test_blocks_are_reported_if_arithmetic_cannot_be_counted(monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("no formula. Details follow.")
 
@@ -223,7 +223,7 @@ def test_tensor_for_a_named_model():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_module_stays_as_it_is(name):
+def test_module_does_not_change(name):
     model = build(name).train()
     model(**batch()).loss.backward()
     before, weights = snapshot(model), copy.deepcopy(model.state_dict())
@@ -287,8 +287,9 @@ def test_options_are_checked_before_the_model_is_opened(options):
         inspect_model("no/such-model", **options)
 
 
-def test_unknown_name_says_what_was_tried():
-    with pytest.raises(ConfigurationError, match=r"(?s)no local folder; no model type.*mean convnext.*Hub gave no"):
+def test_the_error_for_an_unknown_name_lists_what_was_tried():
+    tried = r"(?s)neither a local folder nor a model type.*mean convnext.*Hub returned no"
+    with pytest.raises(ConfigurationError, match=tried):
         inspect_model("convnexxt")
 
 
@@ -331,7 +332,7 @@ def test_target_that_matches_nothing():
 # The picture
 
 
-def test_picture_has_a_panel_for_what_is_known(tmp_path):
+def test_picture_has_a_panel_for_each_known_figure(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need the extra `examples`")
     from hf_featreuse.inspection import plot_inspection
 
@@ -340,7 +341,7 @@ def test_picture_has_a_panel_for_what_is_known(tmp_path):
     both = colours(plot_inspection(report, tmp_path / "new" / "both.png"))
     one = colours(plot_inspection(dataclasses.replace(report, blocks=unknown, costs={}), tmp_path / "one.png"))
     blue, orange = (0, 114, 178), (213, 94, 0)
-    # Three blocks of survival 5/6, 4/6 and 1/2, and of one share each.
+    # Three blocks with survival 5/6, 4/6 and 1/2, and with equal shares.
     assert both[blue] / both[orange] == pytest.approx(2 / 3 * max_share(report), rel=0.1)
     assert orange not in one
     assert one[blue] > 10_000

@@ -71,5 +71,5 @@ def test_options_that_make_no_sense_are_refused_in_one_line(tiny, capsys, argume
 
 
 def test_a_batch_without_names_is_refused():
-    with pytest.raises(ConfigurationError, match="as a dictionary of tensors"):
+    with pytest.raises(ConfigurationError, match="Pass a dictionary of tensors"):
         inspect_model(build("vit"), inputs=torch.zeros(1, 3, 32, 32), timing=Timing())

@@ -1,4 +1,4 @@
-"""The plot of a run shows what the log and the schedule say, and does without pyplot."""
+"""The plot of a run shows the log and the schedule, and does not use pyplot."""
 
 import itertools
 import sys
@@ -41,7 +41,7 @@ def pixels(path) -> np.ndarray:
 
 
 def rows_of(image: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Rows with more of the colour than a legend has."""
+    """Rows with more of the colour than in a legend."""
     return np.flatnonzero((image == colour).all(axis=2).sum(axis=1) > 200)
 
 
@@ -73,7 +73,7 @@ def test_columns_hold_equal_numbers_of_steps(num_steps, max_columns, width):
 
 
 class CountsPlans(FeatureReuseSchedule):
-    """Counts how often it is asked."""
+    """Counts its calls."""
 
     asked = 0
 
@@ -82,7 +82,7 @@ class CountsPlans(FeatureReuseSchedule):
         return super().plan(*args, **kwargs)
 
 
-def test_of_a_long_run_some_steps_of_each_column_stand_for_all():
+def test_in_a_long_run_some_steps_of_each_column_represent_all():
     schedule = CountsPlans(24, drop_rate=0.5, seed=1)
     depth, freeze = dropped_shares(schedule, 30_000)
     assert schedule.asked <= 300 * 24, "of the 300,000 steps of a long run, all would take 18 s"
@@ -183,7 +183,7 @@ def test_pyplot_is_not_used(tmp_path, monkeypatch):
     assert plot_training([{"step": 5, "loss": 1.0}], OneBlock(2, 0), tmp_path / "x.png").exists()
 
 
-def test_with_a_set_for_every_sample_cells_are_shares_of_the_samples():
+def test_with_one_set_per_sample_cells_are_shares_of_the_samples():
     schedule = FeatureReuseSchedule(3, drop_rate=0.5, drop_rate_schedule="uniform", drop_granularity="sample")
     depth, freeze = dropped_shares(schedule, 408, max_columns=17)
     assert depth.mean(axis=1) == pytest.approx(0.25, abs=0.03)

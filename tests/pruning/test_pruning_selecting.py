@@ -1,4 +1,4 @@
-"""The blocks to remove are chosen by what the model loses without them."""
+"""The blocks to remove are chosen by the loss in quality without them."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def closeness(model):
 
 
 @pytest.mark.parametrize("name, index", [("vit", 1), ("vit", 3), ("convnext", 2)])
-def test_a_branch_of_zero_goes_first(name, index):
+def test_a_branch_of_zero_is_removed_first(name, index):
     model = zeroed(name, index)
     blocks = [block.name for block in find_residual_blocks(model)]
     first, second = rank_removals(model, closeness(model), budget=2)
@@ -71,11 +71,11 @@ def test_a_share_of_the_arithmetic_is_met_and_not_overshot():
 def test_a_budget_that_is_met_already_removes_nothing():
     model = build("vit")
     assert rank_removals(model, closeness(model), budget=4) == []
-    with pytest.raises(BlockError, match="Nothing to drop"):
+    with pytest.raises(BlockError, match="There is nothing to drop"):
         prune_blocks(model, budget=4, evaluate=closeness(model))
 
 
-def test_swin_loses_blocks_that_its_configuration_can_miss():
+def test_only_blocks_that_the_configuration_of_swin_can_omit_are_removed():
     model = build("swin")
     removals = rank_removals(model, closeness(model), budget=1)
     assert removals[-1].blocks_left == 1
@@ -83,7 +83,7 @@ def test_swin_loses_blocks_that_its_configuration_can_miss():
     assert len(find_residual_blocks(prune_blocks(model, drop=gone))) == 1
 
 
-def test_measuring_leaves_the_model_as_it_is():
+def test_measuring_does_not_change_the_model():
     model = build("resnet").train()
     before = snapshot(model)
     modes = []
@@ -102,7 +102,7 @@ def test_accuracy_is_the_share_of_right_answers():
         {"pixel_values": data["pixel_values"][part], "labels": labels[part]} for part in (slice(0, 1), slice(1, 6))
     ]
     assert accuracy_on(batches)(model) == pytest.approx(4 / 6)
-    with pytest.raises(DataError, match="No batch"):
+    with pytest.raises(DataError, match="no batch"):
         accuracy_on([])(model)
     with pytest.raises(DataError, match="no `labels`"):
         accuracy_on([{"pixel_values": data["pixel_values"]}])(model)

@@ -25,7 +25,7 @@ def _one_thread():
 
 
 def repeated_blocks(model: nn.Module) -> int:
-    """Count the modules that stand in a list next to others of their class; a stage counts by what it holds."""
+    """Count the modules in a list with others of their class; of a stage, count its content."""
     count = 0
     for child in model.children():
         items = list(child.children())
