@@ -1,7 +1,7 @@
-"""Let activation checkpointing count the batches of BatchNorm layers once.
+"""Make activation checkpointing count each batch of BatchNorm layers once.
 
-A checkpointed part runs in forward and again in backward, so its running statistics would move twice for a batch, in
-plain training too. Here the second run moves copies.
+A checkpointed part runs in forward and again in backward, so its running statistics would be updated twice per batch,
+also in plain training. Here the second run updates copies.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from hf_featreuse.method.class_swap import bound_class, set_class
 
 @contextlib.contextmanager
 def count_batches_once(norms: Sequence[_NormBase]) -> Iterator[None]:
-    """Let running statistics move in forwards only, not in the recomputation of a backward inside the context.
+    """Update running statistics only in forwards, not in the recomputation of a backward inside the context.
 
-    Statistics, `num_batches_tracked` and gradients are those without checkpointing, to the bit. On exit the layers are
-    as before.
+    Statistics, `num_batches_tracked` and gradients are bit-identical to those without checkpointing. On exit the
+    layers are as before.
 
     Args:
         norms (`list[torch.nn.Module]`): normalisation layers with running statistics.
@@ -50,7 +50,7 @@ def count_batches_once(norms: Sequence[_NormBase]) -> Iterator[None]:
 
 @functools.cache
 def _counting_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """The bound class of a module class whose buffers stay as they are in calls inside a backward.
+    """Return the bound class of a module class whose buffers do not change in calls inside a backward.
 
     A class, unlike a function set on the layer, also serves its replicas.
     """
@@ -60,7 +60,7 @@ def _counting_class(plain: type[nn.Module]) -> type[nn.Module]:
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return plain.__call__(self, *args, **kwargs)
         moving = self._buffers
-        # Without statistics the call would save fewer tensors than the forward has, which torch refuses.
+        # Without statistics the call would save fewer tensors than the forward did, which torch refuses.
         self.__dict__["_buffers"] = {name: None if b is None else b.clone() for name, b in moving.items()}
         try:
             return plain.__call__(self, *args, **kwargs)
@@ -71,5 +71,5 @@ def _counting_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def norm_layers(modules: Iterable[nn.Module]) -> list[_NormBase]:
-    """The normalisation layers among the modules whose running statistics move in training."""
+    """Return the normalisation layers among the modules whose running statistics change in training."""
     return [module for module in modules if isinstance(module, _NormBase) and module.track_running_stats]

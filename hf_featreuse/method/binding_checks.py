@@ -1,4 +1,4 @@
-"""What `FeatureReuse` checks of a model, its blocks and a schedule before it takes them."""
+"""Checks of a model, its blocks and a schedule by `FeatureReuse`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def check_checkpointing(model: nn.Module) -> None:
     """Raise `ConfigurationError` if the model uses reentrant activation checkpointing."""
     for name, module in model.named_modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
-        # Left out or None, it means True to torch.
+        # If it is missing or `None`, torch uses `True`.
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False:
             raise ConfigurationError(
                 f"{name or type(model).__name__} uses reentrant activation checkpointing, which fails or loses "
-                "gradients where the input of a checkpointed part is frozen. Set "
+                "gradients if the input of a checkpointed part is frozen. Set "
                 '`activation_checkpointing_kwargs={"use_reentrant": False}`, called `gradient_checkpointing_kwargs` '
                 "before transformers 5.23."
             )
 
 
 def check_window(schedule: FeatureReuseSchedule) -> None:
-    """Warn if the window is too short for one cycle, so that some kinds of step never come."""
+    """Warn if the window is too short for one cycle, so that some kinds of step never take place."""
     if not schedule.alternates or schedule.last_step is None:
         return
     steps = max(schedule.last_step - schedule.first_step + 1, 0)
@@ -43,12 +43,12 @@ def check_window(schedule: FeatureReuseSchedule) -> None:
 
 
 def check_blocks(model: nn.Module, blocks: Sequence[ResidualBlock], schedule: FeatureReuseSchedule) -> None:
-    """Raise `BlockError` unless the blocks are apart, train, and are as many as the schedule draws from."""
+    """Raise `BlockError` unless the blocks are disjoint and trainable, and their number is that of the schedule."""
     if not blocks and schedule.alternates:
         raise BlockError(
             f"`blocks` is empty, but the schedule drops blocks, of which it expects {schedule.num_blocks}. Pass "
-            "`trainable_blocks(model, find_residual_blocks(model))` and a schedule for as many, or train plainly with "
-            "`FeatureReuseSchedule(0, drop_rate=0)`."
+            "`trainable_blocks(model, find_residual_blocks(model))` and a schedule for their number, or train plainly "
+            "with `FeatureReuseSchedule(0, drop_rate=0)`."
         )
     if len(blocks) != schedule.num_blocks:
         raise BlockError(

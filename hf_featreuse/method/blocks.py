@@ -1,8 +1,8 @@
 """Find the residual blocks of a model, by structure, in forward order.
 
-A module is a residual block when the graph of one forward shows its first output to be one of its input tensors plus
-something, and it stands in a list or sequence, or else among siblings of one class. Others can be named. Its shortcut
-is exact if it is the identity in that forward and in training mode.
+A module is a residual block if the graph of one forward shows that its first output is one of its input tensors plus
+something, and if it is in a list or sequence, or else among siblings of one class. Other modules can be named. The
+shortcut is exact if it is the identity in that forward and in training mode.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from hf_featreuse.method.dummy_forward import check_not_compiled
 from hf_featreuse.method.residual_graph import NOT_SHOWN, Call, Key, Trace, calls_in_training, trace_calls
 from hf_featreuse.method.targets import listed, no_match, target_entries
 
-_IN_TRAINING = "in training mode its shortcut changes its input, as dropout does"
+_IN_TRAINING = "in training mode its shortcut changes the input, as dropout does"
 
 
 @dataclass(frozen=True, eq=False)
 class ResidualBlock:
-    """A residual block of a model, with what it takes to skip it.
+    """A residual block of a model, with what is needed to skip it.
 
     Args:
         name (`str`): qualified name in the model, as in `model.named_modules()`.
         module (`torch.nn.Module`): the block.
-        exact (`bool`): whether the graph shows the shortcut to be a bitwise identity, so that skipping equals a
+        exact (`bool`): whether the graph shows that the shortcut is a bitwise identity, so that skipping equals a
             zero branch. `False` if an activation follows the addition and changes the input again, such as GELU; if
-            the shortcut moves or scales values, or has dropout; if several inputs are added up in the output; if only
-            the first of two streams is seen to be kept; and for a block named in `target_blocks` that is not seen to
-            be its input plus something. That it computes input plus branch is then only your claim.
+            the shortcut moves or scales values, or has dropout; if the output is the sum of several inputs; if only
+            the first of two streams is shown to be kept; and for a block named in `target_blocks` that is not shown
+            to be its input plus something: then only you state that it computes input plus branch.
         inexact (`str`): why it is not exact; empty if it is.
         activation (`str`, *optional*): name of the activation after the addition, such as `"Relu"`.
         position (`int`, *optional*): index of the residual stream among the positional arguments of the call.
-        keyword (`str`, *optional*): its name, where the call passes it by keyword.
+        keyword (`str`, *optional*): its name, if the call passes it by keyword.
         num_outputs (`int`, *optional*): length of the tuple that the block returns; `None` for a bare tensor.
         num_calls (`int`, defaults to 1): how often a forward of the model calls the block.
         unbatched (`frozenset[str]`, defaults to none): tensors among the arguments of a call whose first dimension is
-            not the batch, such as `"position_embeddings.0"` or `"1"`; what samples share when they are taken apart.
+            not the batch, such as `"position_embeddings.0"` or `"1"`; samples share them when a batch is split.
         passed_on (`tuple`, defaults to none): for each further output, position or keyword of the argument that it
-            hands on, such as a second stream; `None` where it is made inside.
+            returns, such as a second stream; `None` if the block computes it.
         made_inside (`tuple[int, ...]`, defaults to none): indices of further outputs that only the block computes,
-            such as an auxiliary loss, in eval or training mode. Such a block cannot be skipped. Attention weights,
-            for which a skipped block returns `None`, are not among them.
-        branch (`torch.nn.Module`, *optional*): part of the block whose output is added to its input, if an activation
-            follows the addition; what a stochastic-depth step scales.
-        followers (`tuple[torch.nn.Module, ...]`): modules with parameters of their own that the forward first calls
-            after the last call of this block.
+            such as an auxiliary loss, in eval or training mode. Such a block cannot be skipped. Attention weights do
+            not count: a skipped block returns `None` for them.
+        branch (`torch.nn.Module`, *optional*): part of the block whose output is added to the input, if an activation
+            follows the addition; a stochastic-depth step scales it.
+        followers (`tuple[torch.nn.Module, ...]`): modules with their own parameters that the forward first calls after
+            the last call of this block.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -79,18 +79,18 @@ class ResidualBlock:
 
     @property
     def has_trainable_parameters(self) -> bool:
-        """Whether any parameter of the block requires gradients now."""
+        """Whether any parameter of the block currently requires gradients."""
         return any(parameter.requires_grad for parameter in self.module.parameters())
 
     def stream(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """The residual stream among the arguments of a call of the block."""
+        """Return the residual stream among the arguments of a call of the block."""
         if self.position is not None and self.position < len(args):
             return args[self.position]
         return kwargs[self.keyword] if self.keyword is not None else next(iter(kwargs.values()))
 
     @property
     def has_batch_first(self) -> bool:
-        """Whether the first dimension of the residual stream is the batch, so that samples can be taken apart."""
+        """Whether the first dimension of the residual stream is the batch, so that samples can be separated."""
         return not self.unbatched & {str(self.position), self.keyword}
 
 
@@ -101,27 +101,28 @@ def find_residual_blocks(
 ) -> list[ResidualBlock]:
     """Find the skippable residual blocks of a model in the order in which the forward calls them.
 
-    Costs one to two forwards of a small batch. Random states, buffers, gradients, modes and attributes stay
-    as they are; no loss is asked for.
+    Runs one or two forwards of a small batch, without a loss. Random states, buffers, gradients, modes and attributes
+    do not change.
 
     Args:
-        model (`torch.nn.Module`): an image classifier, bare or with PEFT adapters, on any device, the meta device
-            included. It must not be wrapped for distributed training or compiled yet.
-        inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch as the model's forward takes
-            it, for instance `{"pixel_values": tensor of shape (1, 3, height, width)}`. Labels are left out. By
-            default a batch of one is made from `model.config`.
+        model (`torch.nn.Module`): an image classifier, bare or with PEFT adapters, on any device including the meta
+            device. It must not be compiled or wrapped for distributed training yet.
+        inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch for the model's forward, for
+            instance `{"pixel_values": tensor of shape (1, 3, height, width)}`. Labels are left out. By default a batch
+            of one is made from `model.config`.
         target_blocks (`str` or `list[str]`, *optional*): keep only these of the blocks found. A string is a regular
-            expression that must match the whole name; a list holds names or dotted suffixes of names, as
-            `target_modules` in PEFT. By default all are kept. An entry that matches none of them may name any other
-            module of the model, for architectures that cannot be read by structure. It is taken as a block if each
-            call takes one tensor of the shape and dtype of its first output; see `ResidualBlock` for `exact`.
+            expression that must match the whole name; a list holds names or dotted suffixes of names, like
+            `target_modules` in PEFT. By default all are kept. An entry that matches none of the blocks may name any
+            other module of the model, for architectures whose blocks are not found by structure. It becomes a block if
+            each call takes exactly one tensor of the shape and dtype of its first output; see `ResidualBlock` for
+            `exact`.
 
     Returns:
         `list[ResidualBlock]`: in forward order. Blocks whose shortcut is inexact are listed with `exact=False`.
 
     Raises:
-        BlockError: no block was found; a target matches none, names a module that cannot be one, or names two of
-            which one contains the other; the dummy batch does not fit the model; or the model is compiled.
+        BlockError: no block was found; a target matches none, names a module that cannot be a block, or names two
+            modules of which one contains the other; the dummy batch does not fit the model; or the model is compiled.
 
     Example:
         >>> from transformers import ResNetConfig, ResNetForImageClassification
@@ -140,7 +141,7 @@ def find_and_choose(
     inputs: Mapping[str, Any] | torch.Tensor | None = None,
     target_blocks: str | Sequence[str] | None = None,
 ) -> tuple[list[ResidualBlock], list[ResidualBlock]]:
-    """The blocks found by structure, and those of them and of other modules that the target names."""
+    """Return the blocks found by structure, and the blocks that the target selects from them and other modules."""
     check_not_compiled(model)
     modules = {name: module for name, module in model.named_modules() if name}
     in_lists = [name for name in modules if isinstance(_parent(modules, model, name), (nn.ModuleList, nn.Sequential))]
@@ -162,7 +163,7 @@ def find_and_choose(
             f"{type(model).__name__} has no residual block that can be skipped: no module in a list or sequence, or "
             "among siblings of one class, returns its input plus something of the same shape. Feature reuse needs a "
             "residual network, such as ViT, ConvNeXt or ResNet. If this is one, name its blocks in `target_blocks`; "
-            "for plain training set `stochastic_depth_steps=0` and `masked_freeze_steps=0`."
+            "to train plainly, set `stochastic_depth_steps=0` and `masked_freeze_steps=0`."
         )
     names = {block.name: block.module for block in (*found, *chosen)}
     in_training = calls_in_training(model, names, trace.arguments)
@@ -180,7 +181,7 @@ def _parent(modules: Mapping[str, nn.Module], model: nn.Module, name: str) -> nn
 
 
 def _among_siblings_of_one_class(model: nn.Module) -> set[str]:
-    """Children of modules that are lists in all but name: all of one class, which stands in such a row somewhere."""
+    """Return the names of modules whose siblings all share their class, if several siblings of it exist somewhere."""
     rows = {
         name: [child for child, _ in module.named_children()]
         for name, module in model.named_modules()
@@ -197,12 +198,12 @@ def _among_siblings_of_one_class(model: nn.Module) -> set[str]:
 
 
 def _shown(calls: list[Call]) -> bool:
-    """Whether the graph shows every call to return the same argument plus something."""
+    """Return whether the graph shows that every call returns the same argument plus something."""
     return bool(calls) and all(call.shown and call.key == calls[0].key for call in calls)
 
 
 def _looked_at_again(block: ResidualBlock, calls: list[Call]) -> ResidualBlock:
-    """The block with what its calls in training mode show."""
+    """Return the block updated with what its calls in training mode show."""
     made_inside = tuple(sorted({*block.made_inside, *(index for call in calls for index in call.made_inside)}))
     if not block.exact or all(call.shown and not call.inexact for call in calls):
         return replace(block, made_inside=made_inside)
@@ -242,7 +243,7 @@ def _choose(
     target_blocks: str | Sequence[str],
     model_name: str,
 ) -> list[ResidualBlock]:
-    """The blocks that a target selects, in forward order; modules that are named become blocks."""
+    """Return the blocks that a target selects, in forward order; other modules that it names become blocks."""
     calls = trace.calls
     candidates = listed([block.name for block in found])
     chosen: dict[str, ResidualBlock] = {}
@@ -268,24 +269,24 @@ def _choose(
     outer = next((name for name in chosen for inner in chosen if inner.startswith(f"{name}.")), None)
     if outer is not None:
         inner = next(name for name in chosen if name.startswith(f"{outer}."))
-        raise BlockError(f"`target_blocks` names {outer} and {inner}, which is part of it. Name one of the two.")
+        raise BlockError(f"`target_blocks` names {outer} and {inner}, which is a part of it. Name one of the two.")
     return [chosen[name] for name in calls if name in chosen]
 
 
 def _why_not(name: str, others: set[str], calls: list[Call] | None) -> str:
-    """Why a module that was named cannot be a block; empty where it can."""
+    """Return why a named module cannot be a block; empty if it can."""
     inner = min((other for other in others if other.startswith(f"{name}.")), default=None)
     if inner is not None:
-        return f"contains {inner}: name that"
+        return f"contains {inner}: name that one"
     if not calls:
         return "has no parameters or is not called in the forward"
     reason = next((call.reason for call in calls if call.reason), "")
     differs = any(call.key != calls[0].key for call in calls)
-    return reason or ("takes its stream from another argument in each call" if differs else "")
+    return reason or ("takes its stream from a different argument in each call" if differs else "")
 
 
 def trainable_blocks(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
-    """Keep the blocks that hold parameters which train, or raise `BlockError` where none does.
+    """Return the blocks with parameters that train; raise `BlockError` if there are none.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -307,19 +308,19 @@ def trainable_blocks(model: nn.Module, blocks: Sequence[ResidualBlock]) -> list[
 
 
 def check_exact(blocks: Sequence[ResidualBlock]) -> None:
-    """Raise `BlockError` if skipping one of the blocks is not known to equal a zero residual branch."""
+    """Raise `BlockError` unless skipping each of the blocks is known to equal a zero residual branch."""
     inexact = [block for block in blocks if not block.exact]
     if inexact:
         fix = "Use an activation that keeps its own output, such as ReLU, leave" if inexact[0].activation else "Leave"
         raise BlockError(
             f"Block {inexact[0].name} ({type(inexact[0].module).__name__}) cannot be skipped exactly: "
             f"{inexact[0].inexact or NOT_SHOWN} ({len(inexact)} of {len(blocks)} blocks). {fix} these blocks "
-            "out with `target_blocks`, or set `allow_inexact_skip=True` to drop them all the same."
+            "out with `target_blocks`, or set `allow_inexact_skip=True` to drop them anyway."
         )
 
 
 def check_outputs(blocks: Sequence[ResidualBlock]) -> None:
-    """Raise `BlockError` if one of the blocks returns something that only it can compute."""
+    """Raise `BlockError` if one of the blocks returns something that only the block computes."""
     block = next((block for block in blocks if block.made_inside), None)
     if block is not None:
         raise BlockError(
@@ -335,13 +336,13 @@ def check_scalable(blocks: Sequence[ResidualBlock]) -> None:
     if unknown is not None:
         raise ConfigurationError(
             f"`scale_kept=True` cannot scale block {unknown.name} ({type(unknown.module).__name__}): "
-            f"{unknown.activation} follows its addition, and no module inside it returns just what is added. Set "
+            f"{unknown.activation} follows its addition, and no module inside it returns exactly what is added. Set "
             "`scale_kept=False`, or leave the block out with `target_blocks`."
         )
 
 
 def _innermost(blocks: list[ResidualBlock]) -> list[ResidualBlock]:
-    """Leave out blocks that contain another: a stage of residual blocks is itself input plus something."""
+    """Leave out blocks that contain another one: a stage of residual blocks is itself input plus something."""
     names = {block.name for block in blocks}
     outer = {name[: match.start()] for name in names for match in re.finditer(r"\.", name)}
     return [block for block in blocks if block.name not in outer]

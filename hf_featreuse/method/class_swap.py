@@ -1,7 +1,7 @@
-"""Let modules answer their calls by a rule for a while, and be what they were afterwards.
+"""Let modules answer their calls by a rule inside a context, and restore them afterwards.
 
-A bound module gets a subclass of its own class, of the same name, that asks the rule of the instance first. Unlike an
-attribute of the instance, a subclass can change `__call__`, and a deep copy or pickle made meanwhile is of the plain
+A bound module gets a subclass of its own class, of the same name, that applies the rule of the instance first. Unlike
+an attribute of the instance, a subclass can change `__call__`, and a deep copy or pickle made meanwhile has the plain
 class.
 """
 
@@ -22,24 +22,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_featreuse.errors import StepError
 from hf_featreuse.method.blocks import ResidualBlock
 
-# What a bound module does, given its plain method, the arguments and the keyword arguments of a call.
+# What a bound module does with its plain method, and the arguments and keyword arguments of a call.
 Rule = Callable[[Callable, tuple, Mapping[str, Any]], Any]
 # "__call__" is outside of module hooks and activation checkpointing, "forward" inside.
 Method = Literal["__call__", "forward"]
 
-# Attributes of bound instances begin like this, and are left out of copies.
+# Attributes of bound instances start with this, and are left out of copies.
 _OURS = "_feature_reuse_"
 _RULE = f"{_OURS}rule"
 _DIVISOR = f"{_OURS}divisor"
-# Attributes of the instance that are put aside while it is bound.
+# Attributes of the instance that are hidden while it is bound.
 _ASIDE = f"{_OURS}aside"
-# The class that each bound class stands for.
+# The plain class of each bound class.
 _plain: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 @contextlib.contextmanager
 def bind_rules(rules: Sequence[tuple[ResidualBlock, Rule]], method: Method) -> Iterator[None]:
-    """Put a rule before a method of each block until the exit.
+    """Apply a rule before a method of each block until the exit.
 
     Raises:
         StepError: a block is bound already.
@@ -49,11 +49,11 @@ def bind_rules(rules: Sequence[tuple[ResidualBlock, Rule]], method: Method) -> I
         for block, rule in rules:
             module, attributes = block.module, block.module.__dict__
             if _RULE in attributes:
-                raise StepError(f"Block {block.name} is being skipped or scaled already; leave that context first.")
+                raise StepError(f"Block {block.name} is being skipped or scaled already. Leave that context first.")
             plain = type(module)
             bound.append((module, plain))
             call = types.MethodType(getattr(plain, method), module)
-            # A forward set on the instance, as by a library that patches it, would hide the subclass's.
+            # A forward set on the instance, such as by a library that patches it, would hide the subclass's.
             if method == "forward" and "forward" in attributes:
                 call = attributes.pop("forward")
                 attributes[_ASIDE] = {"forward": call}
@@ -69,16 +69,16 @@ def bind_rules(rules: Sequence[tuple[ResidualBlock, Rule]], method: Method) -> I
 
 @contextlib.contextmanager
 def divide_outputs(divisors: Sequence[tuple[nn.Module, torch.Tensor]]) -> Iterator[None]:
-    """Divide the output of each module by a scalar tensor until the exit, inside compiled code too.
+    """Divide the output of each module by a scalar tensor until the exit, also inside compiled code.
 
-    A forward hook would not do: graphs that are compiled already ignore one that is added later.
+    Forward hooks are not an option: graphs that are already compiled ignore a hook that is added later.
     """
     bound: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
         for module, divisor in divisors:
             plain = type(module)
             if _DIVISOR in module.__dict__:
-                raise StepError(f"A {plain.__name__} is being scaled already; leave that context first.")
+                raise StepError(f"A {plain.__name__} is being scaled already. Leave that context first.")
             bound.append((module, plain))
             module.__dict__[_DIVISOR] = divisor
             set_class(module, _dividing_class(plain))
@@ -90,18 +90,18 @@ def divide_outputs(divisors: Sequence[tuple[nn.Module, torch.Tensor]]) -> Iterat
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the class of a module past `nn.Module.__setattr__`, which looks through parameters and buffers first."""
+    """Change the class of a module without `nn.Module.__setattr__`, which first searches parameters and buffers."""
     object.__setattr__(module, "__class__", cls)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as it is while nothing is bound."""
+    """Return the class that a module has when it is not bound."""
     return _plain.get(type(module), type(module))
 
 
 @functools.cache
 def _rule_class(plain: type[nn.Module], method: Method) -> type[nn.Module]:
-    """The bound class of a module class whose method asks the instance's rule."""
+    """Return the bound class of a module class whose method applies the instance's rule."""
 
     @functools.wraps(getattr(plain, method))
     def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +116,7 @@ def _rule_class(plain: type[nn.Module], method: Method) -> type[nn.Module]:
 
 @functools.cache
 def _dividing_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """The bound class of a module class whose output is divided by a tensor of the instance."""
+    """Return the bound class of a module class whose output is divided by a tensor of the instance."""
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return plain.__call__(self, *args, **kwargs) / self.__dict__[_DIVISOR]
@@ -125,21 +125,21 @@ def _dividing_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Quiet(nn.Module):
-    """First base of bound classes, so that no `__init_subclass__` of a module's class runs: it may register them."""
+    """First base of bound classes, so that no `__init_subclass__` of a module's class runs, which may register it."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         pass
 
 
 def bound_class(plain: type[nn.Module], members: Mapping[str, Any]) -> type[nn.Module]:
-    """A subclass with these members that goes by the name of its parent, as FSDP's wrap policy and reprs expect.
+    """Return a subclass with these members and the name of its parent, which FSDP's wrap policy and reprs expect.
 
-    Copies and pickles of its instances are of the plain class. Keep it: each call makes another one.
+    Copies and pickles of its instances have the plain class. Keep the result: each call makes a new class.
     """
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     copied = {"__deepcopy__": _deepcopy, "__reduce_ex__": _reduce_ex}
     bases = (plain,) if plain in _plain else (_Quiet, plain)
-    # Past the metaclass, which may register classes too.
+    # Without the metaclass, which may register classes too.
     subclass = type.__new__(type(plain), plain.__name__, bases, {**names, **copied, **members})
     _plain[subclass] = _plain.get(plain, plain)
     return subclass
@@ -147,7 +147,7 @@ def bound_class(plain: type[nn.Module], members: Mapping[str, Any]) -> type[nn.M
 
 @contextlib.contextmanager
 def _as_plain(module: nn.Module) -> Iterator[None]:
-    """Make a bound module what it is while nothing is bound, until the exit."""
+    """Restore a bound module to its unbound state until the exit."""
     bound, attributes = type(module), module.__dict__
     ours = {name: attributes.pop(name) for name in list(attributes) if name.startswith(_OURS)}
     aside = ours.get(_ASIDE, {})
@@ -172,7 +172,7 @@ def _reduce_ex(module: nn.Module, protocol: Any) -> Any:
         reduced: Any = module.__reduce_ex__(protocol)
         if isinstance(reduced, str):
             return reduced
-        # A class that gives its attributes themselves would get ours again at the exit.
+        # A class that returns its `__dict__` itself would get our attributes again at the exit.
         function, *parts = (dict(part) if part is module.__dict__ else part for part in reduced)
-    # Not `copyreg.__newobj__`: pickle insists that its class is the instance's own.
+    # Not `copyreg.__newobj__`: pickle requires that its class is that of the instance.
     return (object.__new__ if function is vars(copyreg)["__newobj__"] else function, *parts)

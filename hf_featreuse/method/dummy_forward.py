@@ -1,4 +1,4 @@
-"""Run a model once to look at it, and leave no trace of having done so."""
+"""Run a model once to examine it, without side effects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_featreuse.errors import BlockError
 
-# Side of the dummy image, in pixels, for models whose config names no image size (ResNet): five halvings leave 2x2.
+# Side of the dummy image, in pixels, for models whose config has no image size (ResNet): five halvings leave 2x2.
 _DEFAULT_IMAGE_SIZE = 64
 _DUMMY_SEQUENCE_LENGTH = 8
 _ATTRIBUTES_OF_MODULE = frozenset(vars(nn.Module()))
@@ -27,8 +27,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode with gradients enabled; then restore modes, attributes, buffers and random states."""
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
-    # Caches that a model fills in eval mode, such as LeViT's of attention biases, would keep this graph, and may hold
-    # one that has been run.
+    # Caches that a model fills in eval mode, such as LeViT's of attention biases, would keep this graph, and may
+    # already hold an old one.
     caches = [
         value
         for found in attributes
@@ -50,7 +50,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.autocast(autocast_device, enabled=False),
         ):
             for module in modules:
-                # accelerate leaves autocast around the forward of a model it has prepared.
+                # accelerate wraps the forward of a prepared model in autocast.
                 if "_original_forward" in module.__dict__:
                     module.__dict__["forward"] = module.__dict__["_original_forward"]
             for cache in caches:
@@ -62,7 +62,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         for module, attribute, buffers in zip(modules, attributes, registered, strict=True):
-            # Swin, for one, shrinks its window for good when it meets a small input.
+            # Swin, for example, permanently shrinks its window for a small input.
             module.__dict__.clear()
             module.__dict__.update(attribute)
             module._buffers.clear()
@@ -73,14 +73,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, version, content in contents:
                 if buffer._version != version:
-                    # Observers of quantization change shapes.
+                    # Quantization observers change shapes.
                     if buffer.shape != content.shape:
                         buffer.resize_(content.shape)
                     buffer.copy_(content)
 
 
 def check_not_compiled(model: nn.Module, name: str = "") -> None:
-    """Raise `BlockError` if the model, named so, or a part of it is compiled."""
+    """Raise `BlockError` if the model, called `name` in the error, or a part of it is compiled."""
     for part, module in model.named_modules(prefix=name):
         if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
             raise BlockError(
@@ -91,7 +91,7 @@ def check_not_compiled(model: nn.Module, name: str = "") -> None:
 
 
 def check_not_inference(model: nn.Module) -> None:
-    """Raise `BlockError` if the model was built inside `torch.inference_mode()`, which makes it unfit for training."""
+    """Raise `BlockError` if the model was built inside `torch.inference_mode()`, so that it cannot be trained."""
     held = (*model.named_parameters(), *model.named_buffers())
     name = next((name for name, tensor in held if tensor.is_inference()), None)
     if name is not None:
@@ -102,26 +102,26 @@ def check_not_inference(model: nn.Module) -> None:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Device of the first parameter; the CPU for a model without parameters."""
+    """Return the device of the first parameter; the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def own_drop_path_rate(model: nn.Module) -> float:
-    """Highest rate of the architecture's own drop path layers, 0 without any; Swin has 0.1 by default."""
+    """Return the highest rate of the architecture's own drop path layers, 0 without any; Swin has 0.1 by default."""
     layers = (module for module in model.modules() if type(module).__name__.endswith("DropPath"))
     rates = (getattr(layer, "drop_prob", None) for layer in layers)
     return max((rate for rate in rates if isinstance(rate, float)), default=0.0)
 
 
 def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | None) -> tuple[tuple, dict[str, Any]]:
-    """Arguments of a forward, from a batch, a tensor or the model's config; without labels unless it insists."""
+    """Return the arguments of a forward, from a batch, a tensor or the config; without labels unless required."""
     if isinstance(inputs, torch.Tensor):
         return (_for_autograd(inputs),), {}
     batch = dummy_inputs(model) if inputs is None else inputs
     if not isinstance(batch, Mapping):
         raise BlockError(
-            f"`inputs` is a {type(inputs).__name__}. Pass a batch as a dictionary of tensors, as the model's forward "
-            "takes it, or one tensor."
+            f"`inputs` is a {type(inputs).__name__}, not a batch. Pass a dictionary of tensors for the model's "
+            "forward, or one tensor."
         )
     device, parameters = model_device(model), inspect.signature(model.forward).parameters
     moved = {
@@ -130,19 +130,19 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any] | torch.Tensor | No
         if key not in ("labels", "label") or (key in parameters and parameters[key].default is inspect.Parameter.empty)
     }
     if "use_cache" in parameters:
-        # A cache of keys keeps what the blocks were given, and grows when they are run again.
+        # A cache of keys keeps the inputs of the blocks, and grows when they run again.
         moved.setdefault("use_cache", False)
     return (), moved
 
 
 def _for_autograd(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy of one made inside `torch.inference_mode()`, which no graph can hold."""
+    """Return the tensor, or a copy if it was made inside `torch.inference_mode()`, which no graph can hold."""
     with torch.inference_mode(False):
         return tensor.clone() if tensor.is_inference() else tensor
 
 
 def takes_dummy_inputs(model: nn.Module) -> bool:
-    """Whether `dummy_inputs` knows a batch for the model, and the model runs on it."""
+    """Return whether `dummy_inputs` can make a batch for the model, and the model runs on it."""
     try:
         args, kwargs = model_inputs(model, None)
         with undisturbed(model), torch.no_grad():
@@ -153,23 +153,23 @@ def takes_dummy_inputs(model: nn.Module) -> bool:
 
 
 def _dummy_input_name(pretrained: PreTrainedModel) -> str | None:
-    """The input that a batch is made for: images where the model takes them, as Perceiver does besides others."""
+    """Return the name of the dummy input: images if the model takes them, as Perceiver does among other inputs."""
     if pretrained.main_input_name in ("pixel_values", "input_ids"):
         return pretrained.main_input_name
     return "pixel_values" if "pixel_values" in inspect.signature(pretrained.forward).parameters else None
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel | None:
-    """The transformers model that this is or wraps."""
+    """Return the transformers model that this model is or wraps."""
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
 def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A batch of one, all zeros, of the size that the model's config names."""
+    """Return a batch of one, all zeros, of the size in the model's config."""
     pretrained = _pretrained(model)
     if pretrained is None:
         raise BlockError(
-            f"{type(model).__name__} is not a transformers model and has no config to make a dummy batch from. "
+            f"{type(model).__name__} is not a transformers model, so it has no config to make a dummy batch from. "
             "Pass a small batch as `inputs`."
         )
     device, name = model_device(model), _dummy_input_name(pretrained)
@@ -185,10 +185,10 @@ def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _image_shape(model: PreTrainedModel) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a model takes."""
+    """Return the channels, height and width of the images that a model takes."""
     config = model.config
     if config.model_type == "timm_wrapper":
-        # timm keeps the size beside the model; arguments of its constructor come first.
+        # timm stores the size next to the model; arguments of its constructor take precedence.
         given, (channels, *size) = config.model_args or {}, cast(Any, model).timm_model.pretrained_cfg["input_size"]
         return (given.get("in_chans", channels), *_height_and_width(given.get("img_size") or size))
     size = _lookup(config, "image_size") or _DEFAULT_IMAGE_SIZE
@@ -203,6 +203,6 @@ def _height_and_width(size: Any) -> tuple[int, int]:
 
 
 def _lookup(config: PreTrainedConfig, key: str) -> Any:
-    """The value of a key in the config, else in its vision or backbone config, else None."""
+    """Return the value of a key in the config, else in its vision or backbone config, else `None`."""
     configs = [config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)]
     return next((value for part in configs if (value := getattr(part, key, None)) is not None), None)

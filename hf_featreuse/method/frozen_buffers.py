@@ -1,8 +1,8 @@
-"""Keep the buffers of frozen modules: statistics of other norms than BatchNorm, spectral norm, observers.
+"""Keep the buffers of frozen modules: statistics of norms other than BatchNorm, spectral norm, observers.
 
-Which buffers a training forward changes follows from no table and from no one forward: an observer may be switched on
-later. So a copy is kept of each, and taken again only after the buffer has changed. A step in which none changes costs
-a comparison of version numbers.
+Neither a table nor a single forward can tell which buffers a training forward changes: an observer may be enabled
+later. So a copy of each buffer is kept, and renewed only after the buffer has changed. A step in which none changes
+costs only a comparison of version numbers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class FrozenBuffers:
-    """The buffers of the parts of a model, to be kept while a part is frozen.
+    """The buffers of the parts of a model, which are kept while a part is frozen.
 
-    The running statistics of BatchNorm are left to `freeze`, except for classes with a forward of their own, which
-    may not heed `track_running_stats`.
+    The running statistics of BatchNorm are left to `freeze`, except for classes with their own forward, which may
+    ignore `track_running_stats`.
 
     Args:
         parts (`list[list[torch.nn.Module]]`): the modules of each part.
@@ -33,7 +33,7 @@ class FrozenBuffers:
 
     @contextlib.contextmanager
     def kept(self, frozen: Collection[int]) -> Iterator[None]:
-        """Restore, at the exit, what the buffers of some parts hold now; a tensor that another part has, too, stays.
+        """Restore the current content of the buffers of some parts at the exit, unless another part shares a tensor.
 
         Args:
             frozen (`list[int]`): indices of the parts.
@@ -53,19 +53,19 @@ class FrozenBuffers:
 
 
 def _heeds_flag(module: nn.Module) -> bool:
-    """Whether only `track_running_stats` decides that the buffers of a module move."""
+    """Return whether only `track_running_stats` decides if the buffers of a module change."""
     return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class _Buffer:
-    """A buffer of a module and what it held last."""
+    """A buffer of a module and its last content."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
         self.tensor: torch.Tensor | None = None
         self.content: torch.Tensor | None = None
         self.version = -1
-        # Whether it changes without a new version, as by `buffer.data.copy_`; not known before the first frozen step.
+        # Whether it changes without a new version, as with `buffer.data.copy_`; unknown until the first frozen step.
         self.changes_unseen: bool | None = None
 
     @property
@@ -73,9 +73,9 @@ class _Buffer:
         return self.module._buffers.get(self.name)
 
     def remember(self) -> None:
-        """Take a copy, unless the one that is there holds."""
+        """Copy the buffer, unless the existing copy is still valid."""
         tensor = self.now
-        # A copy made in a dry run under FakeTensorMode holds nothing.
+        # A copy made in a dry run under FakeTensorMode has no values.
         copied = tensor is self.tensor and type(self.content) is type(tensor)
         if copied and not self.changes_unseen and _version(tensor) == self.version:
             return
@@ -83,7 +83,7 @@ class _Buffer:
         self.content = None if tensor is None else tensor.detach().clone()
 
     def restore(self) -> None:
-        """Give the module back its tensor, and the tensor what it held."""
+        """Restore the module's tensor, and the content of the tensor."""
         if self.now is not self.tensor:
             self.module._buffers[self.name] = self.tensor
         if self.tensor is None or self.content is None:
@@ -110,7 +110,7 @@ def _has_values(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def copied_buffers(module: nn.Module) -> Iterator[None]:
-    """Let calls inside change copies of the buffers of a module and its parts."""
+    """Let calls inside change only copies of the buffers of a module and its parts."""
     held = [(part, part._buffers.copy()) for part in module.modules() if part._buffers]
     try:
         for part, buffers in held:

@@ -1,4 +1,4 @@
-"""Let frozen convolutions keep nothing for backward but their weight.
+"""Let frozen convolutions save only their weight for backward.
 
 The gradient of a convolution's input needs the weight and the shape of the input. PyTorch also saves the input, for a
 weight gradient that is not computed. (A frozen Linear layer already saves only its weight.)
@@ -21,9 +21,9 @@ from hf_featreuse.method.class_swap import bound_class
 
 @functools.cache
 def input_free_class(plain: type[_ConvNd]) -> type[nn.Module]:
-    """The class of a convolution that saves no input while its weight and bias are frozen.
+    """Return the class of a convolution that does not save its input while its weight and bias are frozen.
 
-    Outputs and gradients are bit-identical. Inside compiled code nothing changes: the compiler already saves only what
+    Outputs and gradients are bit-identical. Compiled code does not change: the compiler already saves only what
     backward uses.
 
     Args:
@@ -52,7 +52,7 @@ def input_free_class(plain: type[_ConvNd]) -> type[nn.Module]:
 
 
 def convolutions(modules: Iterable[nn.Module]) -> list[_ConvNd]:
-    """The convolutions among the modules that `input_free_class` serves: torch's own, padded with zeros."""
+    """Return the convolutions that `input_free_class` works with: torch's own, padded with zeros."""
     found = (module for module in modules if isinstance(module, _ConvNd) and type(module) in _PLAIN)
     return [layer for layer in found if layer.padding_mode == "zeros" and not isinstance(layer.padding, str)]
 
@@ -61,7 +61,7 @@ _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """The layer's own forward, and a backward to its input only."""
+    """The layer's own forward, with a backward only to its input."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
@@ -74,7 +74,7 @@ class _FrozenConvolution(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (gradient,) = grad_outputs
         (weight,), layer = ctx.saved_tensors, ctx.layer
-        # Its numbers are not read; its strides decide the memory format. Under autocast it is of the lower precision.
+        # Only its strides are used, for the memory format. Under autocast it has the lower precision.
         inputs = torch.empty_strided(ctx.shape, ctx.stride, dtype=gradient.dtype, device=gradient.device)
         found, _, _ = torch.ops.aten.convolution_backward(
             gradient,

@@ -1,8 +1,8 @@
-"""Models and optimizers whose parameters an engine keeps in shards: FSDP2, `torch.distributed.fsdp.fully_shard`.
+"""Support models and optimizers whose parameters are sharded with FSDP2, `torch.distributed.fsdp.fully_shard`.
 
-Sharding replaces the parameters of a model. For a forward and a backward it gathers a unit of them, and only then does
-a gathered parameter take over whether its shard requires gradients. A unit that stays gathered, as the outermost one
-does after an evaluation, would go on as it was: what is frozen meanwhile would train.
+Sharding replaces the parameters of a model. For a forward and a backward it gathers a unit of them, and only at that
+point does a gathered parameter adopt `requires_grad` of its shard. A unit that stays gathered, as the outermost one
+does after an evaluation, would keep its old values, so parameters frozen meanwhile would train.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from hf_featreuse.method.class_swap import plain_class
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules of a model that FSDP2 shards as a unit each, the outermost first; none for a plain model."""
+    """Return the modules that FSDP2 shards as units, the outermost first; an empty list for a plain model."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def unsharded_class(module: nn.Module) -> type:
-    """The class of a module before FSDP2 gave it one of its own, such as `FSDPViTForImageClassification`."""
+    """Return the class of a module before FSDP2 replaced it, such as by `FSDPViTForImageClassification`."""
     return next(cls for cls in plain_class(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def ready_shards(modules: Sequence[FSDPModule]) -> None:
-    """Make a sharded model ready for a step that freezes some of it; nothing where there is no module.
+    """Prepare a sharded model for a step that freezes some of it; do nothing without modules.
 
     Call it while every parameter that will ever train requires gradients.
     """
     if modules:
-        # In its first forward FSDP2 reads the dtypes of what trains, once: of a unit that is frozen then it would
-        # reduce gradients in another one ever after. Public is only a forward, which would gather every weight.
+        # FSDP2 reads the dtypes of trainable parameters once, in its first forward: for a unit that is frozen then, it
+        # would reduce gradients in another dtype from then on. The only public way is a forward, which would gather
+        # every weight.
         modules[0]._get_fsdp_state()._lazy_init()
     for module in modules:
         module.reshard()
@@ -43,10 +44,10 @@ def ready_shards(modules: Sequence[FSDPModule]) -> None:
 
 @contextlib.contextmanager
 def without_unknown_embeddings(model: nn.Module) -> Iterator[None]:
-    """Let a model whose input embedding transformers does not know say that it has none, as accelerate understands it.
+    """Let a model whose input embedding transformers does not know return `None`, which accelerate accepts.
 
-    accelerate 1.15 asks every model for it before sharding, and stops at the `NotImplementedError` of ConvNeXt and its
-    like.
+    accelerate 1.15 asks every model for it before sharding, and stops at the `NotImplementedError` of models such as
+    ConvNeXt.
     """
     ask = getattr(model, "get_input_embeddings", None)
     try:
@@ -64,16 +65,16 @@ def without_unknown_embeddings(model: nn.Module) -> Iterator[None]:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """The shard of a tensor that this rank holds; a plain tensor as it is."""
+    """Return the shard of a tensor on this rank; a plain tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextlib.contextmanager
 def complete_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[list[str]]:
-    """Give every parameter an optimizer state for a while, as sharded checkpoints want it; yield whose it is not.
+    """Give every parameter an optimizer state until the exit, as sharded checkpoints require; yield those without one.
 
-    An optimizer makes the state of a parameter in the first step that moves it. Those without one get that of a step
-    with a gradient of zero, which is taken away again, so that training is not changed. No weight moves.
+    An optimizer creates the state of a parameter in the first step that updates it. Parameters without state get that
+    of a step with a gradient of zero, which is removed at the exit, so training does not change. No weight changes.
 
     Args:
         model (`torch.nn.Module`): the model, for the names.
@@ -104,7 +105,7 @@ def complete_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterat
 
 
 def forget_state(model: nn.Module, optimizer: torch.optim.Optimizer, names: Sequence[str]) -> None:
-    """Take away the optimizer state of parameters: the next step that moves them makes it, as their first one."""
+    """Remove the optimizer state of parameters: the next step that updates them creates it, like their first one."""
     parameters = dict(model.named_parameters())
     for name in names:
         optimizer.state.pop(parameters[name], None)

@@ -1,7 +1,7 @@
-"""Walk back from a tensor in the autograd graph, through additions, views and casts, to inputs that it is a sum of.
+"""Walk back from a tensor in the autograd graph, through additions, views and casts, to the inputs it is a sum of.
 
-Labels 1, 2, ... stand for the values of the tensor. They go back through the graph as a gradient would. If they reach
-an input as they were, the tensor is that input plus something; other labels tell of a transpose, a factor or a sum.
+Labels 1, 2, ... represent the values of the tensor and are passed back through the graph like a gradient. If they
+reach an input unchanged, the tensor is that input plus something; changes reveal a transpose, a factor or a sum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _IDEMPOTENT = ("Relu", "Hardtanh")
 _KEEPS_RANGE = (*_VIEWS, "MaxPool2DWithIndices", "MaxPool2D")
 _MASKS = ("Div", "Mul", "NativeDropout")
 
-AMBIGUOUS = "several of its inputs are added up in its output, so which of them is its residual stream is not certain"
+AMBIGUOUS = "its output is the sum of several of its inputs, so it is not certain which one is its residual stream"
 CHANGED = "its shortcut moves, scales or rounds the values of its input"
 
 Edge = tuple[Any, int]
@@ -38,8 +38,8 @@ class Arrival:
     """The input at the end of a walk.
 
     Args:
-        edge (`tuple`): of the input.
-        activation (`str`, *optional*): after the last addition.
+        edge (`tuple`): edge of the input.
+        activation (`str`, *optional*): activation after the last addition.
         inexact (`str`): why the tensor is not bitwise that input plus something; empty if it is.
     """
 
@@ -49,20 +49,19 @@ class Arrival:
 
 
 def edge_of(tensor_edge: GradientEdge) -> Edge:
-    """An edge that can be compared."""
+    """Return an edge in a form that can be compared."""
     return tensor_edge.node, tensor_edge.output_nr
 
 
 def walk_back(
     start: GradientEdge, inputs: Sequence[Edge], *, or_itself: bool = False, masked: bool = False
 ) -> Arrival | None:
-    """Find the first of the inputs that a tensor is a sum of.
+    """Find the first of the inputs of which a tensor is a sum.
 
     Args:
         start: edge of the tensor.
         inputs: edges of inputs of the same shape and dtype.
-        or_itself: whether a tensor that is an input, with nothing added, counts. What an activation does is not judged
-            then.
+        or_itself: whether a tensor that is an input, with nothing added, counts. Activations are not checked then.
         masked: whether a random mask may follow the last addition.
     """
     edge, activation, before = edge_of(start), None, []
@@ -76,7 +75,7 @@ def walk_back(
     if edge in inputs and not or_itself:
         return None
     size, dtype = _size_and_dtype(edge_of(start))
-    # A model that runs on the meta device has a graph all the same.
+    # A model that runs on the meta device has a graph too.
     labels = value = torch.arange(1, size.numel() + 1, dtype=torch.float64, device="cpu").view(size)
     for passed in before:
         value = _before(passed, value, dtype)
@@ -96,20 +95,20 @@ def walk_back(
 def _reached(
     edge: Edge, value: torch.Tensor, inputs: Sequence[Edge], dtype: torch.dtype
 ) -> dict[Edge, tuple[torch.Tensor, bool]]:
-    """The labels that come back to each input, and whether a chain of plain additions leads there."""
+    """Return the labels that reach each input, and whether a chain of plain additions leads there."""
     reached: dict[Edge, tuple[torch.Tensor, bool]] = {}
     pending: dict[Edge, tuple[torch.Tensor, bool]] = {}
 
     def arrive(at: Edge, came: torch.Tensor, plain: bool) -> None:
         size, _ = _size_and_dtype(at)
-        # What an addition broadcasts has fewer values than the stream.
+        # A tensor that an addition broadcasts has fewer values than the stream.
         if came.numel() == size.numel():
             held, came = reached if at in inputs else pending, came.reshape(size)
             held[at] = (held[at][0] + came, held[at][1] or plain) if at in held else (came, plain)
 
     arrive(edge, value, True)
     while pending:
-        # What ran last comes first, so that all that leads to an edge is added up when its turn comes.
+        # The last operation comes first, so that everything that leads to an edge is summed before its turn.
         edge = max(pending, key=lambda waiting: waiting[0]._sequence_nr())
         value, plain = pending.pop(edge)
         operation = _operation(edge[0])
@@ -124,17 +123,17 @@ def _reached(
 
 
 def _before(edge: Edge, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The labels as they were before a view or a cast; zeros if a cast has rounded the values."""
+    """Return the labels as they were before a view or a cast; zeros if a cast has rounded the values."""
     made = _size_and_dtype(edge)[1]
     if torch.promote_types(made, dtype) != made:
         return torch.zeros_like(value)
     moves = _operation(edge[0]) in _VIEWS and _operation(edge[0]) not in _SAME_PLACES
-    # Called by itself, a node of a view gives the view of a gradient, on any device.
+    # Called directly, the node of a view returns the view of a gradient, on any device.
     return edge[0](value) if moves else value
 
 
 def _keeps(passed: Sequence[Edge], stream: Edge, activation: str) -> bool:
-    """Whether the stream has been through this activation already, and it leaves its own output unchanged."""
+    """Return whether the stream is an output of this activation, and the activation does not change its own output."""
     node = stream[0]
     while _operation(node) in _KEEPS_RANGE:
         node = next(_inputs(node))[0]
@@ -151,7 +150,7 @@ def _bounds(hardtanh: Any) -> tuple[float, float]:
 def find_branch(
     start: GradientEdge, stream: Edge, inside: Sequence[tuple[nn.Module, Edge | None]]
 ) -> nn.Module | None:
-    """The module inside a block whose output is added to the stream; `None` if no single module gives just that.
+    """Return the module inside a block whose output is added to the stream; `None` if it is not exactly one module.
 
     Args:
         start: edge of the block's output.
@@ -166,14 +165,14 @@ def find_branch(
     others = [summand for summand in _inputs(node) if not _is_same_value(summand, stream)]
     if len(others) != 1:
         return None
-    # Identities return the edge of what came before them: the last to return is what the addition took.
+    # Identities return the edge of the module before them: the last to return it is the one whose output is added.
     producer = next((module for module, made in reversed(inside) if made == others[0]), None)
     calls = sum(module is producer for module, _ in inside)
     return producer if calls == 1 and _uses(start.node, others[0], stream) == 1 else None
 
 
 def comes_from_softmax(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is the output of a softmax, or a mean of some, up to views and dropout."""
+    """Return whether a tensor is the output of a softmax, or a mean of such outputs, up to views and dropout."""
     node: Any = tensor.grad_fn
     while node is not None and _operation(node) in (*_VIEWS, *_MASKS, "Mean"):
         node = next(_inputs(node))[0]
@@ -181,14 +180,14 @@ def comes_from_softmax(tensor: torch.Tensor) -> bool:
 
 
 def _is_same_value(edge: Edge, goal: Edge) -> bool:
-    """Whether a tensor is the one at the goal, up to views and casts."""
+    """Return whether a tensor is the one at the goal, except for views and casts."""
     while edge != goal and _operation(edge[0]) in _VIEWS:
         edge = next(_inputs(edge[0]))
     return edge == goal
 
 
 def _uses(start: Any, edge: Edge, goal: Edge) -> int:
-    """How many operations between a block's output and its input take the tensor at an edge."""
+    """Return how many operations between a block's output and its input use the tensor at an edge."""
     count, pending, seen = 0, [start], {start}
     while pending:
         for following in _inputs(pending.pop()):
@@ -200,7 +199,7 @@ def _uses(start: Any, edge: Edge, goal: Edge) -> int:
 
 
 def _operation(node: Any) -> str:
-    """`AddBackward0` is "Add"; a user's own function of that name is `AddBackward`."""
+    """Return the operation of a node: "Add" for `AddBackward0`, but `AddBackward` for a user's function."""
     return re.sub(r"Backward\d+$", "", node.name())
 
 
@@ -209,6 +208,6 @@ def _inputs(node: Any) -> Iterator[Edge]:
 
 
 def _size_and_dtype(edge: Edge) -> tuple[torch.Size, torch.dtype]:
-    """Of the tensor at an edge."""
+    """Return the size and dtype of the tensor at an edge."""
     made = edge[0]._input_metadata[edge[1]]
     return torch.Size(made.shape), made.dtype

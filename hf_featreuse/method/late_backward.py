@@ -1,4 +1,4 @@
-"""Raise an error if backward runs after the step was left, when what it does is undone already."""
+"""Raise an error if backward runs after the exit of a step, when blocks are no longer skipped or frozen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WATCH = "_feature_reuse_watch"
 
 @contextlib.contextmanager
 def backward_inside(model: nn.Module, step: str) -> Iterator[None]:
-    """Let outputs that the model gives inside refuse a backward after the exit.
+    """Make outputs that the model returns inside refuse a backward after the exit.
 
     Args:
         model (`torch.nn.Module`): the model that is called inside.
@@ -38,7 +38,7 @@ def backward_inside(model: nn.Module, step: str) -> Iterator[None]:
 
     def watch(output: Any) -> None:
         for value in _values(output):
-            # A hook on a leaf, such as a parameter that is handed out, would stay.
+            # A hook on a leaf, such as a parameter that is returned, would stay.
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 value.register_hook(check)
 
@@ -55,7 +55,7 @@ def backward_inside(model: nn.Module, step: str) -> Iterator[None]:
 
 @functools.cache
 def _watched_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """The bound class of a model whose outputs are watched."""
+    """Return the bound class of a model whose outputs are watched."""
 
     @functools.wraps(plain.__call__)
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +67,7 @@ def _watched_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _values(output: Any) -> Iterable[Any]:
-    """What a model returns, one by one: a tensor, or the items of a tuple, a dictionary or the like."""
+    """Return the values in a model's output: a tensor, or the items of a tuple, a dictionary or another object."""
     if isinstance(output, torch.Tensor):
         return (output,)
     if isinstance(output, (tuple, list)):

@@ -1,10 +1,10 @@
-"""Read off one forward what the calls of modules return: an input plus something, and how that is seen.
+"""Determine from one forward which modules return one of their inputs plus something.
 
-A module is residual where walking back from its first output in the autograd graph, through additions, views and casts
-only, arrives at one of its inputs. No table of classes is needed, so a new architecture needs no change here.
+A module is residual if walking back from its first output in the autograd graph, only through additions, views and
+casts, arrives at one of its inputs. No table of classes is needed, so a new architecture needs no change here.
 
-That forward is in eval mode, where nothing is dropped by chance. Dropout on a shortcut and outputs of only training
-show in a second look, at the blocks only, and of blocks that are alike at one.
+That forward is in eval mode, where nothing is dropped at random. Dropout on a shortcut, and outputs that exist only in
+training, are found by a second run of only the blocks in training mode, one of each group of identical blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Arguments = tuple[tuple, dict[str, Any]]
 
 @dataclass(frozen=True)
 class _Argument:
-    """An argument at the moment of the call; tensors with a graph have an edge."""
+    """An argument at the time of the call; tensors with a graph have an edge."""
 
     key: Key
     value: Any
@@ -42,21 +42,21 @@ class _Argument:
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of a module says of it.
+    """What one call of a module shows.
 
     Args:
         key (`int` or `str`, *optional*): position or keyword of the argument that can be the residual stream.
-        shown (`bool`): whether the graph shows the first output to be that argument plus something.
-        inexact (`str`): why it does not show the shortcut to be a bitwise identity; empty if it does.
-        activation (`str`, *optional*): after the addition.
-        num_outputs (`int`, *optional*): length of the tuple returned; `None` for a bare tensor.
-        passed_on (`tuple`): for each further output, the key of the argument it hands on, or `None`.
-        made_inside (`tuple[int, ...]`): the further outputs that only the module computes, attention weights aside.
+        shown (`bool`): whether the graph shows that the first output is that argument plus something.
+        inexact (`str`): why it does not show that the shortcut is a bitwise identity; empty if it does.
+        activation (`str`, *optional*): activation after the addition.
+        num_outputs (`int`, *optional*): length of the returned tuple; `None` for a bare tensor.
+        passed_on (`tuple`): for each further output, the key of the argument that it returns, or `None`.
+        made_inside (`tuple[int, ...]`): the further outputs that only the module computes, except attention weights.
         reason (`str`): why no argument can be the stream.
         unbatched (`frozenset[str]`): paths of the tensors among the arguments whose first dimension is not the batch.
-        branch (`torch.nn.Module`, *optional*): part of the module whose output is what is added to the stream, if an
+        branch (`torch.nn.Module`, *optional*): part of the module whose output is added to the stream, if an
             activation follows the addition.
-        ended (`int`): how many modules had been called by the end of this call.
+        ended (`int`): number of modules called by the end of this call.
     """
 
     key: Key | None = None
@@ -78,8 +78,8 @@ class Trace:
 
     Args:
         calls (`dict[str, list[Call]]`): the calls of each traced module, in the order of the first call of each.
-        first_called (`dict[torch.nn.Module, int]`): of each module that was called, how many calls came before.
-        arguments (`dict[str, list[Arguments]]`): of the calls, without their graph.
+        first_called (`dict[torch.nn.Module, int]`): for each called module, the number of calls before its first one.
+        arguments (`dict[str, list[Arguments]]`): arguments of the calls, without their graph.
     """
 
     calls: dict[str, list[Call]]
@@ -97,7 +97,7 @@ def trace_calls(
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     handles = []
     try:
-        # The walk needs a graph below every block, the frozen part of a model included.
+        # The walk needs a graph below every block, including the frozen part of a model.
         for parameter in frozen:
             parameter.requires_grad_(True)
         with undisturbed(model):
@@ -127,9 +127,9 @@ def trace_calls(
 def calls_in_training(
     model: nn.Module, modules: Mapping[str, nn.Module], arguments: Mapping[str, list[Arguments]]
 ) -> dict[str, list[Call]]:
-    """Run some modules again in training mode and read their calls; of modules that are alike, one.
+    """Run some modules again in training mode and read their calls; of identical modules, only one.
 
-    Left out is a module that fails in training mode, for instance as it wants more than one sample.
+    A module that fails in training mode is left out, for instance one that needs more than one sample.
     """
     calls: dict[str, list[Call]] = {}
     known: dict[tuple, list[Call] | None] = {}
@@ -144,7 +144,7 @@ def calls_in_training(
 
 
 def _likeness(module: nn.Module, calls: list[Arguments]) -> tuple:
-    """What modules have in common that do the same in training mode: all but the values of their tensors."""
+    """Return a key that modules share if they do the same in training mode: everything but the values of tensors."""
 
     def described(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -165,9 +165,9 @@ def _likeness(module: nn.Module, calls: list[Arguments]) -> tuple:
 
 
 def _calls_in_training(module: nn.Module, arguments: list[Arguments]) -> list[Call] | None:
-    """The calls of one module in training mode; `None` if it fails."""
+    """Return the calls of one module in training mode; `None` if it fails."""
     for part in module.modules():
-        # Norms with statistics want more than one value per channel to train on.
+        # In training mode, norms with statistics need more than one value per channel.
         part.training = not part._buffers
         if "gradient_checkpointing" in part.__dict__:
             part.__dict__["gradient_checkpointing"] = False
@@ -175,13 +175,13 @@ def _calls_in_training(module: nn.Module, arguments: list[Arguments]) -> list[Ca
         made = [_run_again(module, call) for call in arguments]
     except Exception:
         return None
-    # CvT's own drop path drops the sum, which is not our business.
+    # CvT's own drop path drops the sum, which does not make the shortcut inexact.
     masked = own_drop_path_rate(module) > 0
     return [_read(given, output, in_training=True, masked=masked) for given, output in made]
 
 
 def _run_again(module: nn.Module, call: Arguments) -> tuple[list[_Argument], Any]:
-    """The arguments and the output of a call on copies of the tensors, without the hooks on the call."""
+    """Run a call on copies of the tensors, without its hooks, and return the arguments and the output."""
     copies: dict[int, torch.Tensor] = {}
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -203,7 +203,7 @@ class _Tracer:
         self.arguments: dict[str, list[Arguments]] = {}
         self.first_called: dict[nn.Module, int] = {}
         self.num_called = 0
-        # Every module that returned so far, with the edge of its first output.
+        # Every module that has returned, with the edge of its first output.
         self.returned: list[tuple[nn.Module, Edge | None]] = []
 
     def enter_any(self, module: nn.Module, _args: tuple) -> None:
@@ -211,13 +211,13 @@ class _Tracer:
         self.num_called += 1
 
     def leave_any(self, module: nn.Module, _args: tuple, output: Any) -> None:
-        # Read now: `hidden_states += residual` later moves the tensor to another edge.
+        # Read now, because `hidden_states += residual` later moves the tensor to another edge.
         edge = get_gradient_edge(output) if _has_graph(output) else None
         self.returned.append((module, None if edge is None else edge_of(edge)))
 
     def enter(self, name: str):
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            # Edges are read now: an addition in place later moves the tensor to another edge.
+            # Edges are read now, because a later addition in place moves the tensor to another edge.
             self.open.setdefault(name, []).append((_arguments(args, kwargs), len(self.returned)))
             self.calls.setdefault(name, [])
             self.arguments.setdefault(name, []).append(_without_graph(args, kwargs))
@@ -242,7 +242,7 @@ class _Tracer:
 
 
 def _arguments(args: tuple, kwargs: Mapping[str, Any]) -> list[_Argument]:
-    """The arguments of a call as they are now."""
+    """Return the arguments of a call as they are now."""
     return [
         _Argument(key, value, get_gradient_edge(value) if _has_graph(value) else None)
         for key, value in (*enumerate(args), *kwargs.items())
@@ -250,7 +250,7 @@ def _arguments(args: tuple, kwargs: Mapping[str, Any]) -> list[_Argument]:
 
 
 def _without_graph(args: tuple, kwargs: dict[str, Any]) -> Arguments:
-    """The arguments of a call, to run it again: those that had a graph require gradients, the same stay the same."""
+    """Return arguments to repeat a call: tensors with a graph require gradients, a shared tensor stays shared."""
     kept: dict[int, torch.Tensor] = {}
 
     def detached(tensor: torch.Tensor) -> torch.Tensor:
@@ -260,12 +260,12 @@ def _without_graph(args: tuple, kwargs: dict[str, Any]) -> Arguments:
 
 
 def _batch_size(args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """First dimension of the first input of a model."""
+    """Return the size of the first dimension of the first input of a model."""
     return next((tensor.shape[0] for _, tensor in named_tensors(args, kwargs) if tensor.ndim), 1)
 
 
 def _with_graph(value: Any) -> Any:
-    """An input with an edge of its own, so that a block that takes it as its stream is found too."""
+    """Return an input with its own edge, so that a block whose stream it is can be found too."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     # A copy: a leaf that requires gradients cannot be changed in place.
@@ -277,10 +277,10 @@ def _has_graph(value: Any) -> TypeGuard[torch.Tensor]:
 
 
 def _read(arguments: list[_Argument], output: Any, *, in_training: bool = False, masked: bool = False) -> Call:
-    """What one call says: which argument the graph shows to be the stream, else which its shape lets be.
+    """Return what one call shows: the argument that is the stream by the graph, or else could be by its shape.
 
-    In training mode a block may skip itself by chance, so that returning only the stream is not a fault; `masked` lets
-    a random mask follow the addition.
+    In training mode a block may skip itself at random, so returning only the stream is accepted; `masked` also accepts
+    a random mask after the addition.
     """
     outputs = list(output) if isinstance(output, (tuple, list)) else [output]
     first = next(iter(outputs), None)
@@ -290,7 +290,7 @@ def _read(arguments: list[_Argument], output: Any, *, in_training: bool = False,
     if not alike:
         shapes = [tuple(a.value.shape) for a in arguments if isinstance(a.value, torch.Tensor)]
         return Call(
-            reason=f"returns {first.dtype} of shape {tuple(first.shape)} and takes none of that kind (shapes {shapes})"
+            reason=f"returns {first.dtype} of shape {tuple(first.shape)} but takes no such tensor (shapes {shapes})"
         )
     edges = _keys(alike)
     arrival = walk_back(get_gradient_edge(first), list(edges), or_itself=in_training, masked=masked)
@@ -315,12 +315,12 @@ def _read(arguments: list[_Argument], output: Any, *, in_training: bool = False,
 
 
 def _alike(arguments: list[_Argument], output: torch.Tensor) -> list[_Argument]:
-    """The arguments in the graph that have the shape and dtype of an output."""
+    """Return the arguments in the graph that have the shape and dtype of an output."""
     return [a for a in arguments if a.edge and a.value.shape == output.shape and a.value.dtype == output.dtype]
 
 
 def _keys(arguments: Iterable[_Argument]) -> dict[Edge, Key]:
-    """Edges of arguments, and the key of the first that has each."""
+    """Return the edges of arguments, each with the key of the first argument that has it."""
     keys: dict[Edge, Key] = {}
     for argument in arguments:
         if argument.edge is not None:
@@ -329,7 +329,7 @@ def _keys(arguments: Iterable[_Argument]) -> dict[Edge, Key]:
 
 
 def _passed_on(arguments: list[_Argument], stream: Key, value: Any) -> tuple[Key | None, bool]:
-    """The argument that a further output hands on, such as a second stream or sizes, and whether that is sure."""
+    """Return the argument that a further output repeats, such as a second stream, and whether that is certain."""
     if not _has_graph(value):
         same = (a.key for a in arguments if value is not None and (a.value is value or _same_sizes(a.value, value)))
         return next(same, None), True
@@ -338,24 +338,24 @@ def _passed_on(arguments: list[_Argument], stream: Key, value: Any) -> tuple[Key
     arrival = walk_back(get_gradient_edge(value), list(edges), or_itself=True)
     if arrival is not None and not arrival.inexact and arrival.activation is None:
         return edges[arrival.edge], True
-    # Of the shape of another argument, it may be a second stream; attention weights are of none's.
+    # With the shape of another argument it may be a second stream; attention weights have the shape of none.
     other = next((a.key for a in alike if a.key != stream), None)
     return other, other is None
 
 
 def _same_sizes(first: Any, second: Any) -> bool:
-    """Whether two arguments are the same integers; a list of tensors is never compared."""
+    """Return whether two arguments are the same integers; a list of tensors is never compared."""
     numbers = [list(v) if isinstance(v, (tuple, list)) else [v] for v in (first, second)]
     return all(type(n) is int for found in numbers for n in found) and numbers[0] == numbers[1]
 
 
 def _holds_something(value: Any) -> bool:
-    """Whether a further output is more than `None`, or nothing else, and no attention weights."""
+    """Return whether a further output holds anything other than `None` and attention weights."""
     if isinstance(value, (tuple, list)):
         return any(map(_holds_something, value))
     if isinstance(value, Mapping):
         return any(map(_holds_something, value.values()))
     if isinstance(value, torch.Tensor) and value.ndim > 2 and comes_from_softmax(value):
-        # By head, or of all heads: from each token to each. Those of a router are from tokens to experts.
+        # Per head, or of all heads: from each token to each. A router's weights are from tokens to experts.
         return value.ndim == 3 and value.shape[-1] != value.shape[-2]
     return value is not None

@@ -1,6 +1,6 @@
-"""What distributed backends and compilation need for training whose active blocks change from step to step.
+"""Adapt distributed backends and compilation to training whose active blocks change from step to step.
 
-Functions over accelerate's and torch's own objects; `FeatureReuseTrainer` calls each from the hook that it belongs to.
+These are functions of accelerate's and torch's own objects; `FeatureReuseTrainer` calls each from a hook of Trainer.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ logger = logging.get_logger(__name__)
 
 
 def take_dynamo_plugin(accelerator_arguments: dict[str, Any]) -> TorchDynamoPlugin | None:
-    """Take the compilation that was asked for out of accelerate's arguments: accelerate compiles the whole model.
+    """Remove the requested compilation from accelerate's arguments, because accelerate compiles the whole model.
 
-    The plugin holds what `accelerate launch` was told, too. `None` if nothing is to be compiled.
+    The returned plugin includes the options of `accelerate launch`; it is `None` if nothing is to be compiled.
     """
     plugin = accelerator_arguments["dynamo_plugin"]
     if plugin.backend == DynamoBackend.NO:
@@ -45,7 +45,7 @@ def take_dynamo_plugin(accelerator_arguments: dict[str, Any]) -> TorchDynamoPlug
 
 
 def search_unused_parameters(accelerator_arguments: dict[str, Any]) -> None:
-    """Let DDP search for unused parameters with activation checkpointing too, for which Trainer turns it off."""
+    """Let DDP search for unused parameters with activation checkpointing too, where Trainer disables the search."""
     for handler in accelerator_arguments["kwargs_handlers"]:
         if isinstance(handler, DistributedDataParallelKwargs):
             handler.find_unused_parameters = True
@@ -54,7 +54,7 @@ def search_unused_parameters(accelerator_arguments: dict[str, Any]) -> None:
 def check_accelerator(accelerator: Accelerator, drop_granularity: str) -> None:
     """Raise `ConfigurationError` if options of DDP or FSDP2 do not allow steps with different active blocks."""
     options = accelerator.ddp_handler
-    # MULTI_CPU, MULTI_GPU and their like; FSDP, DeepSpeed and others go by other names.
+    # MULTI_CPU, MULTI_GPU and the like; FSDP, DeepSpeed and others have other names.
     if accelerator.distributed_type.value.startswith("MULTI_") and options is not None:
         check_ddp_options(static_graph=options.static_graph, find_unused_parameters=options.find_unused_parameters)
     if accelerator.distributed_type.value == "FSDP" and drop_granularity == "sample":
@@ -66,23 +66,24 @@ def check_accelerator(accelerator: Accelerator, drop_granularity: str) -> None:
 
 
 def check_sharding(model: nn.Module | None, accelerator: Accelerator, fsdp_was_asked_for: bool) -> None:
-    """Refuse a model that is sharded before its blocks are found; warn if sharding was asked for in vain."""
+    """Raise if a model is sharded before its blocks are found; warn if FSDP was requested but does not shard."""
     if model is not None and sharded_modules(model):
         raise ConfigurationError(
             f"This {type(model).__name__} is sharded already: it was loaded with a `distributed_config`, or "
-            "`train()` ran before. Its blocks are found in whole weights. Load it without, make a new trainer for "
-            'each `train()`, and pass `fsdp=True, fsdp_config={"version": 2}` to shard it.'
+            "`train()` ran before. Its blocks can only be found in whole weights. Load it without a "
+            "`distributed_config`, create a new trainer for each `train()`, and pass "
+            '`fsdp=True, fsdp_config={"version": 2}` to shard it.'
         )
     kind = accelerator.distributed_type.value
     if fsdp_was_asked_for and kind != "FSDP":
         logger.warning_once(
-            f"FSDP was asked for, but accelerate shards only on GPUs and similar devices, and uses {kind} here: every "
+            f"FSDP was requested, but accelerate shards only on GPUs and similar devices, and uses {kind} here: every "
             "process holds the whole model."
         )
 
 
 def bind_on_every_rank(bind: Callable[[], FeatureReuse], num_processes: int) -> FeatureReuse:
-    """Bind blocks and schedule; stop on every rank if one fails to or has others."""
+    """Bind blocks and schedule; stop on every rank if one of them fails or differs."""
     if (alone := find_lone_launch(os.environ, num_processes)) is not None:
         logger.warning_once(alone)
     try:
@@ -96,14 +97,14 @@ def bind_on_every_rank(bind: Callable[[], FeatureReuse], num_processes: int) -> 
 
 @contextlib.contextmanager
 def sharded_by_block(accelerator: Accelerator, model: nn.Module, reuse: FeatureReuse) -> Iterator[None]:
-    """Let FSDP2 gather the weights of each block separately, so that it does not gather those of skipped blocks."""
+    """Let FSDP2 gather the weights of each block separately, so that those of skipped blocks are not gathered."""
     plugin: Any = accelerator.state.fsdp_plugin
     classes = sorted({plain_class(block.module).__name__ for block in reuse.blocks})
     with without_unknown_embeddings(model):
         if plugin is None or plugin.transformer_cls_names_to_wrap is not None or not classes:
             yield
             return
-        # The model's own list may nest units, at which accelerate 1.15 stops for ViT, or miss the blocks.
+        # The model's own list may nest units, which is an error in accelerate 1.15 for ViT, or miss the blocks.
         plugin.transformer_cls_names_to_wrap = classes
         try:
             yield
@@ -113,7 +114,7 @@ def sharded_by_block(accelerator: Accelerator, model: nn.Module, reuse: FeatureR
 
 @contextlib.contextmanager
 def whole_state_dict(accelerator: Accelerator) -> Iterator[None]:
-    """Save a sharded model whole, whatever `state_dict_type` its checkpoints have."""
+    """Save a sharded model as a whole, whatever `state_dict_type` its checkpoints have."""
     plugin: Any = accelerator.state.fsdp_plugin
     kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
     try:
@@ -123,14 +124,14 @@ def whole_state_dict(accelerator: Accelerator) -> Iterator[None]:
 
 
 def send_active_gradients(wrapped: nn.Module, reuse: FeatureReuse) -> None:
-    """Let DDP send the gradients of only what trains in a step."""
+    """Let DDP send the gradients of only the parameters that train in a step."""
     if reuse.blocks and isinstance(wrapped, DistributedDataParallel) and not reduce_active_gradients(wrapped, reuse):
         logger.warning_once(
-            "DistributedDataParallel has a communication hook already, which stays: all gradients travel, not only "
+            "DistributedDataParallel already has a communication hook, which stays: all gradients are sent, not only "
             "those of the active blocks. Leave `comm_hook` unset to send less."
         )
 
 
 def plain_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's."""
+    """Return the optimizer inside accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)

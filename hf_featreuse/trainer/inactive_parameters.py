@@ -1,7 +1,7 @@
-"""Check that the optimizer leaves alone what has no gradient, by what it does in the first steps of a run.
+"""Check, in the first steps of a run, that the optimizer does not change parameters without a gradient.
 
 Dropped and frozen blocks have no gradient (`grad` is None), and every optimizer of torch skips such parameters. An
-optimizer that puts a zero in the place of the absent gradient moves them by momentum and weight decay.
+optimizer that replaces the absent gradient with zero changes them by momentum and weight decay.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class InactiveParameters(TrainerCallback):
-    """Raises an error if the optimizer moves a parameter without a gradient, or its state.
+    """Raises an error if the optimizer changes a parameter without a gradient, or its state.
 
-    Weights and optimizer state are compared around the optimizer step, for each kind of step and each parameter group,
-    until one step had a learning rate above 0 and a parameter without a gradient that an earlier step had trained:
-    momentum moves nothing before, and a warm-up starts at 0. Nothing is compared after that. Steps that the gradient
-    scaler skips do not count.
+    Weights and optimizer state are compared before and after the optimizer step, for each kind of step and each
+    parameter group, until one step had a learning rate above 0 and a parameter without a gradient that an earlier step
+    had trained: before that, momentum changes nothing, and a warm-up starts at 0. Nothing is compared later. Steps
+    that the gradient scaler skips do not count.
 
     Args:
-        step_kind (`Callable`): gives the kind of the step whose gradients are there now.
-        was_skipped (`Callable`): tells whether the last optimizer step was skipped.
+        step_kind (`Callable`): returns the kind of the step of the current gradients.
+        was_skipped (`Callable`): returns whether the last optimizer step was skipped.
 
     Raises:
-        ConfigurationError: after the first optimizer step that moved such a parameter or its state.
+        ConfigurationError: after the first optimizer step that changed such a parameter or its state.
     """
 
     def __init__(self, step_kind: Callable[[], StepKind | None], was_skipped: Callable[[], bool]) -> None:
@@ -41,7 +41,7 @@ class InactiveParameters(TrainerCallback):
         self._forget()
 
     def _forget(self) -> None:
-        # By id: parameters that an optimizer step of this run has trained.
+        # Ids of the parameters that an optimizer step of this run has trained.
         self._trained: set[int] = set()
         # Kinds of step and indices of parameter groups that need no further comparison.
         self._passed: set[tuple[StepKind, int]] = set()
@@ -49,11 +49,11 @@ class InactiveParameters(TrainerCallback):
         self._active: set[int] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin again: the optimizer may be another one."""
+        """Start over, because the optimizer may have been replaced."""
         self._forget()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Note what must not move."""
+        """Record what must not change."""
         kind, self._before, self._active = self._step_kind(), {}, set()
         if kind is None or (kind is StepKind.VANILLA and self._passed):
             return
@@ -66,7 +66,7 @@ class InactiveParameters(TrainerCallback):
                 self._before[index] = without, [_digest(p, optimizer) for p in without]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Compare it with what is there now."""
+        """Compare the record with the current values."""
         if self._was_skipped():
             return
         kind = self._step_kind()
@@ -87,21 +87,21 @@ def _error(optimizer: Any, kind: StepKind | None) -> ConfigurationError:
     return ConfigurationError(
         f"The optimizer {plain.__module__}.{plain.__qualname__} cannot be used with feature reuse: in {step} it "
         "changed parameters that had no gradient, or their optimizer state. It treats an absent gradient as zero, so "
-        "momentum and weight decay move blocks that are dropped or frozen. Pass an optimizer that skips parameters "
+        "momentum and weight decay change blocks that are dropped or frozen. Pass an optimizer that skips parameters "
         'whose `grad` is None, as those of torch do, for instance `optim="adamw_torch"`. Plain training, with '
-        "`stochastic_depth_steps=0` and `masked_freeze_steps=0`, takes any."
+        "`stochastic_depth_steps=0` and `masked_freeze_steps=0`, works with any optimizer."
     )
 
 
 def _digest(parameter: nn.Parameter, optimizer: Any) -> torch.Tensor:
-    """A sum over the bits of each tensor of a parameter and its optimizer state; a copy would take as much memory."""
+    """Return checksums of a parameter and its optimizer state, which take less memory than copies."""
     values = [parameter, *_values(optimizer.state.get(parameter, {}))]
     sums = [_bits(value) if isinstance(value, torch.Tensor) else torch.tensor(hash(value)) for value in values]
     return torch.stack([total.to(sums[0].device) for total in sums])
 
 
 def _values(state: Any) -> Iterator[Any]:
-    """Tensors and numbers of a nested optimizer state."""
+    """Yield the tensors and numbers in a nested optimizer state."""
     if isinstance(state, dict):
         state = list(state.values())
     if isinstance(state, (list, tuple)):
@@ -113,8 +113,8 @@ def _values(state: Any) -> Iterator[Any]:
 
 @torch.no_grad()
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's bits, read as integers, on its device."""
-    if is_traceable_wrapper_subclass(tensor):  # Sharded or quantized: what lies on this device.
+    """Return the sum of a tensor's bits, read as integers, on its device."""
+    if is_traceable_wrapper_subclass(tensor):  # Sharded or quantized: the parts on this device.
         parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
         # Since torch 2.13 a sharded tensor names its mesh, too.
         return sum((_bits(part) for part in parts if isinstance(part, torch.Tensor)), torch.tensor(0))

@@ -1,12 +1,12 @@
-"""Check the names of Trainer, accelerate and torch that no release promises to keep.
+"""Check the private names of Trainer, accelerate and torch that this package relies on.
 
-Exact resume and feature reuse hook into methods that Trainer calls, most of them private. A release that renames one
-would not call our override any more: training would resume from half-loaded weights, without any error. The same holds
-for attributes that are set here and read there. [`check_names`] runs once, when the trainer is imported, and
+Exact resume and feature reuse override methods that Trainer calls, most of them private. A release that renames one
+would no longer call our override: training would resume from half-loaded weights, without an error. The same holds for
+attributes that are set here and read there. [`check_names`] runs once, when the trainer is imported, and
 [`check_attributes`] when training starts.
 
-Not listed is what fails with an error of its own: a private name that is only imported, called or read, such as
-`torch._C._current_graph_task_id` or `DistributedDataParallel._comm_hooks`.
+Private names that are only imported, called or read, such as `torch._C._current_graph_task_id` or
+`DistributedDataParallel._comm_hooks`, are not listed, because they raise an error if they are missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hf_featreuse.errors import IncompatibleVersionError
 
 logger = logging.get_logger(__name__)
 
-# The oldest and the newest minor release that the tests ran with.
+# The oldest and the newest minor release that was tested.
 TESTED = {"accelerate": ("1.15", "1.15"), "torch": ("2.11", "2.14"), "transformers": ("5.17", "5.24")}
 INSTALLED = {
     "accelerate": accelerate.__version__,
@@ -37,8 +37,8 @@ INSTALLED = {
     "transformers": transformers.__version__,
 }
 
-# Methods of Trainer that our trainers override or call, with the parameters that they rely on: in this order and by
-# name, those after the star by name only.
+# Methods of Trainer that our trainers override or call, with the parameters that they use: by position and name, or
+# after the star only by name.
 METHODS: Mapping[str, str] = {
     # Set up
     "__init__": (
@@ -48,7 +48,7 @@ METHODS: Mapping[str, str] = {
     "create_accelerator_and_postprocess": "",
     "_build_accelerator_args": "",
     "_validate_args": "",
-    # Begin to train
+    # Start of training
     "train": "resume_from_checkpoint",
     "_init_training_state": ("max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial"),
     "create_optimizer": "",
@@ -85,7 +85,7 @@ METHODS: Mapping[str, str] = {
     "_push_from_checkpoint": "checkpoint_folder",
     "_finish_current_push": "",
 }
-# Attributes of a trainer: private ones that are read, and all that are set for Trainer to read.
+# Attributes of a trainer: private ones that we read, and all that we set for Trainer.
 ATTRIBUTES: Sequence[str] = (
     "_globalstep_last_logged",
     "_total_loss_scalar",
@@ -97,18 +97,18 @@ ATTRIBUTES: Sequence[str] = (
     "is_in_train",
     "push_in_progress",
 )
-# Attributes that Trainer does not set before there is a push.
+# Attributes that Trainer sets only when something is pushed.
 _SET_LATER = {"push_in_progress"}
-# Attributes that another class sets for us, or reads after us.
+# Attributes of other classes that we read or set.
 OTHERS: Sequence[tuple[str, type, str]] = (
-    # Tells a reentrant checkpoint function, which feature reuse refuses.
+    # Reveals a reentrant checkpoint function, which feature reuse refuses.
     ("transformers", PreTrainedModel, "_gradient_checkpointing_func"),
-    # The forward without autocast, with which a prepared model is traced.
+    # The forward without autocast, used to trace a prepared model.
     ("accelerate", Accelerator, "_original_forward"),
     ("accelerate", DistributedDataParallelKwargs, "find_unused_parameters"),
     ("accelerate", FullyShardedDataParallelPlugin, "state_dict_type"),
     ("accelerate", FullyShardedDataParallelPlugin, "transformer_cls_names_to_wrap"),
-    # What a call of a compiled block runs.
+    # The compiled call of a block.
     ("torch", nn.Module, "_compiled_call_impl"),
 )
 
@@ -117,11 +117,11 @@ def check_names(trainer: type = Trainer, others: Sequence[tuple[str, type, str]]
     """Raise `IncompatibleVersionError` if a name is missing; warn if transformers is newer than what was tested.
 
     Args:
-        trainer (`type`, defaults to `transformers.Trainer`): the class to look at.
+        trainer (`type`, defaults to `transformers.Trainer`): the class to check.
         others (`list[tuple[str, type, str]]`, *optional*): library, class and attribute of further names.
 
     Raises:
-        IncompatibleVersionError: with everything that is missing.
+        IncompatibleVersionError: a name is missing; the error lists all of them.
 
     Example:
         >>> from hf_featreuse.trainer.private_names import check_names
@@ -141,7 +141,7 @@ def check_names(trainer: type = Trainer, others: Sequence[tuple[str, type, str]]
     if _minor(installed) > _minor(newest):
         logger.warning(
             f"transformers {installed} is newer than {newest}, the newest release that hf_featreuse was tested with. "
-            "Every method of Trainer that it relies on is there. If training or resume fails, "
+            "All methods of Trainer that it relies on exist. If training or resuming fails, "
             f"{_advice('transformers')}."
         )
 
@@ -163,7 +163,7 @@ def _raise(found: Mapping[str, Sequence[str]]) -> None:
     texts = [f"{name} {INSTALLED[name]} ({'; '.join(faults)})" for name, faults in found.items() if faults]
     advice = " and ".join(_advice(name) for name, faults in found.items() if faults)
     raise IncompatibleVersionError(
-        f"hf_featreuse does not work with {', '.join(texts)}: training would run without what it changes there. "
+        f"hf_featreuse does not work with {', '.join(texts)}: training would run without its changes there. "
         f"{advice[0].upper()}{advice[1:]}."
     )
 
@@ -171,7 +171,7 @@ def _raise(found: Mapping[str, Sequence[str]]) -> None:
 def _advice(library: str) -> str:
     oldest, newest = TESTED[library]
     major, minor = _minor(newest)
-    return f'install a release that was tested: `pip install "{library}>={oldest},<{major}.{minor + 1}"`'
+    return f'install a tested release: `pip install "{library}>={oldest},<{major}.{minor + 1}"`'
 
 
 def _minor(version: str) -> tuple[int, int]:
@@ -181,7 +181,7 @@ def _minor(version: str) -> tuple[int, int]:
 
 
 def _fault(trainer: type, callers: Sequence[tuple[str, set[str]]], name: str, wanted: str) -> str | None:
-    """Return what is wrong with a method of Trainer."""
+    """Return what is wrong with a method of Trainer; `None` if nothing is."""
     method = getattr(trainer, name, None)
     if method is None:
         return f"`Trainer.{name}({wanted})` does not exist"
@@ -189,7 +189,7 @@ def _fault(trainer: type, callers: Sequence[tuple[str, set[str]]], name: str, wa
     kinds = {parameter.kind for parameter in parameters}
     names = [parameter.name for parameter in parameters]
     positional, _, by_name = (part.replace(",", " ").split() for part in wanted.partition("*"))
-    # A wrapper that takes anything passes it on.
+    # A wrapper that takes any arguments passes them on.
     takes_anything = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
     if not takes_anything and (names[: len(positional)] != positional or not set(by_name) <= set(names)):
         return f"`Trainer.{name}` takes ({', '.join(names)}), not ({wanted})"
@@ -199,7 +199,7 @@ def _fault(trainer: type, callers: Sequence[tuple[str, set[str]]], name: str, wa
 
 
 def _functions(cls: type) -> Iterator[tuple[str, Any]]:
-    """Yield the methods of a class and its bases, decorators taken off, by name."""
+    """Yield the methods of a class and its bases by name, without their decorators."""
     for base in cls.__mro__[:-1]:
         for name, value in vars(base).items():
             value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
@@ -208,7 +208,7 @@ def _functions(cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def _names_in(function: types.FunctionType | types.CodeType) -> Iterator[str]:
-    """Yield the attributes and functions that code mentions, inner functions included."""
+    """Yield the attributes and functions that code mentions, including its inner functions."""
     code = function if isinstance(function, types.CodeType) else function.__code__
     yield from code.co_names
     for constant in code.co_consts:

@@ -1,6 +1,6 @@
-"""A Trainer that resumes exactly: fixes to Trainer itself, independent of the method.
+"""A Trainer that resumes exactly: fixes of Trainer itself, independent of feature reuse.
 
-Delete each once upstream has it. Seen in transformers 5.23; strict weights: huggingface/transformers#43701.
+Delete each fix once upstream has it. Needed for transformers 5.23; strict weights: huggingface/transformers#43701.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ check_names()
 
 
 class ResumableTrainer(Trainer):
-    """`transformers.Trainer` whose resumed runs equal uninterrupted ones, for any model; no feature reuse.
+    """A `transformers.Trainer` whose resumed runs equal uninterrupted ones, for any model, without feature reuse.
 
-    Takes every argument of `Trainer`, and is the base of [`FeatureReuseTrainer`]. The stock Trainer of transformers
-    5.23 restores ViT, DeiT, BEiT, Swin and DINOv2 only partly and with no more than a warning
-    (huggingface/transformers#43701). Here:
+    It takes every argument of `Trainer`, and is the base of [`FeatureReuseTrainer`]. The stock Trainer of transformers
+    5.23 restores ViT, DeiT, BEiT, Swin and DINOv2 only partly, with only a warning (huggingface/transformers#43701).
+    Here:
 
-    - weights are restored bitwise or not at all, also by `load_best_model_at_end`.
-    - a checkpoint that was cut short or changed is skipped with a warning, and the last complete one before it is
-      used; if its path was passed, it is refused.
-    - options of training that changed since the checkpoint are reported, with what they do and which do nothing.
-    - a second process that trains into the same `output_dir` is refused.
-    - data sets with `set_epoch` are told the epoch after a resume, so that random transforms draw the same.
-    - logs after a resume are those of the uninterrupted run, times aside, `train_loss` included; a run that is resumed
-      at its last step takes no further one; an evaluation that was due between checkpoint and stop is made up for.
-    - NaN or infinite weights stop training instead of being saved; a run that fails says where to resume.
+    - Weights are restored bitwise or not at all, also by `load_best_model_at_end`.
+    - A checkpoint that was cut short or changed is skipped with a warning, and the last complete one before it is
+      used. If its path was passed, it is refused.
+    - Training options that changed since the checkpoint are reported, with their effect or that they have none.
+    - A second process that trains into the same `output_dir` is refused.
+    - Data sets with `set_epoch` are told the epoch after a resume, so that random transforms draw the same.
+    - Logs after a resume are those of the uninterrupted run, including `train_loss` and except for times. A run that
+      is resumed at its last step takes no further one. An evaluation that was due between checkpoint and stop is done.
+    - NaN or infinite weights stop training instead of being saved. A run that fails reports where to resume.
 
     Raises:
         CheckpointError: in `train()`, no checkpoint is complete, one does not fit, or none can be written.
@@ -101,12 +101,12 @@ class ResumableTrainer(Trainer):
         2
     """
 
-    # What the checkpoint holds besides Trainer's files, until the first epoch takes it up.
+    # What the checkpoint holds in addition to Trainer's files, until the first epoch restores it.
     _resumed: dict[str, Any] | None = None
     _resumed_from: str | None = None
-    # Whether the random state of the checkpoint is taken up already.
+    # Whether the random state of the checkpoint has been restored.
     _rng_is_loaded = False
-    # Whether the sums behind `train_loss` are those of every step of the run.
+    # Whether the sums behind `train_loss` cover every step of the run.
     _sums_are_whole = False
     _finalizing = False
     # The step, gradient norm and learning rate after which logs, evaluation and checkpoints were last due.
@@ -117,7 +117,7 @@ class ResumableTrainer(Trainer):
     _stream: TrainLoader | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train`. Of the checkpoints in `output_dir`, the newest that is complete is used."""
+        """Train as `Trainer.train` does. Of the checkpoints in `output_dir`, the newest complete one is used."""
         folder = str(self.args.output_dir)
         if self.args.should_save and self.args.save_strategy != SaveStrategy.NO:
             check_writable(folder)
@@ -126,7 +126,7 @@ class ResumableTrainer(Trainer):
             return self._train(resolve_checkpoint(resume_from_checkpoint, folder), *args, **kwargs)
 
     def _hold_output_dir(self, held: contextlib.ExitStack) -> None:
-        """Refuse a second process that trains into the folder, on every rank alike; the first rank holds it."""
+        """Lock the folder in the first rank; if another process holds it, raise `CheckpointError` on every rank."""
         refusals: list[CheckpointError | None] = [None]
         if self.args.process_index == 0:
             try:
@@ -144,19 +144,19 @@ class ResumableTrainer(Trainer):
         try:
             return super().train(checkpoint, *args, **kwargs)
         except (KeyboardInterrupt, OSError, RuntimeError) as error:
-            if not isinstance(error, FeatureReuseError):  # Those say it themselves.
+            if not isinstance(error, FeatureReuseError):  # Our own errors already name the checkpoint.
                 cause = f"{type(error).__name__} stopped training after {self.state.global_step} optimizer steps."
                 logger.warning(f"{cause} {self._describe_ranks()}{describe_last_whole(folder)}")
             raise
         finally:
-            # Trainer leaves it on where training was interrupted, and evaluates as if it went on.
+            # Trainer leaves it on if training is interrupted, and would then evaluate as if training continued.
             self.is_in_train = False
 
     def _describe_ranks(self) -> str:
         return describe_ranks(self.args.process_index, self.args.world_size)
 
     def _resume_state(self) -> dict[str, Any]:
-        """The sums behind the logs, as JSON holds them exactly."""
+        """Return the sums behind the logs, as JSON holds them exactly."""
         step, grad_norm, learning_rate = self._due
         return {
             "loss": self._tr_loss.item(),
@@ -168,25 +168,25 @@ class ResumableTrainer(Trainer):
             "step": self.state.global_step,
             "optimizer": optimizer_name(plain_optimizer(self.optimizer)),
             "training": training_settings(self.args),
-            # On the other ranks the log may differ.
+            # The log may differ on the other ranks.
             **({"trainer_state": trainer_state_digest(vars(self.state))} if self.args.should_save else {}),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Take up sums that `_resume_state` gave."""
+        """Restore the sums that `_resume_state` returned."""
         self._tr_loss = torch.full_like(self._tr_loss, state["loss"])
         self._globalstep_last_logged = state["last_logged"]
         self._sums_are_whole = state["total_loss"] is not None
         self._total_loss_scalar = state["total_loss"] or 0.0
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # The last of the files that every rank writes; `trainer_state.json` follows and closes the checkpoint.
+        # The last of the files that every rank writes; `trainer_state.json` follows and completes the checkpoint.
         super()._save_rng_state(output_dir)
-        # Digests are of files that every rank has written by now.
+        # Digests need the files of every rank.
         self.accelerator.wait_for_everyone()
         rank, ranks = self.args.process_index, self.args.world_size
         write_resume_state(output_dir, self._resume_state(), rank, ranks, saves=self.args.should_save)
-        # Rank 0 closes a checkpoint only when the files of every rank are there.
+        # Rank 0 completes a checkpoint only after every rank has written its files.
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -201,12 +201,12 @@ class ResumableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             fault = checkpoint_fault(folder)
-            if fault is None:  # Written whole: what failed came after it.
+            if fault is None:  # The checkpoint is complete; something after it failed.
                 raise
             raise CheckpointError(
-                f"The checkpoint of step {step} could not be written to {folder}: {error} What is there of it is "
-                f"passed over on resume ({fault}). {self._describe_ranks()}{describe_last_whole(run_folder)} Free "
-                "space or pass an `output_dir` elsewhere first; `save_total_limit` keeps fewer checkpoints."
+                f"The checkpoint of step {step} could not be written to {folder}: {error} The incomplete checkpoint "
+                f"is skipped on resume ({fault}). {self._describe_ranks()}{describe_last_whole(run_folder)} Free "
+                "space or pass another `output_dir` first; `save_total_limit` keeps fewer checkpoints."
             ) from error
 
     def _init_training_state(
@@ -228,14 +228,14 @@ class ResumableTrainer(Trainer):
             self._resumed = read_resume_state(folder, self.args.process_index, self.args.world_size)
             if self._resumed is None:
                 logger.warning(
-                    f"{folder} holds no {RESUME_STATE_NAME}: it was written by an older version, the stock Trainer, "
-                    "with `save_only_model`, or by another number of processes. Training continues; the first `loss`"
-                    f" logged counts only the steps from {self.state.global_step} on, `train_loss` too, and changed "
-                    "settings go unnoticed."
+                    f"{folder} holds no {RESUME_STATE_NAME}: it was written by an older version, by the stock "
+                    "Trainer, with `save_only_model`, or by another number of processes. Training continues, but "
+                    f"`train_loss` and the first logged `loss` count only the steps from {self.state.global_step} on, "
+                    "and changed settings go unnoticed."
                 )
             elif said := describe_changed_training(self._resumed.get("training"), training_settings(self.args)):
                 logger.warning(said)
-            if num_train_epochs == sys.maxsize:  # A stream, whose passes Trainer does not tell apart.
+            if num_train_epochs == sys.maxsize:  # A stream, whose passes Trainer does not count.
                 passes, batches = resumed_pass(folder, self._resumed, self.args.gradient_accumulation_steps)
                 begun = passes, 0 if self.args.ignore_data_skip else batches
         self._first_pass = begun[0]
@@ -255,7 +255,7 @@ class ResumableTrainer(Trainer):
         return model, prepared
 
     def _take_up(self, trial: Any, epoch: int, ignore_keys_for_eval: Any, start_time: float) -> None:
-        """Restore the sums, once; then do what was due at the end of an epoch after the checkpoint was written."""
+        """Restore the sums once, and do what was still due at the end of an epoch when the checkpoint was written."""
         check_attributes(self)
         state, self._resumed = self._resumed, None
         if state is None:
@@ -265,10 +265,10 @@ class ResumableTrainer(Trainer):
         ended = self.state.epoch == int(self.state.epoch or 0) or self.state.global_step >= self.state.max_steps
         if ended and not state["at_epoch_end"]:
             _, grad_norm, learning_rate = self._due = tuple(state["due"])
-            # An evaluation draws from the random state: it comes between the checkpoint and the next epoch, as it did.
+            # An evaluation uses the random state, so it must take place between the checkpoint and the next epoch.
             self._load_rng_state(self._resumed_from)
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            # The checkpoint that is here already is not due again.
+            # The checkpoint exists already and is not due again.
             self._maybe_log_save_evaluate(
                 self._tr_loss,
                 grad_norm,
@@ -298,14 +298,14 @@ class ResumableTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        # In another precision there is no scaler to load it into.
+        # With another precision there is no scaler.
         if self.accelerator.scaler is not None:
             with loading("gradient scaler", checkpoint):
                 super()._load_scaler(checkpoint)
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         step = self.state.global_step
-        # The second call after one step comes from the end of an epoch.
+        # A second call after the same step comes from the end of an epoch.
         self._at_epoch_end = self._due[0] == step
         self._due = (step, grad_norm, kwargs.get("learning_rate"))
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
@@ -313,10 +313,10 @@ class ResumableTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._take_up(kwargs["trial"], kwargs["epoch"] - 1, kwargs["ignore_keys_for_eval"], kwargs["start_time"])
         if self.state.global_step >= self.state.max_steps:
-            # Resumed at the last step, in the middle of an epoch: Trainer would take one step more.
+            # Resumed at the last step, in the middle of an epoch: Trainer would take one more step.
             self.control.should_training_stop = True
             return
-        # accelerate 1.15 tells a data set its epoch, but neither with several processes nor in the epoch of a resume.
+        # accelerate 1.15 sets the epoch of a data set, but neither with several processes nor in the resumed epoch.
         dataset = kwargs["train_dataloader"].dataset
         if callable(set_epoch := getattr(dataset, "set_epoch", None)):
             set_epoch(kwargs["epoch"])
@@ -333,13 +333,13 @@ class ResumableTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does; `train_loss` after a resume is the mean over the whole run, not of this call alone."""
+        """Log as Trainer does, but `train_loss` after a resume is the mean over the whole run."""
         if self._finalizing and self._sums_are_whole and "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
 
     def _check_finite(self) -> None:
-        """Raise `StepError` if a weight is NaN or infinite, on every rank alike where each holds a part."""
+        """Raise `StepError` if a weight is NaN or infinite; if weights are sharded, on every rank."""
         names = [None if self.model is None else find_not_finite(self.model)]
         if self._shards:
             names = gather_object(names)

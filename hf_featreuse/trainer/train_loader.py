@@ -1,4 +1,4 @@
-"""The loader of the training batches: its first batch can be looked at, and a stream is resumed in the right pass."""
+"""A training loader whose first batch can be examined, and which resumes a stream in the right pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 
 class TrainLoader(DataLoader):
-    """Wraps the training loader of any kind for one run.
+    """A wrapper around any training loader, for one run.
 
     Args:
         loader: any iterable of batches, one pass per iteration, prepared by accelerate or not.
@@ -36,36 +36,36 @@ class TrainLoader(DataLoader):
 
     def __init__(self, loader: Any, first_pass: int = 0) -> None:
         self.batches = _Batches(loader, first_pass)
-        # Its own generator: a loader draws a seed for its workers whenever it is iterated, and this one has none.
+        # Its own generator: a loader draws a seed for its workers at each iteration, and this one has no workers.
         super().__init__(self.batches, batch_size=None, collate_fn=_unchanged, generator=torch.Generator())
 
     def first_batch(self) -> Any:
-        """The first batch of the first pass, which the next iteration gives again; random states do not change."""
+        """Return the first batch of the first pass, which the next iteration repeats; keep the random states."""
         return self.batches.look()
 
     def for_training(self, prepared: Any, *, resumes: bool) -> Any:
-        """What to train with: the loader as it was prepared, unless it needs this one around it.
+        """Return the loader to train with: the prepared one, or this wrapper if it is needed.
 
         Args:
-            prepared: the loader to train with if nothing is to be done.
+            prepared: the loader to train with if the wrapper is not needed.
             resumes (`bool`): whether the first pass is resumed.
         """
         loader = self.batches.loader
         by_row = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
         if by_row and (resumes or not self.batches.was_looked_at):
-            # Rows that were trained on already are not read again.
+            # This way rows before the checkpoint are not read again.
             self.batches.forget()
             return prepared
         return self
 
     def position(self, batch_size: int) -> dict[str, int]:
-        """What a checkpoint records: the pass, the batches taken in it, their size, and a digest of their labels."""
+        """Return the position for a checkpoint: the pass, its batches so far, their size and a digest of labels."""
         batches = self.batches
         taken = {"pass": batches.epoch, "batches": batches.taken, "batch_size": batch_size}
         return {**taken, "labels": int(batches.labels)}
 
     def expect(self, position: Mapping[str, int], batch_size: int) -> None:
-        """Raise `CheckpointError` after the batches that a checkpoint recorded if their labels are others now."""
+        """Raise `CheckpointError` after the batches before the checkpoint if their labels are not those recorded."""
         batches = self.batches
         if position["pass"] == batches.epoch and position["batches"] and position["batch_size"] == batch_size:
             batches.expected = position
@@ -84,8 +84,8 @@ class _Batches(IterableDataset):
         self._generators: list[tuple[torch.Generator, torch.Tensor]] = []
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the loader, its sampler and its data set the number of the pass, as Trainer does."""
-        if self._begun is not None and epoch == self.epoch:  # They know, and are in the middle of it.
+        """Pass the number of the pass to the loader, its sampler and its data set, as Trainer does."""
+        if self._begun is not None and epoch == self.epoch:  # This pass has begun.
             return
         self.epoch = epoch
         sampler = getattr(getattr(self.loader, "batch_sampler", None), "batch_sampler", None)
@@ -103,7 +103,7 @@ class _Batches(IterableDataset):
                 try:
                     first = next(iterator)
                 except StopIteration:
-                    raise BlockError("The training loader gives no batch. Pass data to train on.") from None
+                    raise BlockError("The training loader has no batch. Pass data to train on.") from None
                 self._random_states = before, _random_states()
             finally:
                 _set_random_states(before)
@@ -111,7 +111,7 @@ class _Batches(IterableDataset):
         return self._begun[0]
 
     def forget(self) -> None:
-        """Drop the pass that was begun to look at its first batch, and set back what drew its order."""
+        """Discard the pass that was begun for its first batch, and restore the generators of its order."""
         if self._begun is not None:
             self._begun = None
             for generator, state in self._generators:
@@ -126,7 +126,7 @@ class _Batches(IterableDataset):
         else:
             batches = itertools.chain([begun[0]], begun[1])
             assert self._random_states is not None
-            # Training draws what it would have drawn if the pass had begun only now.
+            # Training draws what it would have drawn if the pass had begun here.
             if (states := self._random_states)[0] == _random_states():
                 _set_random_states(states[1])
         self.taken, self.labels = 0, torch.tensor(0)
@@ -146,15 +146,15 @@ class _Batches(IterableDataset):
 
     def _refuse(self) -> None:
         raise CheckpointError(
-            "The training data, passed over up to the step of the checkpoint, has other labels than when it was "
-            "written, so resuming would train on other data than the uninterrupted run. A stream, or your own loader, "
-            "must give the same in each pass or take its number from `set_epoch`: pass a `seed` to `shuffle()`, or a "
-            "data set with rows. `ignore_data_skip=True` resumes at the start of the data instead."
+            "The labels of the training data up to the step of the checkpoint differ from those when it was written, "
+            "so resuming would train on other data than the uninterrupted run. A stream, or your own loader, must "
+            "return the same data in each pass or take the number of the pass from `set_epoch`: pass a `seed` to "
+            "`shuffle()`, or a data set with rows. `ignore_data_skip=True` resumes at the start of the data instead."
         )
 
 
 def small_batch(model: nn.Module, batch: Any) -> Any:
-    """The first sample of a batch, or the whole batch if the model does not run on one sample."""
+    """Return the first sample of a batch, or the whole batch if the model does not run on one sample."""
     size = find_batch_size(batch) if isinstance(batch, Mapping) else None
     if size is None:
         return batch
@@ -169,23 +169,23 @@ def small_batch(model: nn.Module, batch: Any) -> Any:
 
 
 def resumed_pass(checkpoint: str, record: Mapping[str, Any] | None, accumulation: int) -> tuple[int, int]:
-    """Number of the pass of a stream in which training resumes, and of the batches to pass over in it.
+    """Return the pass of a stream in which training resumes, and the number of batches to skip in it.
 
     Args:
         checkpoint (`str`): the folder.
         record (`dict`, *optional*): what [`ResumableTrainer`] recorded there.
-        accumulation (`int`): micro-batches of an optimizer step.
+        accumulation (`int`): micro-batches per optimizer step.
     """
     if record is not None and (position := record.get("stream")) is not None:
         passes, batches = position["pass"], position["batches"]
         if record["at_epoch_end"]:
             if batches % accumulation:
                 logger.warning(
-                    f"The last {batches % accumulation} batches of a pass were followed by no optimizer step before "
-                    "the checkpoint, which does not hold their gradients: the next step lacks them."
+                    f"The last {batches % accumulation} batches of a pass were not followed by an optimizer step "
+                    "before the checkpoint, which does not hold their gradients, so the next step lacks them."
                 )
             return passes + 1, 0
-    else:  # To a stream, Trainer's `epoch` is the pass plus the share of all steps of the run that were taken in it.
+    else:  # For a stream, Trainer's `epoch` is the pass plus the share of all steps of the run taken in it.
         state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         passes = int(state.epoch or 0)
         batches = round(((state.epoch or 0) - passes) * state.max_steps * accumulation)
@@ -194,7 +194,7 @@ def resumed_pass(checkpoint: str, record: Mapping[str, Any] | None, accumulation
 
 @contextlib.contextmanager
 def kept_random_states(device: torch.device) -> Iterator[None]:
-    """Set the random states of Python, NumPy and torch back at the end."""
+    """Restore the random states of Python, NumPy and torch at the end."""
     states = _random_states()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -204,7 +204,7 @@ def kept_random_states(device: torch.device) -> Iterator[None]:
 
 
 def _random_states() -> tuple[Any, bytes, bytes]:
-    """The states of Python, NumPy and torch, which can be compared."""
+    """Return the random states of Python, NumPy and torch in a form that can be compared."""
     return random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().numpy().tobytes()
 
 
@@ -215,7 +215,7 @@ def _set_random_states(states: tuple[Any, bytes, bytes]) -> None:
 
 
 def _generators(part: Any) -> list[torch.Generator]:
-    """The generators that draw the order of a loader or sampler."""
+    """Return the generators that draw the order of a loader or sampler."""
     held = getattr(part, "__dict__", {})
     inside = [held[name] for name in ("base_dataloader", "sampler", "batch_sampler") if name in held]
     own = [value for value in held.values() if isinstance(value, torch.Generator)]
@@ -223,7 +223,7 @@ def _generators(part: Any) -> list[torch.Generator]:
 
 
 def _with_labels(digest: torch.Tensor, batch: Any) -> torch.Tensor:
-    """A digest that continues with the whole numbers of a batch, one per sample; nothing waits for the device."""
+    """Update a digest with the integers of a batch, one per sample, without waiting for the device."""
     for tensor in batch.values() if isinstance(batch, Mapping) else ():
         if isinstance(tensor, torch.Tensor) and tensor.ndim == 1 and not tensor.is_floating_point():
             weights = torch.arange(1, len(tensor) + 1, device=tensor.device)

@@ -1,6 +1,6 @@
-"""Engines and optimizers that Trainer can drive but feature reuse cannot: refused before training, with a way out.
+"""Refuse, before training, engines and optimizers of Trainer that do not work with feature reuse.
 
-An entry leaves this table when a test by bits shows that it keeps frozen weights and a resume exact.
+An entry can be removed once a test shows that frozen weights and a resume are bit-identical with it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Refusal:
     """Why something is refused, and what to do instead.
 
     Args:
-        reason (`str`): a sentence.
-        way_out (`str`): a sentence.
+        reason (`str`): the reason, as a sentence.
+        way_out (`str`): the alternative, as a sentence.
     """
 
     reason: str
@@ -29,13 +29,13 @@ class Refusal:
 
 
 _IN_BACKWARD = Refusal(
-    "It changes weights inside backward instead of in the optimizer step, and its checkpoints hold no state of it, so "
+    "It changes weights inside backward instead of in the optimizer step, and its state is not in checkpoints, so "
     "neither a masked-freeze step nor a resume can be exact.",
     'Pass `optim="adamw_torch"`, or `optim="galore_adamw"` or `"apollo_adamw"` without `_layerwise`.',
 )
 _SCHEDULE_FREE = Refusal(
-    "It moves all weights between a training and an evaluation state, and back only up to rounding: an evaluation or "
-    "a checkpoint between two steps moves frozen weights (by up to 4e-9 in AdamWScheduleFree 1.4.1).",
+    "It switches all weights between a training and an evaluation state, and restores them only up to rounding: an "
+    "evaluation or a checkpoint between two steps changes frozen weights (by up to 4e-9 in AdamWScheduleFree 1.4.1).",
     'Pass another optimizer with a scheduler, such as `optim="adamw_torch"` with `lr_scheduler_type="cosine"`.',
 )
 OPTIMIZERS = {
@@ -57,18 +57,18 @@ CLASSES = {"LayerWiseDummyOptimizer": _IN_BACKWARD}
 ENGINES = {
     "DeepSpeed": Refusal(
         "It keeps gradients in flat buffers, where the absent gradient of a frozen weight may become a zero, and "
-        "momentum and weight decay would then move the weight.",
-        "Launch with `torchrun`, or `accelerate launch --multi_gpu`, without a DeepSpeed config; where the model does "
+        "momentum and weight decay would then change the weight.",
+        "Launch with `torchrun`, or `accelerate launch --multi_gpu`, without a DeepSpeed config; if the model does "
         'not fit, use FSDP2: `fsdp=True, fsdp_config={"version": 2}`.',
     ),
     "FSDP version 1": Refusal(
-        "It flattens several weights into one parameter, and nothing shows yet that a part of it rests to the bit.",
+        "It flattens several weights into one parameter, and it is not proven that a frozen part stays bit-identical.",
         'Use FSDP2: `fsdp=True, fsdp_config={"version": 2}`, or `fsdp_version: 2` in the config of accelerate.',
     ),
     "nn.DataParallel": Refusal(
-        "Trainer chooses it where one process sees several GPUs; it copies the model to each of them in every step, "
-        "and nothing shows yet that blocks are left out and frozen in the copies.",
-        "Launch one process a GPU: `torchrun --nproc_per_node <GPUs> script.py`; or show it one GPU only: "
+        "Trainer chooses it if one process sees several GPUs; it copies the model to each of them in every step, and "
+        "it is not proven that blocks are skipped and frozen in the copies.",
+        "Launch one process per GPU: `torchrun --nproc_per_node <GPUs> script.py`; or use only one GPU: "
         "`CUDA_VISIBLE_DEVICES=0`.",
     ),
 }
@@ -78,8 +78,8 @@ def check_engine(args: TrainingArguments, model: nn.Module | None) -> None:
     """Raise `ConfigurationError` for an engine or a named optimizer that cannot run feature reuse.
 
     Args:
-        args (`TrainingArguments`): of the trainer; what `accelerate launch` was told is read from the environment.
-        model (`torch.nn.Module`, *optional*): one spread over several devices is no case for `nn.DataParallel`.
+        args (`TrainingArguments`): of the trainer; options of `accelerate launch` are read from the environment.
+        model (`torch.nn.Module`, *optional*): if it is spread over several devices, `nn.DataParallel` is not used.
 
     Example:
         >>> from transformers import TrainingArguments
@@ -98,7 +98,7 @@ def check_engine(args: TrainingArguments, model: nn.Module | None) -> None:
     name = str(getattr(args.optim, "value", args.optim))
     if name in OPTIMIZERS:
         _refuse(f'`optim="{name}"`', OPTIMIZERS[name])
-    # As Trainer does: a model on several devices is not copied.
+    # As in Trainer, a model on several devices is not copied.
     is_spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
     if args.n_gpu > 1 and not is_spread:
         _refuse("nn.DataParallel", ENGINES["nn.DataParallel"], f" on {args.n_gpu} GPUs")
@@ -121,12 +121,12 @@ def _refuse(what: str, refusal: Refusal, where: str = "") -> None:
 
 
 def _launched_with(engine: str) -> bool:
-    """Whether `accelerate launch` was told to use an engine."""
+    """Return whether `accelerate launch` was asked to use an engine."""
     return bool(strtobool(os.environ.get(f"ACCELERATE_USE_{engine}", "false")))
 
 
 def fsdp_version(args: TrainingArguments) -> int | None:
-    """The version of FSDP that Trainer or accelerate will use, or `None`."""
+    """Return the version of FSDP that Trainer or accelerate will use, or `None`."""
     if args.fsdp:
         # Without plugin arguments it is that of torch_xla.
         return 1 if args.fsdp_plugin_args is None else int(args.fsdp_plugin_args["fsdp_version"])

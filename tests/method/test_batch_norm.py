@@ -1,4 +1,4 @@
-"""Running statistics under activation checkpointing move once a batch, to the bit, in every kind of step."""
+"""Under activation checkpointing running statistics are updated once per batch, in every kind of step."""
 
 import copy
 import itertools
@@ -105,8 +105,8 @@ def test_training_is_the_same_with_checkpointing(way, momentum, options):
     assert_same(trained(Network(momentum, **way), **options), trained(Network(momentum), **options))
 
 
-def test_without_the_context_statistics_move_twice():
-    """What is mended: PyTorch counts a checkpointed batch twice, or three times where checkpoints are nested."""
+def test_without_the_context_statistics_are_updated_twice():
+    """What is fixed: PyTorch counts a checkpointed batch twice, or three times if checkpoints are nested."""
     counts = {}
     for way in WAYS:
         model = Network(**way)
@@ -148,8 +148,8 @@ def test_reentrant_checkpointing_of_plain_training_counts_once_too():
     assert norm.num_batches_tracked == 1
 
 
-def test_a_layer_with_a_forward_of_its_own_counts_once_too():
-    # As accelerate's hooks leave it.
+def test_a_layer_with_its_own_forward_counts_once_too():
+    # Like accelerate's hooks.
     norm, x = nn.BatchNorm1d(4), batch().requires_grad_()
     norm.forward = norm.forward
     with count_batches_once([norm]):
@@ -157,7 +157,7 @@ def test_a_layer_with_a_forward_of_its_own_counts_once_too():
     assert norm.num_batches_tracked == 1
 
 
-def test_infinite_activations_leave_the_statistics_of_the_forward():
+def test_infinite_activations_do_not_change_the_statistics_of_the_forward():
     norm, x = nn.BatchNorm1d(4), torch.full((8, 4), 1e30).requires_grad_()
     x.data[0] = -1e30
     plain = copy.deepcopy(norm)
@@ -170,7 +170,7 @@ def test_infinite_activations_leave_the_statistics_of_the_forward():
 
 
 @pytest.mark.parametrize("kind", StepKind)
-def test_a_step_leaves_the_layers_as_they_were(kind):
+def test_a_step_does_not_change_the_layers(kind):
     model = Network(inside=True, around=True)
     reuse, buffers = engine(model), [id(buffer) for buffer in model.buffers()]
     before = snapshot(model)
@@ -196,7 +196,7 @@ def test_a_step_leaves_the_layers_as_they_were(kind):
     assert [id(buffer) for buffer in model.buffers()] == buffers
 
 
-def test_an_error_in_the_recomputation_gives_the_buffers_back():
+def test_an_error_in_the_recomputation_restores_the_buffers():
     class Failing(nn.BatchNorm1d):
         calls = 0
 
@@ -232,7 +232,7 @@ def test_copies_made_inside_are_plain(copied):
     assert_same(twin.state_dict(), norm.state_dict())
 
 
-def test_a_replica_moves_no_statistics_of_the_original_in_its_recomputation():
+def test_the_recomputation_of_a_replica_does_not_change_statistics_of_the_original():
     norm, x = nn.BatchNorm1d(4), batch().requires_grad_()
     with count_batches_once([norm]):
         replica = norm._replicate_for_data_parallel()

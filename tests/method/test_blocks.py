@@ -13,7 +13,7 @@ from transformers import (
 
 from hf_featreuse import BlockError, FeatureReuseError, find_residual_blocks
 
-# What is found
+# Finding
 
 
 @every_model
@@ -126,7 +126,7 @@ class Branch(nn.Module):
 
 
 class Custom(nn.Module):
-    """A residual network that is no transformers model."""
+    """A residual network that is not a transformers model."""
 
     def __init__(self, by_keyword: bool = False) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def test_additions_in_place_are_seen(early):
 
 
 class Projected(nn.Module):
-    """The shortcut is a projection of the input's own shape: not an identity."""
+    """The shortcut is a projection of the shape of the input, not an identity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Scaled(nn.Module):
 
 
 class PassedOn(nn.Module):
-    """The input itself, reshaped, while the parameters serve something else."""
+    """The input itself, reshaped, with parameters used for something else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class PassedOn(nn.Module):
 @pytest.mark.parametrize(
     "other", [Projected, Scaled, PassedOn, lambda: nn.Linear(4, 4), nn.Identity, lambda: nn.LayerNorm(4)]
 )
-def test_modules_that_are_no_residual_blocks_are_not_found(other):
+def test_modules_that_are_not_residual_blocks_are_not_found(other):
     model = nn.Sequential(nn.Linear(4, 4), other(), InPlace(False), other())
     assert names(find_residual_blocks(model, torch.randn(2, 4))) == ["2"]
 
@@ -244,7 +244,7 @@ def test_a_block_that_takes_the_input_itself_is_found():
     assert batch.grad is None
 
 
-# What follows a block
+# Modules after a block
 
 
 FOLLOWERS = {
@@ -256,7 +256,7 @@ FOLLOWERS = {
 
 
 @pytest.mark.parametrize("kind", FOLLOWERS)
-def test_modules_with_parameters_that_follow_the_last_block(kind):
+def test_modules_with_parameters_after_the_last_block(kind):
     model = build(kind)
     expected = [model.get_submodule(name) for name in FOLLOWERS[kind]]
     assert list(find_residual_blocks(model)[-1].followers) == expected
@@ -275,7 +275,7 @@ def test_later_blocks_follow_a_block_and_earlier_parts_do_not():
 
 
 class Tied(nn.Module):
-    """A head that is called before the blocks too, blocks that run twice, and a part whose call does not show."""
+    """A head that is also called before the blocks, blocks that run twice, and a part whose call is not visible."""
 
     def __init__(self) -> None:
         super().__init__()

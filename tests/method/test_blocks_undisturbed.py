@@ -1,4 +1,4 @@
-"""Nothing is disturbed by looking for blocks."""
+"""Finding blocks does not change the model."""
 
 import random
 
@@ -14,7 +14,7 @@ from hf_featreuse import BlockError, find_residual_blocks
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("training", [True, False])
-def test_random_states_buffers_gradients_and_modes_stay(kind, training):
+def test_random_states_buffers_gradients_and_modes_do_not_change(kind, training):
     model = build(kind)
     model.train(training)
     next(model.children()).train(not training)
@@ -66,7 +66,7 @@ def test_random_layers_and_writing_buffers_leave_no_trace():
     assert not hasattr(noisy, "extra")
 
 
-def test_trace_is_undone_after_a_failed_forward():
+def test_hooks_are_removed_after_a_failed_forward():
     class Failing(InPlace):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("no such shape")
@@ -80,19 +80,19 @@ def test_trace_is_undone_after_a_failed_forward():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_swin_keeps_its_shifted_window_where_the_input_is_no_larger_than_it():
+def test_swin_keeps_its_shifted_window_if_the_input_is_no_larger_than_it():
     model = swin(image_size=32, window_size=4)
     blocks = [module for module in model.modules() if hasattr(module, "shift_size")]
     before = [(block.shift_size, block.window_size) for block in blocks]
     assert before == [(0, 4), (0, 4), (2, 4)]
     find_residual_blocks(model)
     assert [(block.shift_size, block.window_size) for block in blocks] == before
-    # The forward itself does change them for good.
+    # The forward itself changes them permanently.
     model(torch.zeros(1, 3, 32, 32))
     assert [(block.shift_size, block.window_size) for block in blocks] == [(0, 4)] * 3
 
 
-def test_given_batch_stays_as_it_is():
+def test_given_batch_does_not_change():
     data = batch(2)
     images = data["pixel_values"].clone()
     find_residual_blocks(build("vit"), data)

@@ -1,4 +1,4 @@
-"""Of the blocks found, those that are asked for, and those that train."""
+"""Selecting the requested blocks, and the blocks that train."""
 
 import pytest
 from labelled_models import MODELS, mobilenet_v2, names
@@ -44,7 +44,7 @@ def test_target_filters_in_forward_order(target, expected):
         (r"layers\.0", r"layers\.0"),
         (r"convnext\.encoder\.stages\.0\.layers\.", r"convnext\.encoder\.stages\.0\.layers\."),
         (r".*stages\.9.*", r".*stages\.9.*"),
-        # An ending must begin after a dot.
+        # An ending must start after a dot.
         (["ayers.0"], "ayers.0"),
         (["onvnext.encoder.stages.0.layers.0"], "onvnext.encoder.stages.0.layers.0"),
         # No beginning, no module inside a block, no container, no regular expression in a list.
@@ -97,7 +97,7 @@ def test_trainable_blocks_are_those_with_a_parameter_that_requires_gradients():
     assert trainable_blocks(model, blocks) == blocks[1:]
 
 
-def test_blocks_of_an_adapter_are_trainable_only_where_it_is():
+def test_blocks_of_an_adapter_are_trainable_only_if_they_have_one():
     model = get_peft_model(build("vit"), LoraConfig(r=2, target_modules=r".*layers\.[13]\..*q_proj"))
     blocks = find_residual_blocks(model)
     assert names(trainable_blocks(model, blocks)) == ["base_model.model.vit.layers.1", "base_model.model.vit.layers.3"]

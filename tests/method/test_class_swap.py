@@ -1,4 +1,4 @@
-"""Classes that are swapped for a step: nobody is told of them, and what is copied meanwhile is plain."""
+"""Classes that are swapped for a step: no registry learns of them, and copies made meanwhile are plain."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Fixed(FeatureReuseSchedule):
-    """Stochastic depth that drops the first block, then masked freeze that trains it; or the same by sample."""
+    """Stochastic depth that drops the first block, then masked freeze that trains it; or the same per sample."""
 
     def plan(self, global_step, *, batch_size=None, position=0):
         kind = StepKind.MASKED_FREEZE if global_step % 2 else StepKind.STOCHASTIC_DEPTH
@@ -134,7 +134,7 @@ def copies(model: nn.Module):
 
 
 def without_flags(found: dict[str, object]) -> dict[str, object]:
-    """What a frozen parameter requires is an attribute of the tensor, and copied."""
+    """`requires_grad` of a frozen parameter is an attribute of the tensor, and copied."""
     return {key: value for key, value in found.items() if key != "requires_grad"}
 
 
@@ -155,7 +155,7 @@ def test_copies_made_in_a_step_are_plain(step, granularity, name, policy, compil
             for other in copies(model):
                 assert without_flags(snapshot(other)) == without_flags(before)
                 assert all(module._compiled_call_impl is None for module in other.modules())
-                # What `train` does is not the original's affair either.
+                # Nor does `train` change the original.
                 other.eval()
                 assert not any(module.training for module in other.modules())
                 assert other(**batch()).logits.isfinite().all()
@@ -163,7 +163,7 @@ def test_copies_made_in_a_step_are_plain(step, granularity, name, policy, compil
 
 
 class OwnState(nn.Linear):
-    """A residual block that pickles its attributes as they are."""
+    """A residual block that pickles its attributes directly."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + super().forward(x)

@@ -1,4 +1,4 @@
-"""The optimizer state that a sharded checkpoint needs of every parameter is gone after it is written."""
+"""The optimizer state that a sharded checkpoint needs for every parameter is removed after it is written."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from training_runs import same_bits, state_of
 from hf_featreuse.method.fsdp import complete_state, forget_state
 
 
-def test_the_state_of_untrained_parameters_is_there_for_a_while() -> None:
+def test_the_state_of_untrained_parameters_exists_only_inside() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     model[1](torch.ones(1, 2)).sum().backward()

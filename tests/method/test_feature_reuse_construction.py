@@ -123,7 +123,7 @@ def test_block_with_nothing_to_train_is_an_error():
 def test_blocks_that_cannot_be_scaled_are_an_error_unless_scaling_is_off():
     model = build("resnet")
     blocks, before = find_residual_blocks(model), snapshot(model)
-    # As if no module inside it returned just what is added before the activation.
+    # As if no module inside it returned exactly what is added before the activation.
     blocks[2] = dataclasses.replace(blocks[2], branch=None)
     with pytest.raises(ConfigurationError, match=rf"`scale_kept=True` cannot scale block {blocks[2].name}") as caught:
         FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)))
@@ -157,7 +157,7 @@ def test_construction_changes_nothing(architecture):
     assert not moved(weights, model.state_dict())
 
 
-def test_inexact_blocks_are_taken_when_asked_for():
+def test_inexact_blocks_are_accepted_on_request():
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[3], layer_type="basic", hidden_act="gelu")
     model = ResNetForImageClassification(config)
     blocks = find_residual_blocks(model)

@@ -1,4 +1,4 @@
-"""Buffers of frozen modules, whatever they belong to, are after a masked-freeze step what they were before it."""
+"""Buffers of frozen modules of any kind do not change in a masked-freeze step."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ WIDTH, TOKENS = 8, 5
 
 
 class Statistics(nn.Module):
-    """A norm with a moving mean that it changes in one of the ways that are seen in the wild."""
+    """A norm with a moving mean that it changes in one of the usual ways."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Statistics(nn.Module):
 
 
 class OwnBatchNorm(nn.BatchNorm1d):
-    """Does not ask `track_running_stats`."""
+    """Ignores `track_running_stats`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.batch_norm(
@@ -52,7 +52,7 @@ LAYERS = {
     "observer": MinMaxObserver,
     "moving observer": MovingAverageMinMaxObserver,
     "observer that changes its shape": lambda: PerChannelMinMaxObserver(ch_axis=2),
-    "batch norm with a forward of its own": lambda: OwnBatchNorm(TOKENS),
+    "batch norm with its own forward": lambda: OwnBatchNorm(TOKENS),
     **{way: lambda way=way: Statistics(way) for way in ("in place", "data", "replaced", "made at the first call")},
 }
 
@@ -139,7 +139,7 @@ def test_only_buffers_of_what_trains_change_in_a_masked_freeze_step(model, train
         before, plain = buffers(model), twin(model, request.node.callspec.params["model"])
         with reuse.step(step) as plan:
             output = forward_and_backward(model, step)
-        # Frozen or not, a layer computes what it would in plain training.
+        # Frozen or not, a layer computes the same as in plain training.
         assert torch.equal(output, forward_and_backward(plain, step))
         everywhere, found = moved(before, buffers(plain)), moved(before, buffers(model))
         frozen = ("blocks.0", "blocks.2", "stem") if train_trunk == "none" else ("blocks.0", "blocks.2")
@@ -161,7 +161,7 @@ def test_train_only_restores_them_too(model):
     assert found and all(name.startswith("blocks.1") for name in found)
 
 
-def test_a_layer_that_the_user_holds_in_evaluation_computes_what_it_did_before(model, request):
+def test_a_layer_that_the_user_keeps_in_eval_mode_computes_the_same_as_before(model, request):
     forward_and_backward(model, 0)
     for block in model.blocks:
         block.layer.eval()
@@ -194,7 +194,7 @@ def test_buffers_are_restored_after_an_error(model):
     assert all(name.startswith("blocks.1") for name in moved(before, buffers(model)))
 
 
-def test_a_buffer_shared_with_a_block_that_trains_moves_with_it():
+def test_a_buffer_shared_with_a_block_that_trains_changes():
     model = Network(LAYERS["in place"]).train()
     model.blocks[0].layer.mean = model.blocks[1].layer.mean
     reuse = FeatureReuse(model, find_residual_blocks(model, batch(0)[:1]), Fixed(3))

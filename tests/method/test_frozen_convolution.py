@@ -1,4 +1,4 @@
-"""Frozen convolutions save no input, and compute what they did."""
+"""Frozen convolutions do not save their input, and compute the same."""
 
 import contextlib
 import copy
@@ -78,7 +78,7 @@ def test_a_weight_that_trains_after_all_gets_its_gradient():
     assert layer.weight.grad is not None
 
 
-def test_layers_that_pad_otherwise_or_compute_otherwise_are_left_alone():
+def test_layers_with_other_padding_or_another_forward_do_not_change():
     class Own(nn.Conv2d):
         pass
 

@@ -1,4 +1,4 @@
-"""What is asked of a sharded model, here in a process group of one."""
+"""Queries of a sharded model, in a process group of one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from hf_featreuse.trainer.console import opening_summary
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[FeatureReuseTrainer]:
-    """A trainer made before there is a process group of one, so that accelerate does not see it."""
+    """A trainer created before the process group of one, so that accelerate does not see it."""
     made = FeatureReuseTrainer(build("vit"), config(tmp_path), train_dataset=examples(8))
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield made

@@ -1,4 +1,4 @@
-"""A backward after the step was left, when blocks are no longer skipped or frozen, is an error in plain words."""
+"""A backward after the exit of the step, when blocks are no longer skipped or frozen, is a clear error."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -125,7 +125,7 @@ def test_every_form_of_output_is_watched(form):
         tensor.sum().backward()
 
 
-def test_a_parameter_that_the_model_hands_out_keeps_no_hook():
+def test_a_parameter_that_the_model_returns_keeps_no_hook():
     class WithScale(Network):
         def __init__(self) -> None:
             super().__init__("tensor")

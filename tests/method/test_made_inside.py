@@ -1,4 +1,4 @@
-"""What a block returns besides its stream: handed on, attention weights, nothing, or made by it alone."""
+"""What a block returns in addition to its stream: an argument, attention weights, nothing, or its own result."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Block(nn.Module):
-    """x + f(x), and whatever else the test returns."""
+    """x + f(x), and other outputs of the test."""
 
     def __init__(self, returns) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Takes the first output of each block, and keeps the others for nothing."""
+    """Uses the first output of each block, and ignores the others."""
 
     def __init__(self, returns) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_an_output_that_only_a_block_computes_is_refused_at_binding(kind):
 
 
 @pytest.mark.parametrize("kind", HARMLESS)
-def test_other_outputs_are_handed_on_or_missing_without_harm(kind):
+def test_other_outputs_may_be_arguments_or_missing(kind):
     model = Model(HARMLESS[kind])
     model.given = torch.ones(3)
     blocks = find_residual_blocks(model, TOKENS)
@@ -121,7 +121,7 @@ def test_weights_of_multihead_attention_are_attention_weights():
     assert [(block.exact, block.made_inside) for block in find_residual_blocks(model, TOKENS)] == [(True, ())] * 2
 
 
-def test_plain_training_takes_any_block():
+def test_plain_training_accepts_any_block():
     returns, _ = MADE_INSIDE["auxiliary loss"]
     model = Model(returns)
     plain = FeatureReuseSchedule(2, stochastic_depth_steps=0, masked_freeze_steps=0)

@@ -1,4 +1,4 @@
-"""Models outside image classification: the same engine works on them, or says why it cannot."""
+"""Models outside image classification: the same engine works with them, or reports why it does not."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def batch(name: str, size: int = 2) -> dict:
     if name == "whisper":
         return {"input_features": torch.randn(size, 8, 40, generator=generator)}
     tokens = {"input_ids": torch.randint(3, 60, (size, 10), generator=generator)}
-    # In a training step Trainer sets this as well: no keys and values are kept.
+    # Trainer sets this in a training step too: no keys and values are kept.
     return {**tokens, "use_cache": False} if name == "llama" else tokens
 
 

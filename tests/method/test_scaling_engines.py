@@ -405,7 +405,7 @@ def test_scaling_twice_is_refused(name, said):
     blocks, before = find_residual_blocks(model), tiny_models.snapshot(model)
     with skip_blocks([], kept=blocks[1:2], survival=[0.5]):
         once, inside = model(**CASES[name].batch()).logits, tiny_models.snapshot(model)
-        with pytest.raises(StepError, match=f"{said} .*already; leave that context first"):
+        with pytest.raises(StepError, match=rf"{said} .*already\. Leave that context first"):
             with skip_blocks([], kept=blocks[:2], survival=[0.5, 0.5]):
                 pass
         # The outer context is whole, and the inner one left nothing.

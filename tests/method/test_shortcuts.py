@@ -1,4 +1,4 @@
-"""A shortcut is exact only if it is the identity for certain, in eval and in training mode."""
+"""A shortcut is exact only if it is certain to be the identity, in eval and in training mode."""
 
 import random
 
@@ -19,7 +19,7 @@ IMAGES = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Residual(nn.Module):
-    """A shortcut of a given form, plus a convolution."""
+    """A given form of shortcut, plus a convolution."""
 
     def __init__(self, form) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def test_an_activation_keeps_only_what_the_same_one_has_bounded(bounds):
 
 
 class Sums(nn.Module):
-    """Adds a second argument to its input, of the same shape in a batch of one; or only works with it."""
+    """Adds a second argument, of the same shape in a batch of one, to its input; or only works with it."""
 
     def __init__(self, form) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def test_a_stream_among_several_summands_is_not_exact(form, exact, keyword):
     model = WithSecond(form, keyword)
     blocks = find_residual_blocks(model, torch.randn(1, 5, 3))
     assert [(block.exact, block.position) for block in blocks] == [(exact, 0)] * 2
-    assert exact or "which of them is its residual stream is not certain" in blocks[0].inexact
+    assert exact or "it is not certain which one is its residual stream" in blocks[0].inexact
 
 
 def test_a_tensor_that_is_passed_twice_is_one_stream():
@@ -224,10 +224,10 @@ def test_inexact_inputs_are_refused_in_the_second_stream_too():
     assert [block.exact for block in blocks] == [False, False]
 
 
-# The second look
+# The run in training mode
 
 
-def test_own_drop_path_after_the_addition_is_left_to_its_warning():
+def test_own_drop_path_after_the_addition_only_warns():
     config = CvtConfig(
         embed_dim=[8, 16, 16], num_heads=[1, 2, 2], depth=[1, 2, 3], drop_path_rate=[0.0, 0.0, 0.1], num_labels=3
     )
@@ -253,7 +253,7 @@ def test_dropout_everywhere_and_large_blocks_stay_exact():
 
 
 @pytest.mark.parametrize("form", ["x + f", "dropout layer"])
-def test_blocks_that_read_values_are_looked_at(form):
+def test_blocks_that_read_values_are_examined(form):
     class Branches(Residual):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) if float(x.detach().mean()) < 1e9 else self.conv(x)
@@ -262,7 +262,7 @@ def test_blocks_that_read_values_are_looked_at(form):
     assert [block.exact for block in blocks] == [form in EXACT] * 2
 
 
-def test_blocks_that_are_alike_are_looked_at_once_and_others_by_themselves(monkeypatch):
+def test_identical_blocks_are_run_once_and_others_separately(monkeypatch):
     looked = []
     real = residual_graph._calls_in_training
 
@@ -291,7 +291,7 @@ def test_a_setting_that_differs_between_blocks_of_one_class_is_seen():
     assert [block.exact for block in blocks_of(Dropping(0.0), Dropping(0.5), Dropping(0.0))] == [True, False, True]
 
 
-def test_a_block_that_cannot_train_on_the_batch_is_taken_as_in_eval_mode():
+def test_a_block_that_cannot_train_on_the_batch_is_judged_in_eval_mode():
     def picky(m, x, f):
         if m.training:
             raise ValueError("more samples")
@@ -300,7 +300,7 @@ def test_a_block_that_cannot_train_on_the_batch_is_taken_as_in_eval_mode():
     assert [block.exact for block in blocks_of(Residual(picky), Residual(picky))] == [True, True]
 
 
-def test_norms_that_want_more_samples_do_not_hinder():
+def test_norms_that_need_more_samples_do_not_matter():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*(Normed() for _ in range(2))))
     before = snapshot(model)
     assert [block.exact for block in find_residual_blocks(model, torch.randn(1, 4))] == [False, False]
@@ -316,7 +316,7 @@ class Normed(nn.Module):
         return self.drop(x) + self.linear(self.norm(x))
 
 
-def test_the_second_look_leaves_no_trace():
+def test_the_run_in_training_mode_leaves_no_trace():
     class Cached(Residual):
         def __init__(self) -> None:
             super().__init__(self.cached)

@@ -1,4 +1,4 @@
-"""Regular expressions of users: every one ends, and what is none is said with the candidates."""
+"""Regular expressions of users: each one ends, and an invalid one is an error with the candidates."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_an_expression_that_would_take_years_ends(text, monkeypatch):
         ("(?R)", "unknown extension"),
     ],
 )
-def test_what_is_no_expression_of_python_is_refused(text, why):
+def test_an_invalid_expression_is_refused(text, why):
     with pytest.raises(BlockError, match=f"not a regular expression: .*({why}).*Candidates"):
         match_targets(NAMES, text, "ViT")
 

@@ -1,4 +1,4 @@
-"""Blocks that stand in no list, and modules that `target_blocks` names though they were not found."""
+"""Blocks that are not in a list, and modules that `target_blocks` names although they were not found."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def names(blocks) -> list[str]:
 
 
 class Block(nn.Module):
-    """As a block of RegNet: the first of a stage has a projection, a ReLU follows the addition."""
+    """Like a block of RegNet: the first of a stage has a projection, a ReLU follows the addition."""
 
     def __init__(self, width: int, out: int, residual: bool = True) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """As a stage of timm's RegNet: its blocks are attributes."""
+    """Like a stage of timm's RegNet: its blocks are attributes."""
 
     def __init__(self, width: int, out: int, depth: int, residual: bool = True) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Rows(nn.Module):
         return self.head(self.s3(self.s2(self.s1(self.stem(x)))).mean((2, 3)))
 
 
-# Rows that are no lists
+# Rows that are not lists
 
 
 def test_blocks_that_are_attributes_of_a_stage_are_found():
@@ -91,7 +91,7 @@ def test_a_plain_stack_of_convolutions_is_refused():
         find_residual_blocks(nn.Sequential(nn.Sequential(*layers), nn.Conv2d(3, 2, 8)), IMAGES)
 
 
-def test_rows_do_not_count_beside_lists():
+def test_rows_do_not_count_if_there_are_lists():
     class Both(Rows):
         def __init__(self) -> None:
             super().__init__()
@@ -130,7 +130,7 @@ def test_only_an_input_with_factor_one_is_a_shortcut(kind, found):
 
 
 class ClassAttention(nn.Module):
-    """As in CaiT: patches first, the class token, which is the stream, second."""
+    """Like CaiT: patches first, the class token, which is the stream, second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_stream_at_the_second_argument():
 
 
 class TwoStreams(nn.Module):
-    """As in TNT and MViT: a second stream, and the size of the grid, are handed on."""
+    """Like TNT and MViT: a second stream, and the size of the grid, are passed on."""
 
     def __init__(self, hidden: bool) -> None:
         super().__init__()
@@ -187,11 +187,11 @@ class Two(nn.Module):
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_second_streams_are_handed_on(hidden):
+def test_second_streams_are_passed_on(hidden):
     model = Two(hidden)
     blocks = find_residual_blocks(model, ROWS)
     assert [(block.name, block.passed_on) for block in blocks] == [(f"body.{i}", (1, 2, None)) for i in range(2)]
-    # Behind a concatenation the second stream is not seen to be kept.
+    # After a concatenation the graph does not show that the second stream is kept.
     assert [block.exact for block in blocks] == [not hidden] * 2
     with skip_blocks(blocks, allow_inexact=hidden):
         assert torch.equal(model(ROWS), torch.cat([ROWS, model.stem(ROWS)], 1) * 2)
@@ -201,7 +201,7 @@ def test_second_streams_are_handed_on(hidden):
 
 
 class Scaled(nn.Module):
-    """As in CAFormer: the shortcut has a scale that trains. In the second form it is plain."""
+    """Like CAFormer: the shortcut has a scale that trains. In the second form it is plain."""
 
     def __init__(self, scaled: bool = True) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class Sum(nn.Module):
 
 
 class Named(nn.Module):
-    """A network whose blocks stand in no row."""
+    """A network whose blocks are not in a row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,12 +247,12 @@ def test_named_modules_become_blocks_in_forward_order(target):
     }
 
 
-def test_without_a_target_nothing_is_taken():
+def test_without_a_target_nothing_is_found():
     with pytest.raises(BlockError, match="name its blocks in `target_blocks`"):
         find_residual_blocks(Named(), ROWS)
 
 
-def test_the_word_of_the_user_is_needed_twice():
+def test_the_user_must_confirm_twice():
     model = Named()
     blocks = find_residual_blocks(model, ROWS, ["early", "middle"])
     schedule = FeatureReuseSchedule(2, drop_rate=0.5, drop_rate_schedule="uniform", seed=0)
@@ -302,8 +302,8 @@ def test_inspection_reports_named_blocks():
         (["early.unused"], ["early.unused (Linear), which has no parameters or is not called in the forward"]),
         (["body_norm"], ["body_norm (Identity), which has no parameters or is not called"]),
         (["sum"], ["sum (Sum), which takes 2 inputs of the shape of its output (arguments 0, 1)"]),
-        (r"late.*", ["late (Scaled), which contains late.branch: name that"]),
-        (["late", "late.branch"], ["names late and late.branch, which is part of it. Name one of the two."]),
+        (r"late.*", ["late (Scaled), which contains late.branch: name that one"]),
+        (["late", "late.branch"], ["names late and late.branch, which is a part of it. Name one of the two."]),
     ],
 )
 def test_what_cannot_be_a_block_is_refused_with_the_reason(target, words):
@@ -323,11 +323,11 @@ def test_a_module_that_differs_from_call_to_call_is_refused():
                 torch.ones(4), self.linear(x)
             )
 
-    with pytest.raises(BlockError, match="takes its stream from another argument in each call"):
+    with pytest.raises(BlockError, match="takes its stream from a different argument in each call"):
         find_residual_blocks(Differs(), ROWS, ["sum"])
 
 
-# Beside blocks that were found
+# Next to blocks that were found
 
 
 def test_a_named_module_joins_blocks_that_were_found():
@@ -341,11 +341,11 @@ def test_a_named_module_joins_blocks_that_were_found():
 
 
 @pytest.mark.parametrize("target", ["vit", "vit.layers", r"vit\.layers"])
-def test_what_contains_blocks_that_were_found_is_refused(target):
-    with pytest.raises(BlockError, match=r"which contains vit\.layers\.0: name that\. Candidates: vit\.layers\.0,"):
+def test_a_module_that_contains_found_blocks_is_refused(target):
+    with pytest.raises(BlockError, match=r"contains vit\.layers\.0: name that one\. Candidates: vit\.layers\.0,"):
         find_residual_blocks(build("vit"), target_blocks=target if "\\" in target else [target])
 
 
-def test_an_entry_that_matches_found_blocks_takes_no_other_module():
+def test_an_entry_that_matches_found_blocks_selects_no_other_module():
     blocks = find_residual_blocks(build("vit"), target_blocks=r"vit\.layers\.0.*")
     assert names(blocks) == ["vit.layers.0"]

@@ -172,7 +172,7 @@ def test_costs_are_those_of_the_flop_counter(case):
     check_costs_are_those_of_the_flop_counter(case, rel=0.04 if case.name == "hiera" else 0.02)
 
 
-def test_a_second_stream_that_is_not_seen_to_be_kept_is_refused():
+def test_a_second_stream_that_is_not_shown_to_be_kept_is_refused():
     case = CASES["tnt"]
     with pytest.raises(BlockError, match="does not show all that it returns"):
         with skip_blocks(find_residual_blocks(case.build(), case.batch())):
@@ -233,7 +233,7 @@ def test_activation_checkpointing_changes_no_gradient(kind):
 # Families that are named
 
 
-def test_scaled_shortcuts_are_dropped_on_the_word_of_the_user(tmp_path):
+def test_scaled_shortcuts_are_dropped_if_the_user_confirms(tmp_path):
     case = CASES["caformer"]
     targets = [*case.blocks, "stages.2.blocks.0", "stages.2.blocks.1", "stages.3.blocks.0"]
     blocks = find_residual_blocks(case.build(), case.batch(), target_blocks=targets)
@@ -251,7 +251,7 @@ def test_scaled_shortcuts_are_dropped_on_the_word_of_the_user(tmp_path):
     assert len(trainer.feature_reuse.blocks) == 5
 
 
-def test_blocks_outside_of_rows_are_exact_where_the_graph_shows_it(tmp_path):
+def test_blocks_outside_of_rows_are_exact_if_the_graph_shows_it(tmp_path):
     case = CASES["dla"]
     targets = [f"level{level}.tree2" for level in (2, 5)] + ["level3.tree2.tree2"]
     blocks = find_residual_blocks(case.build(), case.batch(), target_blocks=targets)

@@ -1,4 +1,4 @@
-"""What backends and compilation need, function by function, over accelerate's own objects in one process."""
+"""The functions for backends and compilation, with accelerate's own objects in one process."""
 
 import contextlib
 
@@ -24,7 +24,7 @@ def bound(name: str = "vit") -> FeatureReuse:
     return FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks)))
 
 
-def test_compilation_is_taken_from_accelerate_which_would_compile_the_whole_model():
+def test_compilation_is_removed_from_accelerate_which_would_compile_the_whole_model():
     arguments = {"dynamo_plugin": TorchDynamoPlugin(backend=DynamoBackend.AOT_EAGER)}
     plugin = backends.take_dynamo_plugin(arguments)
     assert plugin.backend == DynamoBackend.AOT_EAGER
@@ -43,7 +43,7 @@ def test_one_process_is_accepted_with_either_granularity():
         backends.check_accelerator(Accelerator(cpu=True), granularity)
 
 
-def test_sharding_that_was_asked_for_in_vain_is_warned_of(monkeypatch):
+def test_requested_sharding_that_does_not_happen_warns(monkeypatch):
     said = []
     monkeypatch.setattr(backends.logger, "warning_once", said.append)
     backends.check_sharding(build("vit"), Accelerator(cpu=True), fsdp_was_asked_for=False)
@@ -52,7 +52,7 @@ def test_sharding_that_was_asked_for_in_vain_is_warned_of(monkeypatch):
     assert len(said) == 1 and "every process holds the whole model" in said[0]
 
 
-def test_binding_gives_what_was_bound_and_passes_errors_on():
+def test_binding_returns_the_result_or_raises_its_error():
     reuse = bound()
     assert backends.bind_on_every_rank(lambda: reuse, 1) is reuse
 
@@ -66,7 +66,7 @@ def test_binding_gives_what_was_bound_and_passes_errors_on():
 def test_fsdp_wraps_the_classes_of_the_blocks_and_forgets_them(monkeypatch):
     accelerator, reuse = Accelerator(cpu=True), bound()
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    # What FSDP's configuration would have put there; it needs a GPU to begin with.
+    # As FSDP's configuration would set it, which needs a GPU.
     monkeypatch.setitem(accelerator.state._shared_state, "fsdp_plugin", plugin)
     with backends.sharded_by_block(accelerator, reuse.model, reuse):
         assert plugin.transformer_cls_names_to_wrap == ["ViTLayer"]

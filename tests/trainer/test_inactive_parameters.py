@@ -1,4 +1,4 @@
-"""An optimizer that moves what has no gradient is found by what it does, and one that does not is left alone."""
+"""An optimizer that changes parameters without a gradient is detected and refused; others are accepted."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from hf_featreuse.trainer.inactive_parameters import InactiveParameters
 
 
 class ZeroFilling(torch.optim.Optimizer):
-    """Momentum and weight decay, each if asked for, with zeros in the place of absent gradients."""
+    """Optional momentum and weight decay, with zeros in place of absent gradients."""
 
     def __init__(
         self, params: Any, lr: float = 0.01, momentum: float = 0.0, decay: float = 0.0, skip_1d: bool = False
@@ -38,7 +38,7 @@ class ZeroFilling(torch.optim.Optimizer):
 
 
 class CountsSteps(torch.optim.SGD):
-    """Moves no weight without a gradient, but counts its steps."""
+    """Changes no weight without a gradient, but counts its steps."""
 
     def step(self, closure: Any = None) -> None:
         super().step()
@@ -48,7 +48,7 @@ class CountsSteps(torch.optim.SGD):
 
 
 class AllStateAtOnce(ZeroFilling):
-    """Makes the whole state at construction, as Adagrad, and fills in zeros."""
+    """Creates the whole state at construction, like Adagrad, and fills in zeros."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
@@ -84,7 +84,7 @@ def trainer_with(optimizer: Any, args: FeatureReuseConfig, scheduler: Any = None
     [(name, "both", 1) for name in MOVES]
     + [("momentum", "stochastic_depth", 1), ("momentum", "masked_freeze", 1), ("weight decay", "both", 2)],
 )
-def test_an_optimizer_that_moves_inactive_parameters_is_refused(
+def test_an_optimizer_that_changes_inactive_parameters_is_refused(
     optimizer: str, kind: str, accumulation: int, tmp_path: Path
 ) -> None:
     off = {"stochastic_depth": {"masked_freeze_steps": 0}, "masked_freeze": {"stochastic_depth_steps": 0}}.get(
@@ -97,19 +97,19 @@ def test_an_optimizer_that_moves_inactive_parameters_is_refused(
     assert trainer.state.global_step < 6
 
 
-def test_it_is_found_after_a_resume_too(tmp_path: Path) -> None:
-    # A run without feature reuse takes any optimizer; its checkpoint holds the momentum.
+def test_it_is_detected_after_a_resume_too(tmp_path: Path) -> None:
+    # A run without feature reuse works with any optimizer; its checkpoint holds the momentum.
     changed = {"save_strategy": "steps", "save_steps": 2}
     plain = config(tmp_path, max_steps=2, drop_rate=0.0, **changed)
     trainer_with(MOVES["momentum"], plain).train()
     trainer = trainer_with(MOVES["momentum"], config(tmp_path, max_steps=6, reuse_start=0.3, **changed))
     with pytest.raises(ConfigurationError, match="ZeroFilling"):
         trainer.train(resume_from_checkpoint=True)
-    # The first step with blocks that rest: their momentum is that of the checkpoint.
+    # The first step with inactive blocks: their momentum is that of the checkpoint.
     assert trainer.state.global_step == 2
 
 
-def test_plain_training_takes_such_an_optimizer(tmp_path: Path) -> None:
+def test_plain_training_accepts_such_an_optimizer(tmp_path: Path) -> None:
     trainer = trainer_with(MOVES["momentum"], config(tmp_path, drop_rate=0.0))
     assert trainer.train().global_step == 6
 

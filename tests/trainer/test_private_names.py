@@ -1,4 +1,4 @@
-"""Trainer, accelerate and torch have every private name that training relies on; a release without one is refused."""
+"""Trainer, accelerate and torch have every private name that training needs; a release without one is refused."""
 
 import ast
 import functools
@@ -43,7 +43,7 @@ def renamed_code(code: types.CodeType, old: str) -> types.CodeType:
 
 
 def renamed_in(value: object, old: str) -> object:
-    """A method with another name in its code; anything else as it is."""
+    """A method with another name in its code, otherwise unchanged."""
     if isinstance(value, property):
         return property(renamed_in(value.fget, old))
     function = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
@@ -128,7 +128,7 @@ def test_parameters_in_another_order_are_refused(name):
 
 def test_more_parameters_and_wrappers_are_accepted():
     def save_checkpoint(self, model, trial, metrics=None):
-        """As Trainer's, with one more."""
+        """Like Trainer's, with one more."""
 
     def anything(*args, **kwargs):
         return Trainer._save_rng_state(*args, **kwargs)
@@ -137,7 +137,7 @@ def test_more_parameters_and_wrappers_are_accepted():
     def wrapped(*args, **kwargs):
         return Trainer._run_epoch(*args, **kwargs)
 
-    # What a later one still calls stays called.
+    # Methods that a later one still calls stay called.
     calls = renamed_in(Trainer._save_checkpoint, "nothing")
     check_names(changed(Trainer, _save_rng_state=anything, _run_epoch=wrapped, calls=calls))
     check_names(changed(Trainer, _save_checkpoint=save_checkpoint, _save_checkpoint_inner=Trainer._save_checkpoint))
@@ -155,7 +155,7 @@ def test_more_parameters_and_wrappers_are_accepted():
 )
 def test_method_that_is_not_called_any_more_is_refused(caller, called):
     def other(self, *args, **kwargs):
-        """Does it all by itself."""
+        """Does everything itself."""
 
     with pytest.raises(IncompatibleVersionError, match=f"`Trainer.{called}` is not called any more"):
         check_names(changed(Trainer, **{caller: other}))
@@ -289,7 +289,7 @@ def own_classes() -> list[type]:
 
 
 def overridden() -> set[str]:
-    """Methods and properties of ours that Trainer has, too."""
+    """Our methods and properties that Trainer has too."""
     return {
         name
         for cls in own_classes()
@@ -336,7 +336,7 @@ def test_every_attribute_of_trainer_that_is_set_is_declared():
     assert written & attributes_of_trainer() <= set(ATTRIBUTES)
 
 
-def test_nothing_is_declared_in_vain():
+def test_every_declared_name_is_used():
     used = mentioned_in_the_package() | overridden()
     assert {*METHODS, *ATTRIBUTES} <= used
     texts = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
@@ -368,7 +368,7 @@ def test_override_accepts_what_trainer_may_pass(name):
     for cls in own_classes():
         if name in vars(cls):
             bound = inspect.signature(vars(cls)[name]).bind(*in_order, **by_name)
-            # A parameter of ours gets the argument of that name.
+            # Our parameter gets the argument of that name.
             assert {key: value for key, value in bound.arguments.items() if isinstance(value, str)}.items() <= {
                 key: key for key in bound.arguments
             }.items(), cls

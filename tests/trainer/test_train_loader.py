@@ -1,4 +1,4 @@
-"""Streams resume in the pass they were in, and a look at the training data leaves no trace in the run."""
+"""Streams resume in the right pass, and examining the training data does not change the run."""
 
 import itertools
 import random
@@ -28,7 +28,7 @@ def rows_of(order: Any) -> Iterator[dict]:
 
 
 class Fixed(IterableDataset):
-    """The same in each pass."""
+    """The same order in each pass."""
 
     def __iter__(self) -> Iterator[dict]:
         return rows_of(range(5))
@@ -114,7 +114,7 @@ def test_a_stream_is_resumed_in_the_pass_it_was_in(stream: str, kind: type, tmp_
 
 @pytest.mark.parametrize("changed", [{"gradient_accumulation_steps": 2}, {"dataloader_num_workers": 1}], ids=str)
 def test_a_stream_is_resumed_with(changed: dict[str, Any], tmp_path: Path) -> None:
-    # Five rows one by one in steps of two: the last micro-batch of a pass is followed by no optimizer step of its own.
+    # Five rows one by one in steps of two: no optimizer step follows the last micro-batch of a pass.
     changed = {**changed, "per_device_train_batch_size": 1, "max_steps": 5, "save_steps": 3}
     whole = run(Seeing, tmp_path, ByEpoch(), **changed)
     resumed = run(Seeing, tmp_path, ByEpoch(), f"{tmp_path}/checkpoint-3", **{**changed, "save_strategy": "no"})
@@ -139,7 +139,7 @@ def test_a_stream_that_does_not_repeat_itself_is_refused(stream: Any, tmp_path: 
         while [row["row"] for row in other][:4] == seen[3] + seen[4]:  # By chance.
             other = stream()
     changed = {"save_strategy": "no", "max_steps": 8}
-    with pytest.raises(CheckpointError, match=r"other labels.*`seed` to `shuffle\(\)`"):
+    with pytest.raises(CheckpointError, match=r"labels of the training data.*differ.*`seed` to `shuffle\(\)`"):
         run(Seeing, tmp_path, other, f"{tmp_path}/checkpoint-5", **changed)
     run(Seeing, tmp_path, stream(), f"{tmp_path}/checkpoint-5", ignore_data_skip=True, **changed)
 
@@ -152,7 +152,7 @@ def test_a_stream_that_became_shorter_is_refused(tmp_path: Path) -> None:
         def __iter__(self) -> Iterator[dict]:
             return iter(short)
 
-    with pytest.raises(CheckpointError, match="other labels"):
+    with pytest.raises(CheckpointError, match="labels of the training data"):
         run(Seeing, tmp_path, Short(), f"{tmp_path}/checkpoint-3", save_strategy="no")
 
 
@@ -162,7 +162,7 @@ def test_the_pass_of_an_older_checkpoint_follows_from_its_epoch(tmp_path: Path) 
 
 
 class Renaming(FeatureReuseTrainer):
-    """Notes what it trains on."""
+    """Records what it trains on."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.seen = [*getattr(self, "seen", []), inputs["images"].clone()]
@@ -170,7 +170,7 @@ class Renaming(FeatureReuseTrainer):
 
 
 class Given(Renaming):
-    """Looks at no data."""
+    """Does not examine the data."""
 
     def get_residual_blocks(self, model: Any) -> Any:
         return find_residual_blocks(model, {"images": torch.zeros(1, 3, 32, 32)})
@@ -196,7 +196,7 @@ def drawing() -> Any:
     return model
 
 
-def test_a_run_that_looked_at_the_data_is_the_run_that_did_not(tmp_path: Path) -> None:
+def test_examining_the_data_does_not_change_a_run(tmp_path: Path) -> None:
     runs = []
     for kind in (Renaming, Given):
         args = config(tmp_path, data_seed=3, max_steps=6, per_device_train_batch_size=16)
@@ -206,7 +206,7 @@ def test_a_run_that_looked_at_the_data_is_the_run_that_did_not(tmp_path: Path) -
     assert same_bits(runs[0], runs[1])
 
 
-def test_a_run_that_looks_at_the_data_resumes_exactly(tmp_path: Path) -> None:
+def test_a_run_that_examines_the_data_resumes_exactly(tmp_path: Path) -> None:
     changed = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4, "per_device_train_batch_size": 32}
 
     def trainer() -> Renaming:
@@ -220,7 +220,7 @@ def test_a_run_that_looks_at_the_data_resumes_exactly(tmp_path: Path) -> None:
     assert same_bits(state_of(resumed.model), state_of(whole.model))
 
 
-def test_a_stream_that_can_be_read_once_trains_whole(tmp_path: Path) -> None:
+def test_a_stream_that_can_be_read_once_is_used_completely(tmp_path: Path) -> None:
     class Once(IterableDataset):
         def __init__(self) -> None:
             self.rows = iter(renamed_examples()[:12])
@@ -245,7 +245,7 @@ def test_the_collator_gets_whole_batches(tmp_path: Path) -> None:
     assert trainer.train().global_step == 2
 
 
-def test_a_loader_of_the_users_own_is_looked_at(tmp_path: Path) -> None:
+def test_the_users_own_loader_is_examined(tmp_path: Path) -> None:
     class Own(FeatureReuseTrainer):
         def get_train_dataloader(self) -> DataLoader:
             return DataLoader(renamed_examples(), batch_size=4)
@@ -288,20 +288,20 @@ def test_a_loader_needs_no_data_set(kind: type, tmp_path: Path) -> None:
     resumed = trainer()
     resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-5")
     assert same_bits(state_of(resumed.model), state_of(whole.model))
-    # What is inside cannot be told the number of the pass.
+    # The loader inside cannot get the number of the pass.
     Mine.shuffles = True
     trainer().train()
-    with pytest.raises(CheckpointError, match="other labels"):
+    with pytest.raises(CheckpointError, match="labels of the training data"):
         trainer().train(resume_from_checkpoint=f"{tmp_path}/checkpoint-5")
 
 
 def test_an_empty_loader_is_named() -> None:
-    with pytest.raises(BlockError, match="gives no batch"):
+    with pytest.raises(BlockError, match="has no batch"):
         TrainLoader([]).first_batch()
 
 
 @pytest.mark.parametrize("resumes", [False, True])
-def test_the_order_of_a_sampler_is_that_without_a_look(resumes: bool) -> None:
+def test_examining_the_data_does_not_change_the_order_of_a_sampler(resumes: bool) -> None:
     def loader() -> DataLoader:
         rows = [{"n": i} for i in range(32)]
         return DataLoader(rows, 4, sampler=RandomSampler(rows, generator=torch.Generator().manual_seed(3)))

@@ -1,4 +1,4 @@
-"""Engines and optimizers that cannot run feature reuse are refused at construction, with the way out."""
+"""Engines and optimizers that do not work with feature reuse are refused at construction, with an alternative."""
 
 import sys
 from pathlib import Path
@@ -40,7 +40,7 @@ def fsdp_of_xla(args: TrainingArguments, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def fsdp1_launch(args: TrainingArguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The version of accelerate where none is named.
+    # accelerate's version if none is named.
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
 
 
@@ -82,7 +82,7 @@ def test_an_engine_is_refused(engine: Any, tmp_path: Path, monkeypatch: pytest.M
     assert_refused(args, *CASES[engine])
 
 
-def test_plain_training_arguments_are_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_training_arguments_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = TrainingArguments(**options(tmp_path))
     data_parallel(args, monkeypatch)
     assert_refused(args, "nn.DataParallel", "torchrun")
@@ -93,7 +93,7 @@ def test_plain_training_is_not_refused(engine: Any, tmp_path: Path, monkeypatch:
     trainer = construct(config(tmp_path, **PLAIN))
     engine(trainer.args, monkeypatch)
     made: list[bool] = []
-    # What Trainer itself makes of an engine that is not installed is no matter here.
+    # How Trainer itself handles an engine that is not installed does not matter here.
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", lambda _: made.append(True))
     trainer.create_accelerator_and_postprocess()
     assert made == [True]
@@ -112,7 +112,7 @@ def test_fsdp2_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     unsupported.check_engine(args, None)
 
 
-def test_a_model_on_several_devices_is_no_data_parallel_one(tmp_path: Path) -> None:
+def test_a_model_on_several_devices_does_not_use_data_parallel(tmp_path: Path) -> None:
     args, model = config(tmp_path), build("vit")
     args._n_gpu = 2
     model.hf_device_map = {"vit": 0, "classifier": 1}
@@ -134,13 +134,13 @@ def test_the_table_names_every_such_optimizer_of_transformers() -> None:
     assert len(marked) == 9
 
 
-def test_plain_training_takes_such_an_optimizer(tmp_path: Path) -> None:
+def test_plain_training_accepts_such_an_optimizer(tmp_path: Path) -> None:
     assert construct(config(tmp_path, optim="lomo", **PLAIN)).args.optim == "lomo"
 
 
 @pytest.fixture
 def schedule_free(monkeypatch: pytest.MonkeyPatch) -> type[torch.optim.Optimizer]:
-    """A class as the package `schedulefree` has it, and one derived from it."""
+    """A class like that of the package `schedulefree`, and a subclass."""
     module = ModuleType("schedulefree.adamw")
     exec("import torch\nclass AdamWScheduleFree(torch.optim.SGD): pass", module.__dict__)
     monkeypatch.setitem(sys.modules, "schedulefree.adamw", module)
