@@ -295,7 +295,7 @@ def _sizes(figures: dict[str, Any], row: str = "vanilla") -> tuple[float, int]:
 
 
 def page(found: dict[str, Any]) -> str:
-    """Return what the page shows: the picture and a summary of the tables."""
+    """Return the text of the page: the picture and a summary of the tables."""
     alternative = "Memory of each kind of step by its parts (SD: stochastic depth, MF: masked freeze)"
     return f"![{alternative}](images/{PICTURE.name})\n\n{summary(found)}"
 

@@ -31,12 +31,12 @@ RESUME, TRAINER = "resume_state.json", "trainer_state.json"
 WEIGHTS, TORCH = "model.safetensors", ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 FILES = (WEIGHTS, *TORCH, TRAINER, RESUME)
 CASES: dict[str, tuple[str, Damage]] = {}
-# Where harmful pickles would leave a trace.
+# The path on which harmful pickles would leave a trace.
 TRACE = Path("trace-of-a-pickle")
 
 
 class Harmful:
-    """Unpickles as a call that makes a folder."""
+    """Unpickles as a call that creates a folder."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(TRACE),)
@@ -58,7 +58,7 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def sign(folder: Path) -> None:
-    """Record the files as they are now, as someone who makes such a checkpoint on purpose would."""
+    """Record digests of the changed files, as someone who forges a checkpoint would."""
     state = json.loads((folder / RESUME).read_text())
     left = {name: value for name, value in state.items() if name not in ("files", "digest", "trainer_state")}
     write_resume_state(folder, left)
@@ -73,7 +73,7 @@ def signed(damage: Damage) -> Damage:
 
 
 def older(folder: Path) -> None:
-    """As an older version wrote it, without digests."""
+    """A checkpoint as an older version wrote it, without digests."""
     edit_json(folder / RESUME, lambda s: {k: v for k, v in s.items() if k not in ("digest", "trainer_state", "step")})
     edit_json(folder / RESUME, lambda s: {**s, "files": list(s["files"])})
 
@@ -119,7 +119,7 @@ for kind in ("empty", "first half", "last byte lost", "zeros"):
     for file in ("config.json", "training_args.bin"):
         add(f"{file}: {kind}", "skipped", lambda f, file=file, kind=kind: change(f / file, BYTES[kind]))
 
-# Kinds of content, in checkpoints that were made so on purpose
+# Kinds of content, in forged checkpoints
 
 CONTENTS: dict[str, Callable[[], bytes]] = {
     "list": lambda: saved([1, 2]),
@@ -205,7 +205,7 @@ for key, values in {
     for value in values:
         add(f"{RESUME}: {key}={value!r}", "skipped", entry(RESUME, key, value))
 
-# What only the model can tell
+# Faults that only the model reveals
 
 
 def edit_torch(file: str, edit: Callable[[Any], Any]) -> Damage:
@@ -275,7 +275,7 @@ def shards(folder: Path, lose: str | None = None, **options: Any) -> None:
 
 
 def link_files(folder: Path) -> None:
-    """As in the cache of the Hub, where each file is a link to a blob."""
+    """Like the cache of the Hub, where each file is a link to a blob."""
     blobs = folder.parent / "blobs"
     blobs.mkdir()
     for path in list(folder.iterdir()):

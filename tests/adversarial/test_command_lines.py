@@ -1,4 +1,4 @@
-"""Command lines that are wrong, with the verdict on each: exit code and a part of the one-line message.
+"""Wrong command lines, each with its verdict: exit code and a part of the one-line message.
 
 Every verb of `featreuse` and both examples run in this process. None may pass silently, end in a traceback, hang,
 leave a folder behind or send a control character to the terminal.
@@ -140,7 +140,7 @@ def run(main, argv: list[str], monkeypatch) -> tuple[int, str, str]:
             try:
                 code = main()
             except SystemExit as end:
-                # As the interpreter does.
+                # Like the interpreter.
                 code = end.code if isinstance(end.code, int) else 1
                 if isinstance(end.code, str):
                     print(end.code, file=err)
@@ -179,7 +179,7 @@ def test_a_wrong_command_line_of_featreuse(wrong, world, tmp_path, monkeypatch):
     judge(wrong, lambda: cli.main(sys.argv[1:]), world, tmp_path, monkeypatch, prefix, [])
 
 
-# Were one not refused, it would train for a step.
+# If one were not refused, it would train for a step.
 _QUICK = (
     *("--max_steps", "1", "--use_cpu", "true", "--disable_tqdm", "true", "--max_train_samples", "32"),
     *("--config_overrides", "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=16"),

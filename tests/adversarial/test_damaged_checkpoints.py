@@ -1,4 +1,4 @@
-"""Every damaged or foreign checkpoint of the table gets its verdict: no raw traceback, no hang, no code that runs."""
+"""Every damaged or foreign checkpoint gets its verdict: no raw traceback, no hang, and no code in it is run."""
 
 import pickle
 import shutil

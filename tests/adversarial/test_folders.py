@@ -1,7 +1,7 @@
-"""Folders of every layout and name: all images with their classes, or an error or warning that names what is missing.
+"""Folders of every layout and name: all images with their classes, or a message that names what is missing.
 
-Nothing may vanish without a message: a case states how many images each split has, which classes, and what the warning
-names; or what the error names.
+Nothing may be left out without a message: a case states how many images each split has, the classes, and what the
+warning names; or what the error names.
 """
 
 import logging

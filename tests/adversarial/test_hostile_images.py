@@ -1,8 +1,8 @@
 """Images of every format, whole, damaged and hostile: each decodes to its pixels or is an error that names its file.
 
-A file is put into a class folder and read as training reads it. Not in the table is what no decoder of Pillow notices:
+A file is put into a class folder and read as in training. The table leaves out what no decoder of Pillow notices:
 changed pixels in BMP and uncompressed TIFF, changed bytes in the middle of JPEG and WebP, which have no checksums, and
-a PNG written with fewer rows than its header says.
+a PNG written with fewer rows than its header states.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Answers of a server at every stage of a push, with the verdict on each: the reason in one line, or a finished push.
+"""Server answers at every stage of a push, each with its verdict: the reason on one line, or a finished push.
 
 The real client talks to a server on loopback. None of its answers may pass silently, end in a traceback, hang, make a
 second commit, or bring the token into a message or to another server.
@@ -44,7 +44,7 @@ ADVICE = "pushes it"
 
 @dataclass(frozen=True)
 class Case:
-    """An answer at a stage, and what the message holds; without one the push ends well."""
+    """An answer at a stage, and a part of the message; without a message the push succeeds."""
 
     stage: str
     name: str

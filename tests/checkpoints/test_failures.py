@@ -48,7 +48,7 @@ def broken_off(trainer: RecordingTrainer, error: type[BaseException], match: str
     return str(caught.value)
 
 
-def goes_on(folder: Path, whole: RecordingTrainer, step: int) -> None:
+def resumes_exactly(folder: Path, whole: RecordingTrainer, step: int) -> None:
     resumed = resumable("vit", folder)
     resumed.train(resume_from_checkpoint=True)
     assert_same_run(resumed, whole, step)
@@ -82,7 +82,7 @@ def test_a_full_disk(small_disk: Path, whole: RecordingTrainer) -> None:
     assert "checkpoint-2; `resume_from_checkpoint=True` resumes" in message
     assert "Free space" in message
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    goes_on(small_disk, whole, 2)
+    resumes_exactly(small_disk, whole, 2)
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.pt"])
@@ -104,7 +104,7 @@ def test_a_file_that_the_system_cuts_short(part: str, whole: RecordingTrainer, t
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert "checkpoint-2" in message
-    goes_on(tmp_path, whole, 2)
+    resumes_exactly(tmp_path, whole, 2)
 
 
 def test_a_folder_that_becomes_read_only(tmp_path: Path, whole: RecordingTrainer) -> None:
@@ -128,7 +128,7 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path, whole: RecordingTrainer
             late.train(resume_from_checkpoint=True)
         assert late.plans == []
         subprocess.run(["umount", str(folder)], check=True)
-        goes_on(folder, whole, 2)
+        resumes_exactly(folder, whole, 2)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -172,7 +172,7 @@ def test_a_worker_that_is_killed(tmp_path: Path, whole: RecordingTrainer, said: 
     assert len(said) == 1
     assert "RuntimeError stopped training after 3 optimizer steps" in said[0]
     assert "checkpoint-3; `resume_from_checkpoint=True` resumes" in said[0]
-    goes_on(tmp_path, whole, 3)
+    resumes_exactly(tmp_path, whole, 3)
 
 
 class Infected(RecordingTrainer):
@@ -222,7 +222,7 @@ def test_an_interrupt_in_a_step(kind: StepKind, tmp_path: Path, whole: Recording
     broken_off(resumable("vit", tmp_path, kind=Interrupted), KeyboardInterrupt, None, step)
     assert f"KeyboardInterrupt stopped training after {step} optimizer steps" in said[0]
     assert f"checkpoint-{step}; `resume_from_checkpoint=True` resumes" in said[0]
-    goes_on(tmp_path, whole, step)
+    resumes_exactly(tmp_path, whole, step)
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -236,7 +236,7 @@ def test_an_interrupt_during_a_save(method: str, tmp_path: Path, whole: Recordin
     kind: Callable = type("Interrupted", (RecordingTrainer,), {method: interrupted})
     broken_off(resumable("vit", tmp_path, kind=kind), KeyboardInterrupt, None, 2)
     assert "checkpoint-2" in said[0]
-    goes_on(tmp_path, whole, 2)
+    resumes_exactly(tmp_path, whole, 2)
 
 
 def test_a_frozen_parameter_may_be_infinite_on_purpose():

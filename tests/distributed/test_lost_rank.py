@@ -74,7 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return results
 
 
-def assert_goes_on_to_the_same_bits(folder: Path, whole: list[dict[str, Any]]) -> None:
+def assert_resumes_bit_identically(folder: Path, whole: list[dict[str, Any]]) -> None:
     for found, expected in zip(finished(folder), whole, strict=True):
         for part in ("weights", "optimizer", "scheduler"):
             assert same_bits(found[part], expected[part]), part
@@ -103,7 +103,7 @@ def test_the_other_rank_ends_soon_and_the_run_can_be_resumed(
         assert end["time"] - lost_at < BOUND
         print(f"\n{fault} in {point}, step {step}: rank {rank} ended {end['time'] - lost_at:.2f} s later")
     assert int(str(newest_whole(tmp_path)[0]).rpartition("-")[2]) >= step - 1
-    assert_goes_on_to_the_same_bits(tmp_path, whole)
+    assert_resumes_bit_identically(tmp_path, whole)
 
 
 def test_torchrun_ends_and_names_the_rank(whole: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -124,4 +124,4 @@ def test_torchrun_ends_and_names_the_rank(whole: list[dict[str, Any]], tmp_path:
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert "rank      : 1" in done.stderr
     assert newest_whole(tmp_path)[0] == str(tmp_path / f"checkpoint-{step}")
-    assert_goes_on_to_the_same_bits(tmp_path, whole)
+    assert_resumes_bit_identically(tmp_path, whole)
