@@ -65,6 +65,7 @@ def test_command_writes_an_export_with_its_processor(tmp_path, capsys):
     small_image_processor(model.config, 32).save_pretrained(folder)
     out = tmp_path / "neu ß" / "export"
     arguments = ["export", str(folder), "--format", "dynamo", "--repeats", "2", "--output_dir", str(out)]
+    capsys.readouterr()
     assert main(arguments) == 0
     text, err = capsys.readouterr()
     assert f"saved in {out}: model.pt2" in text
@@ -121,7 +122,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_an_old_transformers_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.22.2")
+    monkeypatch.setattr(exporting.transformers, "__version__", "5.22.2")
     with pytest.raises(
         IncompatibleVersionError, match=r"needs transformers 5\.23 or newer, and 5\.22\.2 is installed"
     ):
