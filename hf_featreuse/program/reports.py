@@ -12,7 +12,8 @@ from torch import nn
 from hf_featreuse.data import OpenModel, open_classifier
 from hf_featreuse.data.labels import SINGLE
 from hf_featreuse.evaluation.splits import predict_split, report_on_split
-from hf_featreuse.program.setup import Setup, source_options
+from hf_featreuse.program.models import source_options
+from hf_featreuse.program.setup import Setup
 from hf_featreuse.text import joined
 
 logger = logging.getLogger(__name__)

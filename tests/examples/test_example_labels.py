@@ -15,7 +15,7 @@ from hf_featreuse import CheckpointError, ConfigurationError, DataError
 from hf_featreuse.cli import main
 from hf_featreuse.data import EvalTransform, ImageCollator, in_order_of, load_image_data, open_classifier
 from hf_featreuse.program import ModelArguments
-from hf_featreuse.program.setup import load_model
+from hf_featreuse.program.models import load_model
 
 pytest.importorskip("sklearn", reason="the digits need the extra `examples`")
 BACKWARDS = DIGITS[::-1]
