@@ -2,7 +2,8 @@
 
 `arguments` are its options, `parsing` and `config_file` read them from flags and files, and `checks` and `output_dir`
 refuse what cannot be used before anything is loaded. `setup` and `models` load data and model, `running` trains and
-evaluates, `reports` writes what `featreuse evaluate` and `featreuse predict` would, and `launching` starts several processes.
+evaluates, `reports` writes what `featreuse evaluate` and `featreuse predict` would, and `launching` starts several
+processes.
 """
 
 from hf_featreuse.program.arguments import DataArguments, ModelArguments, Options, RunArguments

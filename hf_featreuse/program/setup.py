@@ -11,13 +11,8 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from transformers import (
-    BaseImageProcessor,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
-# Under its short name transformers 5.17 asks for torchvision, which it does not need.
 from hf_featreuse.data import (
     EvalTransform,
     ImageData,
