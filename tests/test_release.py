@@ -54,6 +54,7 @@ def test_versions_agree():
     version = Version(hf_featreuse.__version__)
     citation = yaml.safe_load(read("CITATION.cff"))
     assert citation["version"] == str(version)
+    assert tomllib.loads(read("zensical.toml"))["project"]["copyright"].startswith(f"hf_featreuse {version} ")
     headings = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", read("CHANGELOG.md"), re.MULTILINE)
     assert headings
     if version.is_devrelease:
@@ -78,7 +79,7 @@ def test_the_address_of_the_repository_is_the_same_everywhere():
     address = PROJECT["urls"]["Repository"]
     assert all(url.startswith(address) for url in PROJECT["urls"].values())
     assert yaml.safe_load(read("CITATION.cff"))["repository-code"] == address
-    assert tomllib.loads(read("zensical.toml"))["project"]["repo_url"] == address
+    assert f'href="{address}"' in tomllib.loads(read("zensical.toml"))["project"]["copyright"]
     hook = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     raw = address.replace("github.com", "raw.githubusercontent.com")
     for entry, start in zip(hook["substitutions"], (f"]({raw}/main/", f"]({address}/blob/main/"), strict=True):

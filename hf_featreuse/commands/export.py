@@ -23,8 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to write; dynamo is a program of torch.export and needs no further package",
     )
     parser.add_argument("--output_dir", metavar="DIR", required=True, help="a new or empty folder for the export")
-    parser.add_argument("--batch_size", type=int, default=1, help="images per batch when the latency is measured")
-    parser.add_argument("--repeats", type=int, default=20, help="measured runs of model and export, taken in turns")
+    parser.add_argument(
+        "--batch_size", type=int, metavar="N", default=1, help="images per batch when the latency is measured"
+    )
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", default=20, help="measured runs of model and export, taken in turns"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
