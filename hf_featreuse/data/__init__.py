@@ -6,6 +6,7 @@ from hf_featreuse.data.images import ImageCollator, decode_image, to_tensors
 from hf_featreuse.data.loading import ImageData, load_image_data
 from hf_featreuse.data.rand_augment import RandAugment
 from hf_featreuse.data.seeded import SeededTransform, augmentation
+from hf_featreuse.data.streaming import ImageStream, stream_image_data
 from hf_featreuse.data.transforms import EvalTransform, ImageTransform, TrainTransform, default_crop_scale, image_size
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ImageCollator",
     "ImageData",
     "ImageSplit",
+    "ImageStream",
     "ImageTransform",
     "OpenModel",
     "RandAugment",
@@ -28,5 +30,6 @@ __all__ = [
     "load_image_data",
     "open_classifier",
     "relabelled",
+    "stream_image_data",
     "to_tensors",
 ]

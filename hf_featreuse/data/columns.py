@@ -18,7 +18,7 @@ def image_column(features: datasets.Features, passed: str | None) -> str:
 def label_column(features: datasets.Features, passed: str | None) -> str:
     """Find the column of the labels."""
     typed = [name for name, feature in features.items() if isinstance(single_feature(feature), datasets.ClassLabel)]
-    return _column(features, passed, ["label", "labels"], typed, "label", "a ClassLabel")
+    return _column(features, passed, ["label", "labels", "cls"], typed, "label", "a ClassLabel")
 
 
 def _column(

@@ -29,7 +29,7 @@ class LabelReader(Protocol):
     problem_type: str
 
     def encode(self, values: np.ndarray, rows: np.ndarray, split: str) -> np.ndarray:
-        """Turn the labels of some rows into numbers."""
+        """Turn labels, as Python objects, into numbers; their rows and their split are for messages."""
         ...
 
 
@@ -76,16 +76,14 @@ class Labels:
         self._ids = {value: i for i, value in enumerate(known)}
 
     def encode(self, values: np.ndarray, rows: np.ndarray, split: str) -> np.ndarray:
-        """Turn the labels of some rows into class ids."""
-        ids = np.array([self._ids.get(value, -1) for value in values[rows]], dtype=np.int64)
+        """Turn labels into class ids."""
+        ids = np.array([self._ids.get(value, -1) for value in values], dtype=np.int64)
         if (ids < 0).any():
-            row = int(rows[ids.argmin()])
+            row, value = int(rows[ids.argmin()]), values[ids.argmin()]
             where = f"row {row} of split '{split}' of {self._source} (column {self._column!r})"
-            if values[row] is None or values[row] == -1:
-                raise DataError(f"{capitalised(where)} has no label: {values[row]}. Leave such rows out of the data.")
-            raise DataError(
-                f"{capitalised(where)} has the label {values[row]!r}, which is none of the training labels."
-            )
+            if value is None or value == -1:
+                raise DataError(f"{capitalised(where)} has no label: {value}. Leave such rows out of the data.")
+            raise DataError(f"{capitalised(where)} has the label {value!r}, which is none of the training labels.")
         return ids
 
 
@@ -117,10 +115,9 @@ class SeveralLabels:
             self.names, self._ids = [str(value) for value in known], {value: i for i, value in enumerate(known)}
 
     def encode(self, values: np.ndarray, rows: np.ndarray, split: str) -> np.ndarray:
-        """Give a zero or one for each class of some rows, float32 of shape (rows, classes)."""
+        """Give a zero or one for each class, float32 of shape (rows, classes)."""
         encoded = np.zeros((len(rows), len(self.names)), np.float32)
-        for i, row in enumerate(rows.tolist()):
-            value = values[row]
+        for i, (value, row) in enumerate(zip(values, rows.tolist(), strict=True)):
             if value is None or None in value:
                 raise DataError(f"{self._where(row, split)} has no labels: {value}. Leave such rows out of the data.")
             if self._is_hot:
@@ -152,9 +149,9 @@ class Measured:
         self.names, self._source = [column], source
 
     def encode(self, values: np.ndarray, rows: np.ndarray, split: str) -> np.ndarray:
-        """Give the numbers of some rows, float32 of shape (rows,)."""
-        for row in rows.tolist():
-            if values[row] is None or not math.isfinite(values[row]):
+        """Give the numbers, float32 of shape (rows,)."""
+        for value, row in zip(values, rows.tolist(), strict=True):
+            if value is None or not math.isfinite(value):
                 where = capitalised(f"row {row} of split '{split}' of {self._source} (column {self.names[0]!r})")
-                raise DataError(f"{where} holds {values[row]}, not a number. Leave such rows out of the data.")
-        return values[rows].astype(np.float32)
+                raise DataError(f"{where} holds {value}, not a number. Leave such rows out of the data.")
+        return values.astype(np.float32)

@@ -33,7 +33,7 @@ from hf_featreuse.text import first_few, printable
 
 logger = logging.getLogger(__name__)
 
-_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _DIGITS = "scikit-learn digits"
 
 
@@ -106,7 +106,8 @@ def load_image_data(
             `Image`.
         label_column_name (`str`, *optional*): column of the labels, which are class labels, integers or strings; a
             list of them, or of as many zeros and ones as there are classes, is several labels per image; a
-            floating-point number is a regression. By default `label`, `labels`, else the only one of class labels.
+            floating-point number is a regression. By default `label`, `labels`, `cls` (of
+            WebDataset files), else the only one of class labels.
         cache_dir (`str`, *optional*): where downloads are kept; by default the cache of `datasets`.
         token (`str` or `bool`, *optional*): token for private data sets, `True` for the stored one; by default the
             stored one if there is one.
@@ -158,7 +159,7 @@ def load_image_data(
     check_splits({raw_name: raw[raw_name] for raw_name in sorted(used)}, features, images_in, labels_in, source)
     values = {raw_name: column_values(raw[raw_name], labels_in) for raw_name in used | {reference}}
     labels = label_reader(features[labels_in], values[reference], labels_in, source)
-    ids = {part: labels.encode(values[raw_name], rows, raw_name) for part, (raw_name, rows) in parts.items()}
+    ids = {part: labels.encode(values[raw_name][rows], rows, raw_name) for part, (raw_name, rows) in parts.items()}
     _warn_of_untrained(ids, labels.names, source, labels.problem_type)
 
     result = {}
@@ -259,7 +260,7 @@ def _split_rows(
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Say for train, validation and test which split of the source, and which of its rows, they are."""
     parts = {part: (part, np.arange(len(raw[part]))) for part in ("train", "test") if part in raw}
-    validation = next((name for name in _VALIDATION_NAMES if name in raw), None)
+    validation = next((name for name in VALIDATION_NAMES if name in raw), None)
     if validation is not None:
         parts["validation"] = (validation, np.arange(len(raw[validation])))
     elif train_val_split and len(raw.get("train", ())):

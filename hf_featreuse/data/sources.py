@@ -50,11 +50,11 @@ def load_source(
         return load_split_folders(folders, wanted, f"folders {folders}"), f"folders {folders}", None
     source = f"data set '{printable(dataset_name)}'"
     if not os.path.isdir(dataset_name):
-        loaded = _load_with_datasets(lambda: datasets.load_dataset(dataset_name, config_name, **options), source)
+        loaded = load_with_datasets(lambda: datasets.load_dataset(dataset_name, config_name, **options), source)
         cache = options.get("cache_dir") or HF_DATASETS_CACHE
         return loaded, source, [str(cache), str(DOWNLOADED_DATASETS_PATH), huggingface_hub.constants.HF_HUB_CACHE]
     if any(os.path.isfile(os.path.join(dataset_name, file)) for file in _SAVED):
-        return _load_with_datasets(lambda: datasets.load_from_disk(dataset_name), source), source, [dataset_name]
+        return load_with_datasets(lambda: datasets.load_from_disk(dataset_name), source), source, [dataset_name]
     found = scan(dataset_name)
     tables = [path for path in found.others if path.endswith((".parquet", ".arrow"))]
     if has_class_folders(found) or (found.images and not tables):
@@ -67,7 +67,7 @@ def load_source(
     return _load_tables(dataset_name, config_name, found, source, options), source, [dataset_name]
 
 
-def _load_with_datasets(load: Any, source: str) -> dict[str, datasets.Dataset]:
+def load_with_datasets(load: Any, source: str) -> dict[str, datasets.Dataset]:
     """Call what loads a data set; what goes wrong is an error of the data."""
     try:
         loaded = load()
@@ -108,7 +108,7 @@ def _load_tables(
     def load() -> Any:
         builder = datasets.load_dataset_builder(folder, config_name, **options)
         used = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
-        _check_inside(used, [root], source)
+        check_inside(used, [root], source)
         kinds = {os.path.splitext(file)[1] for file in used}
         relative = {os.path.relpath(file, root) for file in used}
         left = [path for path in found.others if os.path.splitext(path)[1] in kinds and path not in relative]
@@ -120,7 +120,7 @@ def _load_tables(
         left_out.warn(folder)
         return loaded
 
-    return _load_with_datasets(load, source)
+    return load_with_datasets(load, source)
 
 
 def _check_card(folder: str, source: str) -> None:
@@ -171,10 +171,10 @@ def check_stored_paths(images: datasets.Dataset, folders: Sequence[str] | None, 
     column: Any = images.data.column(0)
     for chunk in column.chunks:
         paths = chunk.field("path").filter(chunk.field("bytes").is_null()).drop_null().unique()
-        _check_inside(paths.to_pylist(), [os.path.realpath(folder) for folder in folders], source)
+        check_inside(paths.to_pylist(), [os.path.realpath(folder) for folder in folders], source)
 
 
-def _check_inside(paths: Iterable[str], roots: Sequence[str], source: str) -> None:
+def check_inside(paths: Iterable[str], roots: Sequence[str], source: str) -> None:
     """Refuse the first path that is not a file below one of the roots."""
     known: dict[str, bool] = {}
     for path in paths:

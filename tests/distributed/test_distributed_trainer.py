@@ -30,6 +30,10 @@ AS_ONE_PROCESS: dict[str, dict[str, Any]] = {
     "by_sample_accumulation": {"drop_granularity": "sample", "gradient_accumulation_steps": 2},
     "window": {"reuse_start": 0.25, "reuse_end": 0.75},
     "small_rate": {"drop_rate": 0.05, "reuse_seed": 0},
+    "unfreezing": {"unfreeze_at": 0.75},
+    "only_unfreezing": {"drop_rate": 0.0, "unfreeze_at": 0.75},
+    "layer_decay": {"layer_decay": 0.5, "head_lr_multiplier": 2.0},
+    "loss": {"loss": "focal", "class_weights": "balanced", "gradient_accumulation_steps": 2},
 }
 ADAMW = {"weight_decay": 0.1, "max_steps": 8}
 AT_REST: dict[str, dict[str, Any]] = {
