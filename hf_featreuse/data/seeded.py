@@ -125,7 +125,7 @@ def augmentation(name: str | None, seed: int = 0, random_erasing: float = 0.0) -
     if name is None and not random_erasing:
         return None
     try:
-        from torchvision.transforms import v2
+        from torchvision.transforms import v2  # pyright: ignore[reportMissingImports]
     except Exception as error:  # A build that does not fit torch raises `RuntimeError`.
         if name == "rand_augment" and not random_erasing:
             return RandAugment(seed=seed)

@@ -157,7 +157,7 @@ def _scaled(base: Any, scale: float) -> Any:
     return base.clone() * scale if isinstance(base, torch.Tensor) else base * scale
 
 
-def check_layer_decay(layer_decay: object, head_lr_multiplier: object) -> None:
+def check_layer_decay(layer_decay: Any, head_lr_multiplier: Any) -> None:
     """Raise `ConfigurationError` unless the two options are usable."""
     if layer_decay is not None and not (_is_number(layer_decay) and 0 < layer_decay <= 1):
         raise ConfigurationError(

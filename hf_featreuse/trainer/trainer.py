@@ -481,7 +481,8 @@ class FeatureReuseTrainer(ResumableTrainer):
         """Add what the steps since the last log did, then log as Trainer does."""
         if "learning_rate" in logs and self.recipe_args.scales_learning_rates:
             # Trainer's is that of the first group.
-            logs["learning_rate"] /= self.optimizer.param_groups[0].get("lr_scale", 1.0)
+            groups = backends.plain_optimizer(self.optimizer).param_groups
+            logs["learning_rate"] /= groups[0].get("lr_scale", 1.0)
         if "loss" in logs and self._step_log is not None:
             logs.update(self._step_log.drain(self._mean_over_ranks))
             logs.update(self._timer.drain())
