@@ -6,6 +6,7 @@ figure is created, and draws without pyplot, so that an application's figures an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ def empty_figure(height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError(
-            'Plotting needs matplotlib, which is not installed. Run `pip install "hf_featreuse[examples]"`, or leave '
+            'Plotting needs matplotlib, which is not installed. Run `pip install "hf_featreuse[plot]"`, or leave '
             "out the plot."
         ) from error
     figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
@@ -53,7 +54,10 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         text.set_parse_math(False)  # Names of models and folders may hold `$`.
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
+    with warnings.catch_warnings():
+        # matplotlib draws boxes for them; pages and JSON files have the names.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
     return path
 
 

@@ -195,7 +195,7 @@ def test_unusable_folder_and_empty_list_are_refused(three, tmp_path):
 
 def test_missing_matplotlib_is_reported_before_anything_is_written(three, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigurationError, match=re.escape('pip install "hf_featreuse[examples]"')):
+    with pytest.raises(ConfigurationError, match=re.escape('pip install "hf_featreuse[plot]"')):
         write_report(three[:1], tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
