@@ -29,7 +29,7 @@ def write_report(
 
     The folder gets `analysis.json`, four PNG plots and `index.html`, which contains the plots and links to nothing.
     Either all files appear or none: they are written to a temporary folder and moved, the page last. Requires
-    matplotlib, which is installed by `pip install "hf_featreuse[examples]"`.
+    matplotlib, which is installed by `pip install "hf_featreuse[plot]"`.
 
     Args:
         analyses (`Sequence[ModelAnalysis]`): from [`analyze_model`], at least one; depths may differ.

@@ -234,7 +234,7 @@ def _load_digits(seed: int) -> tuple[dict[str, datasets.Dataset], dict[str, tupl
     except ImportError as error:
         raise DataError(
             "No data set was named, and the default, the handwritten digits, needs scikit-learn, which is not "
-            "installed: pip install 'hf_featreuse[examples]', or pass dataset_name (--dataset_name) or train_dir "
+            "installed: pip install 'hf_featreuse[plot]', or pass dataset_name (--dataset_name) or train_dir "
             "(--train_dir)."
         ) from error
     digits: Any = load_digits()

@@ -212,6 +212,6 @@ def _scikit_learn() -> Any:
     except ImportError as error:
         raise ConfigurationError(
             "Scores of each class need scikit-learn, which is not installed. Run "
-            '`pip install "hf_featreuse[examples]"`.'
+            '`pip install "hf_featreuse[plot]"`.'
         ) from error
     return metrics

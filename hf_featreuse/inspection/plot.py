@@ -21,7 +21,7 @@ _CHARACTERS_IN_A_ROW = 150
 def plot_inspection(report: ModelReport, path: str | Path, *, title: str | None = None) -> Path:
     """Write a PNG of an inspected model: survival probability and share of arithmetic of each block, over depth.
 
-    Requires matplotlib, which is installed by `pip install "hf_featreuse[examples]"`.
+    Requires matplotlib, which is installed by `pip install "hf_featreuse[plot]"`.
 
     Args:
         report (`ModelReport`): from `inspect_model`. If the arithmetic was not counted, the second panel is left out.

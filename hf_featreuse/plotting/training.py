@@ -53,7 +53,7 @@ def plot_training(
     """Write a PNG of a run: losses, evaluation accuracy and a raster of the dropped blocks, over the optimizer steps.
 
     Panels without data are left out. Requires matplotlib, which is installed by
-    `pip install "hf_featreuse[examples]"`.
+    `pip install "hf_featreuse[plot]"`.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`. Entries with `loss`,
