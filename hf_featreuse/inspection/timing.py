@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.method.compiling import compile_blocks
 from hf_featreuse.method.cost import StepCosts
 from hf_featreuse.method.dummy_forward import model_inputs
+from hf_featreuse.method.memory_format import set_memory_format
 from hf_featreuse.method.schedule import TrainTrunk
 from hf_featreuse.method.step_times import measure_step_times
 from hf_featreuse.text import first_sentence
@@ -73,10 +74,22 @@ def time_steps(
         name: value.expand(timing.batch_size, *value.shape[1:]).contiguous() if _is_one(value) else value
         for name, value in kwargs.items()
     }
-    with compile_blocks(blocks) if timing.compiled else contextlib.nullcontext():
+    with _memory_format_of_a_run(model), compile_blocks(blocks) if timing.compiled else contextlib.nullcontext():
         return measure_step_times(
             model, blocks, batch, train_trunk=train_trunk, autocast=torch.bfloat16 if timing.bf16 else None
         )
+
+
+@contextlib.contextmanager
+def _memory_format_of_a_run(model: nn.Module) -> Iterator[None]:
+    """Lay the model out as a run on its device does by default, until the exit."""
+    held = [(parameter, parameter.data) for parameter in model.parameters()]
+    set_memory_format(model, None, held[0][0].device, in_shards=False)
+    try:
+        yield
+    finally:
+        for parameter, data in held:
+            parameter.data = data
 
 
 def _is_one(value: Any) -> bool:

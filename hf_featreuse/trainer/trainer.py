@@ -37,6 +37,7 @@ from hf_featreuse.method.cost import StepCosts, measure_step_costs
 from hf_featreuse.method.dummy_forward import own_drop_path_rate, takes_dummy_inputs
 from hf_featreuse.method.feature_reuse import FeatureReuse
 from hf_featreuse.method.fsdp import complete_state, forget_state
+from hf_featreuse.method.memory_format import set_memory_format
 from hf_featreuse.method.schedule import FeatureReuseSchedule, StepKind, StepPlan
 from hf_featreuse.recipe.weight_average import WeightAverage
 from hf_featreuse.trainer import backends
@@ -45,7 +46,6 @@ from hf_featreuse.trainer.chosen_loss import chosen_loss
 from hf_featreuse.trainer.console import ConsoleCallback
 from hf_featreuse.trainer.inactive_parameters import InactiveParameters
 from hf_featreuse.trainer.layer_decay import check_own_optimizer, layer_numbers, split_by_layer
-from hf_featreuse.trainer.memory_format import set_memory_format
 from hf_featreuse.trainer.recipe import FollowWeights, Recipe
 from hf_featreuse.trainer.recipe_arguments import RecipeArguments
 from hf_featreuse.trainer.resumable import ResumableTrainer

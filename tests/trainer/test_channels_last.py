@@ -9,7 +9,7 @@ from torch import nn
 from training_runs import config, train
 
 from hf_featreuse import ConfigurationError, FeatureReuseTrainer
-from hf_featreuse.trainer.memory_format import is_convolutional, set_memory_format
+from hf_featreuse.method.memory_format import is_convolutional, set_memory_format
 
 LAST, CPU, CUDA = torch.channels_last, torch.device("cpu"), torch.device("cuda")
 

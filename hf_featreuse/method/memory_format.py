@@ -28,7 +28,7 @@ def set_memory_format(model: nn.Module, channels_last: bool | None, device: torc
 
     Example:
         >>> import torch
-        >>> from hf_featreuse.trainer.memory_format import set_memory_format
+        >>> from hf_featreuse.method.memory_format import set_memory_format
         >>> model = torch.nn.Conv2d(3, 8, 3)
         >>> set_memory_format(model, True, torch.device("cpu"), in_shards=False)
         True
