@@ -67,7 +67,8 @@ def test_train_evaluate_predict_and_push(photos, tmp_path, capsys):
     assert {Path(row["file"]).parent.name for row in rows} == set(CLASSES)
     assert {row["label"] for row in rows} <= set(CLASSES)
     with serve() as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writes", "HF_HUB_OFFLINE": "0"}
+        settings = {"HF_TOKEN": "hf_writes", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        environment = {**os.environ, **settings, "HF_ENDPOINT": hub.url}
         command = [sys.executable, "-m", "hf_featreuse", "push", str(model), "ada/photos"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
