@@ -1,4 +1,4 @@
-"""Checkpoints of a plain loop on accelerate, without a Trainer: each is complete, or it is not there.
+"""Save and load checkpoints of a loop with accelerate, without a Trainer: each is complete, or it does not exist.
 
 The functions take a run as an object with the attributes of [`Training`]; the loop of
 `examples/run_image_classification_no_trainer.py` is one.
@@ -39,7 +39,7 @@ _NEEDED = ("model.safetensors", _OPTIMIZER, _SCHEDULER, "random_states_0.pkl", R
 
 
 class Training(Protocol):
-    """What a run has that is saved and resumed.
+    """What is saved and resumed of a run.
 
     Args:
         accelerator (`Accelerator`): saves model, optimizer and random states.
@@ -63,7 +63,7 @@ class Training(Protocol):
 
 
 def plan_source(reuse: FeatureReuse, args: Any, processes: int) -> PlanSource:
-    """Give what the steps of a run follow from, to compare it with a checkpoint's.
+    """Return what determines the plans of a run, to compare it with that of a checkpoint.
 
     Args:
         reuse (`FeatureReuse`): of the run.
@@ -79,8 +79,8 @@ def plan_source(reuse: FeatureReuse, args: Any, processes: int) -> PlanSource:
 def save_checkpoint(training: Training) -> None:
     """Write a checkpoint into the output folder, give it its name once it is complete, and delete the oldest ones.
 
-    accelerate would save further objects as pickles, and run the code in them when it loads them. All processes call
-    it.
+    accelerate would save further objects as pickles, and run the code in them when it loads them. Every process must
+    call this.
 
     Args:
         training (`Training`): the run; `args.save_total_limit` checkpoints are kept.
@@ -134,7 +134,7 @@ def find_checkpoint(asked: str | bool | None, args: Any) -> str | None:
         `str`, *optional*: the folder; `None` if none is asked for.
 
     Raises:
-        CheckpointError: it is not complete, or none is.
+        CheckpointError: the requested checkpoint is not complete, or none is.
     """
     if not asked:
         return None
@@ -150,24 +150,24 @@ def find_checkpoint(asked: str | bool | None, args: Any) -> str | None:
         return str(last)
     folder = Path(asked)
     if fault := _fault(folder):
-        beside, _ = _last_whole(folder.parent)
+        last, _ = _last_whole(folder.parent)
         use = "Pass a folder `checkpoint-<step>` that `save_checkpoint` wrote."
-        if beside:
-            use = f"Pass {beside}, the last complete one."
+        if last:
+            use = f"Pass {last}, the last complete one."
         raise CheckpointError(f"`--resume_from_checkpoint {asked}` cannot be used: {fault}. {use}")
     return str(folder)
 
 
 def load_checkpoint(training: Training, folder: str) -> None:
-    """Load a checkpoint; one of another model or other options is refused.
+    """Load a checkpoint, unless it is of another model or other options.
 
     Args:
         training (`Training`): the run, as it was when the checkpoint was written: before an epoch, or inside it when
-            the data loader has begun.
+            iteration of the data loader has started.
         folder (`str`): from [`find_checkpoint`].
 
     Raises:
-        ConfigurationError: the steps of the checkpoint would have been others under the options of this run.
+        ConfigurationError: the steps of the checkpoint would have differed under the options of this run.
         CheckpointError: the checkpoint does not fit the run.
     """
     check_settings(Path(folder), training.plans)
@@ -193,7 +193,7 @@ def load_checkpoint(training: Training, folder: str) -> None:
 
 
 def check_settings(folder: Path, plans: PlanSource) -> None:
-    """Refuse a checkpoint whose steps would have been others under the settings of this run."""
+    """Refuse a checkpoint whose steps would have differed under the settings of this run."""
     if not (folder / PLANS_FILE).is_file():
         logger.warning(
             f"The checkpoint {folder} records no settings of feature reuse, so changed ones, such as `scale_kept`, "
@@ -211,7 +211,7 @@ def check_settings(folder: Path, plans: PlanSource) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Folders `checkpoint-<step>`, in the order of their steps."""
+    """Return the folders `checkpoint-<step>`, in the order of their steps."""
     found = [path for path in folder.glob("checkpoint-*") if _step(path) is not None]
     return sorted(found, key=lambda path: _step(path) or 0)
 
@@ -222,7 +222,7 @@ def _step(path: Path) -> int | None:
 
 
 def _last_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The last complete checkpoint, and what is wrong with those after it."""
+    """Return the last complete checkpoint, and what is wrong with later ones."""
     faults = []
     for path in reversed(_checkpoints(folder)):
         if (fault := _fault(path)) is None:
@@ -232,7 +232,7 @@ def _last_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _fault(folder: Path) -> str | None:
-    """Why a folder is not a complete checkpoint of a plain loop; `None` if it is."""
+    """Return why a folder is not a complete checkpoint of a plain loop; `None` if it is."""
     if not folder.is_dir() or _step(folder) is None:
         return "it is not a folder `checkpoint-<step>`"
     if (folder / "trainer_state.json").is_file():

@@ -40,17 +40,17 @@ def report_on_split(
         split (`ImageSplit`): the images.
         label_names (`Sequence[str]`): names of the split's classes, in the order of their ids.
         output_dir (`str` or `Path`): folder for the report.
-        about (`dict[str, object]`): what the page says of the data, by name; the number of images is added.
+        about (`dict[str, object]`): facts on the data for the page, by label; the number of images is added.
         batch_size (`int`): images per batch.
-        seed (`int`): decides which images are taken, and their order.
-        max_samples (`int`, *optional*): most images to take; by default all.
+        seed (`int`): seed of the choice of images and of their order.
+        max_samples (`int`, *optional*): maximum number of images; by default all.
         num_workers (`int`, defaults to 0): processes that decode images.
         num_mistakes (`int`, defaults to 24): mistakes to show.
         overwrite (`bool`, defaults to `False`): whether to replace the report in a folder that is not empty.
         disable_tqdm (`bool`, *optional*): as for [`evaluate_model`].
 
     Returns:
-        `tuple[Evaluation, Path]`: what was found, and the page.
+        `tuple[Evaluation, Path]`: the results, and the page.
     """
     loader = evaluation_loader(
         opened,
@@ -91,8 +91,7 @@ def predict_split(
 ) -> int:
     """Classify the images of a split in their order and write one row per image, as [`predict_files`] does.
 
-    An image without a file of its own is named by its row. An existing output is replaced when the new one is
-    complete.
+    An image without its own file is named by its row. An existing output is replaced when the new one is complete.
 
     Args:
         opened (`OpenModel`): the classifier, on the device to run on.
