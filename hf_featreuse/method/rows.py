@@ -67,7 +67,7 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows = ctx.saved_tensors
         example = next((gradient for gradient in grad_outputs if gradient is not None), None)
         if example is None:
@@ -108,7 +108,7 @@ class _Put(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = grad_outputs
         rows = ctx.saved_tensors
         if gradient is None:
