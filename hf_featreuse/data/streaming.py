@@ -23,6 +23,7 @@ from hf_featreuse.errors import BadImageError, DataError
 from hf_featreuse.text import one_line, printable
 
 _SHUFFLE_BUFFER = 1000  # images among which the next one is drawn
+_ARCHIVES = frozenset(("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"))
 _NO_VALUES = np.empty(0, dtype=object)
 
 
@@ -88,7 +89,7 @@ class ImageStream(torch.utils.data.IterableDataset):
     def _check_path(self, path: str) -> None:
         if self._folder is not None:
             check_inside([path], [os.path.realpath(self._folder)], self._source)
-        elif "hf://" not in path:
+        elif not _is_on_the_hub(path):
             raise DataError(
                 f"{capitalised(self._source)} names the file {printable(repr(path))}, which is not on the Hub, and "
                 "only what it holds itself is read."
@@ -121,6 +122,12 @@ class ImageStream(torch.utils.data.IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Tell the shuffling and random transforms the epoch, as [`ImageSplit.set_epoch`] does."""
         self._epoch.fill_(epoch)
+
+
+def _is_on_the_hub(path: str) -> bool:
+    """Whether a path leads to a file on the Hub, perhaps inside an archive there, and to nothing else."""
+    *members, file = path.split("::")
+    return file.startswith("hf://datasets/") and all(member.partition("://")[0] in _ARCHIVES for member in members)
 
 
 def _fetched(stored: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from test_data import table, write_images
 from torch.utils.data import DataLoader
 
 from hf_featreuse.data import ImageCollator, TrainTransform, load_image_data
-from hf_featreuse.data.streaming import stream_image_data
+from hf_featreuse.data.streaming import _is_on_the_hub, stream_image_data
 from hf_featreuse.errors import BadImageError, DataError
 
 
@@ -84,6 +84,23 @@ def test_rows_that_name_other_files_are_refused(tmp_path):
     pq.write_table(stored.data.table.replace_schema_metadata(described), tmp_path / "data" / "train.parquet")
     with pytest.raises(DataError, match=r"secret\.png.*outside it"):
         list(stream_image_data(str(tmp_path / "data"), splits=("train",)).splits["train"])
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("hf://datasets/ada/photos@main/cat/1.png", True),
+        ("zip://cat/1.png::hf://datasets/ada/photos@main/a.zip", True),
+        ("/etc/passwd", False),
+        ("/etc/hf://datasets/x", False),
+        ("file:///etc/passwd::hf://datasets/ada/photos", False),
+        ("hf://datasets/ada/photos::file:///etc/passwd", False),
+        ("https://example.org/1.png", False),
+        ("hf://ada/model/1.png", False),
+    ],
+)
+def test_of_the_hub_only_files_of_data_sets_are_read(path, expected):
+    assert _is_on_the_hub(path) is expected
 
 
 def test_what_cannot_be_streamed_is_named(tmp_path, folder):
