@@ -49,9 +49,7 @@ def test_a_finished_run_continues_only_for_longer(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "checkpoint-8").mkdir()
     resumes = ["--resume_from_checkpoint", "last"]
-    with pytest.raises(
-        ConfigurationError, match=r"finished run of 8 steps.*epochs and `--resume_from_checkpoint"
-    ):
+    with pytest.raises(ConfigurationError, match=r"finished run of 8 steps.*epochs and `--resume_from_checkpoint"):
         checked(tmp_path, "--num_train_epochs", "2", *resumes)
     assert checked(tmp_path, "--num_train_epochs", "3", *resumes) is True
     assert checked(tmp_path, "--max_steps", "9", *resumes) is True
