@@ -95,8 +95,10 @@ def test_links_of_the_readme_are_absolute_in_the_metadata():
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert links
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
-    assert "/main/docs/images/" in text
-    assert "/blob/main/docs/images/" not in text
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text)
+    # A page of the repository is no picture.
+    assert pictures
+    assert [picture for picture in pictures if "/blob/" in picture] == []
 
 
 # Dependencies
