@@ -68,6 +68,6 @@ def _report(model: PreTrainedModel, exported: Exported) -> list[str]:
         f"{type(model).__name__}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters",
         f"saved in {exported.folder}: {files}",
         f"logits differ by at most {exported.difference:.1e}; the largest is {exported.largest_logit:.1f}",
-        f"latency of {images}: {exported.model_ms:.2f} ms before, {exported.export_ms:.2f} ms after "
-        f"(median of {exported.repeats} runs, {threads})",
+        f"latency of {images}: {exported.model_ms:.2f} ms before, {exported.export_ms:.2f} ms after",
+        f"  (medians of {exported.repeats} runs each, taken in turns, on {threads})",
     ]
