@@ -68,7 +68,7 @@ class ImageStream(torch.utils.data.IterableDataset):
         # `datasets` gives each worker shards of its own.
         first = 0 if worker is None else worker.id << 40
         for row, example in zip(itertools.count(first), self._stream, strict=False):
-            stored = example["image"] or {"bytes": None, "path": None}
+            stored: dict[str, Any] = example["image"] or {"bytes": None, "path": None}
             if stored["bytes"] is None and stored["path"]:
                 self._check_path(stored["path"])
             try:
