@@ -78,7 +78,11 @@ class SeededTransform:
         if isinstance(result, torch.Tensor) and result.dtype == torch.uint8 and result.ndim == 3 and len(result) == 3:
             # A plain one: torchvision's class for images would stay on the batch.
             return result.as_subclass(torch.Tensor)
-        found = getattr(result, "mode", None) or getattr(result, "dtype", None) or type(result).__name__
+        found = type(result).__name__
+        if isinstance(result, Image.Image):
+            found = f"an image of mode {result.mode}"
+        elif isinstance(result, torch.Tensor):
+            found = f"a tensor of {result.dtype} and shape {tuple(result.shape)}"
         name = type(self.transform).__name__
         raise DataError(
             f"The transform `{name}` returned {found}; an RGB image or a uint8 tensor of shape (3, height, width) is "

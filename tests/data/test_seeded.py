@@ -101,9 +101,9 @@ def test_workers_give_the_same_images(transform):
 @pytest.mark.parametrize(
     ("result", "match"),
     [
-        (lambda image: image.convert("L"), "returned L"),
-        (lambda image: torch.zeros(3, 8, 8), r"returned torch\.float32"),
-        (lambda image: torch.zeros(8, 8, dtype=torch.uint8), r"returned torch\.uint8"),
+        (lambda image: image.convert("L"), "returned an image of mode L"),
+        (lambda image: torch.zeros(3, 8, 8), r"returned a tensor of torch\.float32"),
+        (lambda image: torch.zeros(8, 8, dtype=torch.uint8), r"returned a tensor of torch\.uint8 and shape \(8, 8\)"),
         (lambda image: None, "returned NoneType"),
     ],
 )

@@ -185,7 +185,7 @@ def test_repr_names_every_argument():
     assert text == (
         "FeatureReuseSchedule(num_blocks=4, drop_rate=0.3, drop_rate_schedule='linear', stochastic_depth_steps=1, "
         "masked_freeze_steps=1, seed=5, first_step=1, last_step=9, drop_granularity='batch', vanilla_steps=0, "
-        "drop_rate_over_time='constant')"
+        "drop_rate_over_time='constant', unfreeze_steps=0)"
     )
 
 

@@ -25,6 +25,7 @@ DEFAULTS = {
     "target_blocks": None,
     "reuse_start": 0.0,
     "reuse_end": 1.0,
+    "unfreeze_at": None,
     "reuse_seed": None,
 }
 OTHERS = {
@@ -42,6 +43,7 @@ OTHERS = {
     "target_blocks": ["layers.0", "layers.1"],
     "reuse_start": 0.25,
     "reuse_end": 0.75,
+    "unfreeze_at": None,
     "reuse_seed": 7,
 }
 BAD = [
