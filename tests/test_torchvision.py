@@ -20,7 +20,7 @@ def test_the_cause_is_found_below_what_transformers_raises(said):
     error.__cause__ = RuntimeError(said)
     found = torchvision_misfit(error)
     assert isinstance(found, IncompatibleVersionError)
-    assert said in str(found) and "install torchvision from the index that torch came from" in str(found)
+    assert said in str(found) and "Install torchvision from the index that torch came from" in str(found)
 
 
 def test_other_errors_are_left_alone():
