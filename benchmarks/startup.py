@@ -13,8 +13,9 @@ import statistics
 import subprocess
 import sys
 
-VERBS = ("train", "inspect", "evaluate", "predict", "analyze", "prune", "export", "push", "env")
-LINES = ("--version", "--help", *(f"{verb} --help" for verb in VERBS), "insepct vit", "inspect vit")
+from hf_featreuse.cli import VERBS
+
+LINES = ("--version", "--help", *(f"{verb.name} --help" for verb in VERBS), "insepct vit", "inspect vit")
 
 
 def cpu_seconds(line: str) -> float:
