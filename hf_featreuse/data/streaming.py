@@ -172,6 +172,20 @@ def stream_image_data(
 
     Raises:
         DataError: the data set cannot be opened, lacks the training split or a column, or its classes have no names.
+
+    Example:
+        >>> import tempfile
+        >>> import datasets
+        >>> from PIL import Image
+        >>> from hf_featreuse.data import stream_image_data
+        >>> features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+        >>> rows = {"image": [Image.new("RGB", (4, 4))] * 2, "label": [0, 1]}
+        >>> folder = tempfile.mkdtemp()
+        >>> table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        >>> size = table.to_parquet(f"{folder}/train.parquet")
+        >>> data = stream_image_data(folder, splits=("train",))
+        >>> data.label_names, len(list(data.splits["train"]))
+        (['cat', 'dog'], 2)
     """
     source = f"data set '{printable(dataset_name)}'"
     options = {"streaming": True, "token": None if os.path.isdir(dataset_name) else token}
