@@ -30,6 +30,9 @@ def take_rows(tensor: torch.Tensor, rows: Sequence[torch.Tensor], *, rest: bool 
         >>> put_rows([first * 10, last], [torch.tensor([0, 2]), torch.tensor([1, 3])])
         tensor([ 0,  1, 20,  3])
     """
+    if torch.compiler.is_compiling():
+        # The compiler of torch 2.11 loses the gradients of a function whose gradients may be missing.
+        return [tensor.index_select(0, of_group) for of_group in rows] + [tensor] * rest
     if torch.is_grad_enabled() and tensor.requires_grad:
         return list(_Take.apply(tensor, rest, *rows))
     return [_gathered(tensor, of_group) for of_group in rows] + [tensor] * rest
@@ -50,7 +53,13 @@ def put_rows(
     if len({value.dtype for value in held}) > 1:
         dtype = functools.reduce(torch.promote_types, (value.dtype for value in held))
         values, base = [value.to(dtype) for value in values], None if base is None else base.to(dtype)
-    return _Put.apply(base, *rows, *values)
+    if not torch.compiler.is_compiling():
+        return _Put.apply(base, *rows, *values)
+    if base is None:
+        return torch.cat(list(values)).index_select(0, torch.cat(list(rows)).argsort())
+    for of_group, value in zip(rows, values, strict=True):
+        base = base.index_copy(0, of_group, value)
+    return base
 
 
 class _Take(torch.autograd.Function):
