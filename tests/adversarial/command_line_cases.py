@@ -133,13 +133,13 @@ PRUNE = [
     Case(("prune", "{tiny}", "--drop=--5", *_OUT), "`"),
     Case(("prune", "{tiny}", "--drop", "", *_OUT), "is empty"),
     Case(("prune", "{tiny}", "--drop", ",,", *_OUT), "There is nothing to drop"),
-    Case(("prune", "{tiny}", "--drop", "0,1", *_OUT), "would go"),
+    Case(("prune", "{tiny}", "--drop", "0,1", *_OUT), "would be removed"),
     Case(("prune", "{tiny}", "--keep", ".*", *_OUT), "There is nothing to drop"),
-    Case(("prune", "{tiny}", "--keep", ",", *_OUT), "would go"),
+    Case(("prune", "{tiny}", "--keep", ",", *_OUT), "would be removed"),
     Case(("prune", "{tiny}", "--drop", ENDLESS, *_OUT), "takes too long"),
     Case(("prune", "{tiny}", "--drop", "(", *_OUT), "is not a regular expression"),
     *(Case(("prune", "{tiny}", "--drop", word, *_OUT), "`target_blocks=") for word in CONTROLS),
-    Case(("prune", "{tiny}", "--budget", "1", *_OUT), "needs `--data`"),
+    Case(("prune", "{tiny}", "--budget", "1", *_OUT), "was passed without `--data`"),
     *(
         Case(("prune", "{tiny}", f"--budget={value}", "--data", "digits", *_OUT), "budget")
         for value in ("0", "-1", "nan", "inf", "1.0", "0.0", "two", ESCAPE, "1e400", "٣x", "9_", "--1")
