@@ -29,7 +29,8 @@ class SeededTransform:
 
     torch's generator for the CPU, NumPy's global one and Python's are seeded for each image, and have their states
     again afterwards. Takes what [`RandAugment`] takes, so `TrainTransform(size, augment=SeededTransform(...))` applies
-    it last. It costs about 0.02 ms per image in addition to the transform itself. With workers that are not forked, the transform must be picklable.
+    it last. It costs about 0.02 ms per image on top of the transform. With workers that are not forked, the transform
+    must be picklable.
 
     Args:
         transform (`Callable`): from an RGB PIL image to one, or to a uint8 tensor of shape (3, height, width), such as
