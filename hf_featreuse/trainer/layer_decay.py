@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.method.blocks import ResidualBlock
@@ -28,9 +29,11 @@ def layer_decay_groups(
 ) -> list[dict[str, Any]]:
     """Split parameter groups by layer and give each layer its learning rate.
 
-    The stem is layer 0, the blocks are layers 1 to n in forward order, and what follows the last block (final norm and
-    head) is layer n + 1. What lies between two blocks, such as the downsampling between stages, belongs to the block
-    after it. Layer l gets `learning_rate * layer_decay ** (n + 1 - l)`, the head `head_lr_multiplier` times as much.
+    The stem is layer 0, the blocks are layers 1 to n in forward order, and the head is layer n + 1. What lies between
+    two blocks, such as the downsampling between stages, belongs to the block after it, and the final norm of the base
+    model to the last block. Layer l gets `learning_rate * layer_decay ** (n + 1 - l)`, the head `head_lr_multiplier`
+    times as much. If the base model and its head are one module, as in timm's models, what follows the last block is
+    the head.
 
     Args:
         model (`torch.nn.Module`): the model that trains.
@@ -48,7 +51,7 @@ def layer_decay_groups(
     Raises:
         ConfigurationError: an option is out of range, there are no blocks, or a parameter is not one of the model.
 
-    Source: BEiT (arXiv 2106.08254), whose rule timm's `param_groups_layer_decay` follows too.
+    Source: BEiT (arXiv 2106.08254); the layers are those of timm's `param_groups_layer_decay`.
 
     Example:
         >>> import torch
@@ -93,6 +96,9 @@ def layer_numbers(model: nn.Module, blocks: Sequence[ResidualBlock]) -> dict[str
     numbers = {id(module): 1 + count for module in model.modules() if (count := followed.get(id(module), 0))}
     for number, block in enumerate(blocks, start=1):
         numbers.update({id(module): number for module in block.module.modules()})
+    head, backbone = len(blocks) + 1, _backbone(model)
+    if any(number == head and module not in backbone for module, number in _numbered(model, numbers)):
+        numbers.update({id(module): head - 1 for module in backbone if numbers.get(id(module)) == head})
     layers: dict[int, int] = {}
     for module in model.modules():
         for parameter in own_parameters([module]):
@@ -100,6 +106,21 @@ def layer_numbers(model: nn.Module, blocks: Sequence[ResidualBlock]) -> dict[str
             number = numbers.get(id(module), 0)
             layers[id(parameter)] = min(number, layers.get(id(parameter), number))
     return {name: layers[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def _backbone(model: nn.Module) -> set[nn.Module]:
+    """The modules of the base model, without the head; none if there is no base model."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            base = getattr(module, module.base_model_prefix, None)
+            return set(base.modules()) if isinstance(base, nn.Module) else set()
+    return set()
+
+
+def _numbered(model: nn.Module, numbers: Mapping[int, int]) -> list[tuple[nn.Module, int]]:
+    """The modules that hold parameters themselves, with their layers."""
+    found = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    return [(module, numbers.get(id(module), 0)) for module in found]
 
 
 def split_by_layer(

@@ -19,15 +19,14 @@ from hf_featreuse import (
 
 RATE, DECAY = 1e-2, 0.5
 # The rule of timm's `param_groups_layer_decay` for a ViT of four blocks, written out: embeddings are layer 0, block i
-# is layer i + 1, the head is layer 5; scale 0.5 ** (5 - layer). The final norm goes with the head, as in BEiT; timm
-# counts it with the last block.
+# is layer i + 1, the final norm belongs to the last block, the head is layer 5; scale 0.5 ** (5 - layer).
 OF_A_VIT = {
     "vit.embeddings.": 0.03125,
     "vit.layers.0.": 0.0625,
     "vit.layers.1.": 0.125,
     "vit.layers.2.": 0.25,
     "vit.layers.3.": 0.5,
-    "vit.layernorm.": 1.0,
+    "vit.layernorm.": 0.5,
     "classifier.": 1.0,
 }
 
@@ -73,7 +72,7 @@ def test_the_groups_of_a_vit_are_those_of_timms_rule(tmp_path):
                     "resnet.encoder.stages.1.layers.2.": 4, "classifier.": 5}),
         ("swin", {"swin.embeddings.": 0, "swin.encoder.layers.0.blocks.0.": 1, "swin.encoder.layers.0.blocks.1.": 2,
                   "swin.encoder.layers.0.downsample.": 3, "swin.encoder.layers.1.blocks.0.": 3,
-                  "swin.encoder.layers.1.blocks.1.": 4, "swin.layernorm.": 5, "classifier.": 5}),
+                  "swin.encoder.layers.1.blocks.1.": 4, "swin.layernorm.": 4, "classifier.": 5}),
     ],
 )  # fmt: skip
 def test_what_lies_between_two_blocks_belongs_to_the_one_after_it(architecture, expected):
