@@ -34,7 +34,7 @@ WHEN = {
     "mixup_alpha": "Long runs from scratch that overfit; 0.8 together with CutMix in the recipe of DeiT.",
     "cutmix_alpha": "The same; 1.0 in the recipe of DeiT.",
     "loss": "`bce` in recipes with Mixup and CutMix, and for several labels per image; `focal` if most images are "
-    "easy; `mse` for regression. See [losses](losses.md).",
+    "easy; `mse` for regression. See [losses](recipes.md#losses).",
     "focal_gamma": "With `--loss focal`. More looks away from easy images more.",
     "class_weights": "`balanced` if some classes have far fewer images than others and count as much.",
     "layer_decay": "Fine-tuning: 0.65 to 0.75 for a ViT-Base, nearer to 1 for more layers or for much data. From "

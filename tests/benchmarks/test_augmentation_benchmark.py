@@ -1,4 +1,4 @@
-"""The benchmark behind the table of docs/augmentation.md runs, and has the rows of the table."""
+"""The benchmark behind the table of docs/recipes.md runs, and has the rows of the table."""
 
 import importlib.util
 from pathlib import Path
@@ -15,5 +15,5 @@ def test_the_rows_are_those_of_the_page():
     spec.loader.exec_module(module)
     found = module.measure(repeats=1)
     assert all(milliseconds > 0 for milliseconds in found.values())
-    page = (ROOT / "docs" / "augmentation.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert [name for name in found if f"| {name} |" not in page] == []

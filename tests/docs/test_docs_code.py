@@ -277,6 +277,6 @@ def test_every_block_is_looked_at():
     languages = {block.language for block in BLOCKS}
     assert languages <= {"", "bash", "bibtex", "console", "python", "yaml"}
     assert {"README.md", "docs/index.md", "docs/method.md", DISTRIBUTED} <= set(PYTHON)
-    assert {"docs/augmentation.md", "docs/subclassing.md"} <= OWN_TESTS
+    assert {"docs/recipes.md", "docs/subclassing.md"} <= OWN_TESTS
     assert len(COMMANDS) > 50
     assert len(RUN) >= 5

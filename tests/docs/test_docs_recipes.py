@@ -1,16 +1,17 @@
-"""The loops of docs/augmentation.md run, and the flags of its table exist."""
+"""The loops of docs/recipes.md run, and the flags of its table exist."""
 
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tiny_models import batch, build
 
 from hf_featreuse import FeatureReuse, FeatureReuseSchedule, find_residual_blocks
 
-PAGE = (Path(__file__).parents[2] / "docs" / "augmentation.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -46,8 +47,24 @@ def test_a_loop_with_an_average():
     assert not names["model"].training
 
 
+def test_a_loss():
+    model = build("vit").train()
+    names = {"model": model, "batch": batch()}
+    exec(BLOCKS[3], names)
+    assert names["value"].requires_grad
+    assert 0 < names["value"].item() < 10
+
+
+def test_learning_rates_by_layer():
+    names = {"model": build("vit")}
+    exec(BLOCKS[4], names)
+    rates = {group["lr"] for group in names["optimizer"].param_groups}
+    assert max(rates) == 1e-3
+    assert min(rates) == pytest.approx(1e-3 * 0.75**5)
+
+
 def test_no_block_is_left_out():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 5
 
 
 def test_the_flags_of_the_table_and_their_defaults_are_the_examples():
