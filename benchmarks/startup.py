@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
 
-from hf_featreuse.cli import VERBS
 
-LINES = ("--version", "--help", *(f"{verb.name} --help" for verb in VERBS), "insepct vit", "inspect vit")
+def lines() -> list[str]:
+    """What is timed: the help of every verb that `featreuse --help` lists, and a few commands."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "hf_featreuse", "--help"], capture_output=True, text=True, check=True
+    )
+    verbs = re.findall(r"^ {4}([a-z]+) ", listed.stdout, flags=re.MULTILINE)
+    return ["--version", "--help", *(f"{verb} --help" for verb in verbs), "insepct vit", "inspect vit"]
 
 
 def cpu_seconds(line: str) -> float:
@@ -31,7 +37,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="Runs of each command.")
     options = parser.parse_args()
     print("| command | CPU seconds |\n|---|---|")
-    for line in LINES:
+    for line in lines():
         times = [cpu_seconds(line) for _ in range(options.repeats)]
         print(f"| `featreuse {line}` | {statistics.median(times):.2f} |", flush=True)
 

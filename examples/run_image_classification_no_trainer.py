@@ -75,7 +75,7 @@ class Loop:
         self.steps_per_epoch = math.ceil(len(self.loaders["train"]) / args.gradient_accumulation_steps)
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_per_epoch)
         # Blocks are found, and arithmetic is counted, before the model is wrapped.
-        found = find_residual_blocks(model, None, args.target_blocks) if args.alternates else []
+        found = find_residual_blocks(model, None, args.target_blocks) if args.uses_blocks else []
         blocks = trainable_blocks(model, found) if found else []
         names = ("scale_kept", "train_trunk", "frozen_batch_norm", "allow_inexact_skip")
         schedule = args.schedule(len(blocks), steps, args.seed)
