@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image
+from transformers import BaseImageProcessor
 
 from hf_featreuse.data.columns import (
     capitalised,
@@ -28,6 +29,7 @@ from hf_featreuse.data.image_split import ImageSplit
 from hf_featreuse.data.labels import SEVERAL, SINGLE, label_reader
 from hf_featreuse.data.sources import check_stored_paths, load_source
 from hf_featreuse.data.splitting import held_out_rows
+from hf_featreuse.data.transforms import EvalTransform, ImageTransform, TrainTransform, default_crop_scale, image_size
 from hf_featreuse.errors import DataError
 from hf_featreuse.text import first_few, printable
 
@@ -62,6 +64,33 @@ class ImageData:
     label_names: list[str]
     name: str | None
     problem_type: str = SINGLE
+
+    def transformed(
+        self, processor: BaseImageProcessor, train_transform: ImageTransform | None = None, *, seed: int = 42
+    ) -> dict[str, ImageSplit]:
+        """Return the splits as a model takes them: random crops and flips in training, else the processor's resizing.
+
+        Args:
+            processor (`BaseImageProcessor`): of the model.
+            train_transform (`ImageTransform`, *optional*): of the training images; by default a [`TrainTransform`] to
+                the size of the processor.
+            seed (`int`, defaults to 42): of that default.
+
+        Example:
+            >>> from transformers import ViTImageProcessor
+            >>> from hf_featreuse.data import load_image_data
+            >>> splits = load_image_data().transformed(ViTImageProcessor(size={"height": 32, "width": 32}))
+            >>> splits["train"][0]["pixel_values"].shape
+            torch.Size([3, 32, 32])
+        """
+        if train_transform is None:
+            size = image_size(processor)
+            train_transform = TrainTransform(size, scale=default_crop_scale(size), seed=seed)
+        transforms = {"train": train_transform}
+        return {
+            name: split.with_transform(transforms.get(name) or EvalTransform(processor))
+            for name, split in self.splits.items()
+        }
 
 
 def load_image_data(

@@ -1,4 +1,4 @@
-"""Data, model and transforms of a run, from its options."""
+"""Prepare data, model and transforms of a run from its options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import transformers
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
 from hf_featreuse.data import (
-    EvalTransform,
     ImageData,
     ImageSplit,
     RandAugment,
@@ -33,11 +32,12 @@ from hf_featreuse.program.launching import check_one_gpu
 from hf_featreuse.program.models import load_model
 from hf_featreuse.program.output_dir import check_output_dir, delete_checkpoints
 from hf_featreuse.program.parsing import parse_arguments
+from hf_featreuse.text import joined
 from hf_featreuse.trainer.arguments import FeatureReuseConfig
 
 logger = logging.getLogger(__name__)
 
-# Losses that are right with gradient accumulation, unlike transformers' own of these tasks.
+# Losses that are correct with gradient accumulation, unlike those of transformers for these tasks.
 LOSS_OF_TASK = {SEVERAL: "bce", REGRESSION: "mse"}
 
 
@@ -47,10 +47,10 @@ class Setup:
 
     Args:
         options (`Options`): the options of the run.
-        data (`ImageData`): the data set as it was loaded, with the class ids of the model.
+        data (`ImageData`): the data set as loaded, with the class ids of the model.
         splits (`dict[str, ImageSplit]`): the splits with their transforms: `"train"`, `"validation"`, `"test"`.
         model (`PreTrainedModel`): on the CPU.
-        processor (`BaseImageProcessor`): of the model.
+        processor (`BaseImageProcessor`): the image processor of the model.
         resume_from (`str` or `bool`, *optional*): the checkpoint to resume from; `True` for the last one.
     """
 
@@ -63,16 +63,16 @@ class Setup:
 
     @property
     def args(self) -> FeatureReuseConfig:
-        """The options of training."""
+        """The training arguments."""
         return self.options.training
 
     @property
     def card_details(self) -> dict[str, str | None]:
-        """What the model card cannot know by itself."""
+        """Facts for the model card that the trainer does not know."""
         data = self.options.data
         return {
             "finetuned_from": self.options.model.model_name_or_path,
-            # Of a local folder the card says only that it is one.
+            # For a local folder the card states only that it is one.
             "dataset": self.data.name or data.dataset_name or data.train_dir or data.validation_dir,
             "license": self.options.run.license,
         }
@@ -82,10 +82,10 @@ class Setup:
 def prepare(argv: Sequence[str]) -> Iterator[Setup]:
     """Read the options of a run, check its output folder, and load data and model.
 
-    The output folder exists inside the `with` block. If the block fails and left nothing in it, it is removed again.
+    The output folder exists inside the `with` block. If the block fails and the folder is empty, it is removed.
 
     Args:
-        argv (`Sequence[str]`): the command line without the program's name, as for [`parse_arguments`].
+        argv (`Sequence[str]`): the command line without the name of the program, as for [`parse_arguments`].
 
     Yields:
         `Setup`: what training needs.
@@ -103,8 +103,8 @@ def prepare(argv: Sequence[str]) -> Iterator[Setup]:
     options = parse_arguments(argv)
     if options.run.launch is not None:
         raise ConfigurationError(
-            f"`--launch {options.run.launch}` is of the command `featreuse train`. Start other programs by "
-            f"`accelerate launch --multi_gpu --num_processes {options.run.launch}` and leave it out."
+            f"`--launch {options.run.launch}` works only with `featreuse train`. Leave it out, and start other "
+            f"programs with `accelerate launch --multi_gpu --num_processes {options.run.launch}`."
         )
     check_one_gpu(options.training)
     start_logging(options.training)
@@ -116,7 +116,7 @@ def prepare(argv: Sequence[str]) -> Iterator[Setup]:
 
 
 def start_logging(args: FeatureReuseConfig) -> None:
-    """Show messages of the program at level info, those of the libraries at the level asked for."""
+    """Show messages of the program at level info, those of the libraries at `--log_level`."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     level = args.get_process_log_level()
     logging.getLogger("hf_featreuse").setLevel(level)
@@ -125,7 +125,7 @@ def start_logging(args: FeatureReuseConfig) -> None:
 
 
 def set_up(options: Options) -> Setup:
-    """Seed, load the data, load or make the model, and choose the transforms."""
+    """Set the seed, load data and model, and choose the transforms."""
     args = options.training
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
@@ -136,11 +136,11 @@ def set_up(options: Options) -> Setup:
     if args.loss is None:
         args.loss = LOSS_OF_TASK.get(data.problem_type)
     if args.device.type == "cpu" and max(image_size(processor)) <= 16 and "OMP_NUM_THREADS" not in os.environ:
-        # Operations on images this small are over before a second thread wakes up; on a busy machine waiting for it
-        # made the run ten times longer.
+        # Operations on images this small end before a second thread wakes up; on a busy machine waiting for it made
+        # the run ten times longer.
         torch.set_num_threads(1)
     if args.do_train and options.run.overwrite_output_dir:
-        delete_checkpoints(args)  # Not before data and model are there: either may be in the folder, or missing.
+        delete_checkpoints(args)  # Only after data and model are loaded: they may be in the folder, or missing.
     splits = add_transforms(data, processor, options.data, args.seed)
     return Setup(options, data, splits, model, processor)
 
@@ -155,7 +155,10 @@ def load_data(options: Options) -> ImageData:
         data = _load(options, [name for name, used in wanted.items() if used])
     for name, flag in (("validation", "do_eval"), ("test", "do_predict")):
         if wanted[name] and name not in data.splits:
-            raise ConfigurationError(f"`--{flag}` needs a {name} split, and the data has only {sorted(data.splits)}.")
+            raise ConfigurationError(
+                f"`--{flag}` needs a {name} split, but the data has only {joined(sorted(data.splits), 'and')}. Pass "
+                "data with this split, or leave the flag out."
+            )
     return data
 
 
@@ -163,13 +166,13 @@ def _stream(options: Options, splits: Sequence[str]) -> ImageData:
     model_args, data_args, args = options.model, options.data, options.training
     if data_args.dataset_name is None or data_args.skip_bad_images:
         raise ConfigurationError(
-            "`--streaming` reads the data set of `--dataset_name`, once. Pass that, and leave out `--train_dir`, "
-            "`--validation_dir` and `--skip_bad_images`."
+            "`--streaming` needs `--dataset_name`, and reads the data once. Pass `--dataset_name`, and leave out "
+            "`--train_dir`, `--validation_dir` and `--skip_bad_images`."
         )
     if args.do_train and args.max_steps <= 0:
         raise ConfigurationError(
-            "`--streaming` does not know how many images an epoch has. Pass `--max_steps`, the number of optimizer "
-            "steps."
+            "With `--streaming` the number of images per epoch is unknown. Pass `--max_steps`, the number of "
+            "optimizer steps."
         )
     return stream_image_data(
         data_args.dataset_name,
@@ -208,19 +211,16 @@ def _load(options: Options, splits: Sequence[str]) -> ImageData:
 def add_transforms(
     data: ImageData, processor: BaseImageProcessor, data_args: DataArguments, seed: int
 ) -> dict[str, ImageSplit]:
-    """Random crops and flips for training; the processor's own resizing for evaluation."""
+    """Return the splits with random crops and flips for training, and the processor's resizing for evaluation."""
     size = image_size(processor)
     scale = default_crop_scale(size) if data_args.image_scale_min is None else (data_args.image_scale_min, 1.0)
     augment = augmentation(data_args.augmentation, seed, data_args.random_erasing)
     if data_args.rand_augment_ops:
         if augment is not None:
             raise ConfigurationError(
-                "`--rand_augment_ops` was passed together with `--augmentation` or `--random_erasing`. Pass the one "
-                "or the others; RandAugment with erasing is `--augmentation rand_augment --random_erasing 0.25`."
+                "`--rand_augment_ops` was passed together with `--augmentation` or `--random_erasing`. Pass only one "
+                "of them; for RandAugment with erasing pass `--augmentation rand_augment --random_erasing 0.25`."
             )
         augment = RandAugment(data_args.rand_augment_ops, data_args.rand_augment_magnitude, seed=seed)
     train_transform = TrainTransform(size, scale=scale, flip=data_args.horizontal_flip, seed=seed, augment=augment)
-    return {
-        name: split.with_transform(train_transform if name == "train" else EvalTransform(processor))
-        for name, split in data.splits.items()
-    }
+    return data.transformed(processor, train_transform)
