@@ -14,6 +14,7 @@ import pytest
 import torch
 from distributed_runs import run_on_ranks
 from docs_blocks import BLOCKS, COMMANDS, ROOT, Parsed, stop_after_parsing
+from PIL import Image
 from tiny_models import batch, build, examples
 from training_runs import options, state_of
 from transformers import HfArgumentParser, ViTForImageClassification, ViTImageProcessor, ViTModel
@@ -65,7 +66,7 @@ def names_of_the_reader(folder):
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with the checkpoints that the pages name, at the paths by which they name them."""
+    """A folder with the checkpoints and images that the pages name, at the paths by which they name them."""
     folder = tmp_path_factory.mktemp("docs")
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
     for name in ("outputs/digits", "ada/digits", "path/to/checkpoint", "google/vit-base-patch16-224-in21k"):
@@ -73,6 +74,10 @@ def here(tmp_path_factory):
         # The checkpoint of ImageNet-21k comes without a head.
         (ViTModel(model.config) if name.startswith("google") else model).save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
+    for index in range(20):
+        image = folder / "AI-Lab-Makerere" / "beans" / ("healthy", "bean_rust")[index % 2] / f"{index}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 36), 60).convert("RGB").save(image)
     return folder
 
 
