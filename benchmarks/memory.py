@@ -3,9 +3,9 @@
     python benchmarks/memory.py              # seconds, and no memory: fake tensors in the place of a CPU's
     python benchmarks/memory.py --device cuda --json memory_cuda.json
 
-prints tables, and writes benchmarks/results/memory.json and the table and the picture of docs/memory.md. Fake tensors
-of torch have shapes and storages but no data, and choose the kernels of the CPU: the counts are those of a real run,
-to the byte, which tests/benchmarks/test_memory_benchmark.py checks. On a CUDA device the peak is
+prints tables, and writes benchmarks/results/memory.json and table and picture of docs/performance.md#memory.
+Fake tensors of torch have shapes and storages but no data, and choose the kernels of the CPU: the counts are those of
+a real run, to the byte, which tests/benchmarks/test_memory_benchmark.py checks. On a CUDA device the peak is
 `torch.cuda.max_memory_allocated`.
 
 Source: `torch.autograd.graph.saved_tensors_hooks`; `torch.distributed._tools.mem_tracker.MemTracker`.
@@ -34,7 +34,7 @@ from hf_featreuse import FeatureReuse, FeatureReuseSchedule, StepKind, StepPlan,
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "memory.json"
-PAGE, PICTURE = ROOT / "docs" / "memory.md", ROOT / "docs" / "images" / "memory.png"
+PAGE, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "images" / "memory.png"
 BEGIN, END = "<!-- begin: benchmarks/memory.py -->", "<!-- end -->"
 MEGABYTE = 1e6
 RATES, GRAINS, CYCLES = (0.5, 0.2), ("batch", "sample"), 4

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=2 python benchmarks/performance.py
 
 Each of `CASES` is one interleaved run of benchmarks/speed.py, kept in benchmarks/results; one that is there is not run
-again, unless --again. `--report` only writes the page: everything between its markers is replaced.
+again, unless --again. `--report` only writes the page, whose text between the markers is replaced, and prints the full
+tables.
 """
 
 from __future__ import annotations
@@ -85,14 +86,29 @@ def plot(found: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def summary(found: dict[str, dict]) -> str:
+    """One table: the time of each kind of step as a ratio to the stock Trainer's, and its share of arithmetic."""
+    headings = [CASES[name][0].replace(" layers on 65 tokens", "").replace(" at 64 pixels", "") for name in found]
+    lines = [["step", *headings], ["---"] * (1 + len(found))]
+    seconds = [case["seconds"] for case in found.values()]
+    means = [{row: statistics.fmean(times) for row, times in case.items() if times} for case in seconds]
+    for row in [row for row in speed.ROWS if any(row in times for times in means)]:
+        cells = []
+        for case, times in zip(found.values(), means, strict=True):
+            share = statistics.fmean(case["bounds"].get(row) or [1.0])
+            ratio = f"{times[row] / times['Trainer']:.2f} / {share:.2f}" if row in times else "-"
+            cells.append(f"{times[row]:.2f} s" if row == "Trainer" else ratio)
+        lines.append([row.replace("_", " "), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def page(found: dict[str, dict]) -> str:
     """What stands between the markers."""
-    parts = ["![Time of a mean step against the stock Trainer's, with the share of arithmetic](images/performance.png)", ""]
-    for name, record in found.items():
-        parts += [f"### {CASES[name][0]}", "", speed.table(record), ""]
-        where = f"{record['device']}, {record['threads']} threads, {record['versions']}"
-        overhead = ", ".join(f"{key} {value:.2f} ms" for key, value in record["overhead ms"].items())
-        parts += [f"{where}. Own overhead of a step: {overhead}.", ""]
+    alternative = "Time of a mean step against the stock Trainer's, with the share of arithmetic"
+    parts = [f"![{alternative}](images/performance.png)", "", summary(found), ""]
+    where = sorted({f"{case['device']}, {case['threads']} threads, {case['versions']}." for case in found.values()})
+    overhead = [value for case in found.values() for value in case["overhead ms"].values()]
+    parts += [*where, f"Own overhead: {min(overhead):.2f} to {max(overhead):.2f} ms per step.", ""]
     if IMAGES.exists():
         parts += ["### From JPEG files at 224 pixels", ""]
         parts += [images.tables(json.loads(IMAGES.read_text(encoding="utf-8"))), ""]
@@ -102,7 +118,7 @@ def page(found: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", action="store_true", help="Run what was run before.")
-    parser.add_argument("--report", action="store_true", help="Run nothing, write the page.")
+    parser.add_argument("--report", action="store_true", help="Run nothing, write the page, print the tables.")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     for name, (title, arguments) in [] if options.report else CASES.items():
@@ -115,6 +131,8 @@ def main() -> None:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(speed.table(found), flush=True)
     found = load()
+    for name, record in found.items() if options.report else ():
+        print(f"{CASES[name][0]}\n\n{speed.table(record)}\n")
     plot(found, ROOT / "docs" / "images" / "performance.png")
     write_between(PAGE, BEGIN, END, page(found))
 
