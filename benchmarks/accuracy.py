@@ -55,6 +55,8 @@ ARMS = {
     "drop_path": {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
 }
 PLAIN = ("vanilla", "drop_path")
+# Options of the method that the first lines of the results lack, and what these runs had.
+NEWER_OPTIONS = {"unfreeze_at": None}
 # Share of the plain run's arithmetic that a run may take; with `None` it takes as many steps.
 BUDGETS = {"steps": None, "arithmetic": 1.0, "arithmetic-65": 0.65}
 # The model's own drop path, where it has one.
@@ -102,12 +104,12 @@ def resolved_method(arm: str, settings: str = "") -> dict[str, Any]:
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file with today's options; none if there is no file.
 
-    A run older than one of `VARIANTS` had its default, and `train_trunk` may be True or False.
+    A run older than one of `VARIANTS` or `NEWER_OPTIONS` had its default, and `train_trunk` may be True or False.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for line in lines:
         if line["arm"] not in PLAIN:
-            line["method"] = _variant_defaults() | line["method"]
+            line["method"] = NEWER_OPTIONS | _variant_defaults() | line["method"]
             trunk = line["method"]["train_trunk"]
             line["method"]["train_trunk"] = {True: "all", False: "none"}.get(trunk, trunk)
     return lines
@@ -268,7 +270,7 @@ def planned(options: argparse.Namespace) -> list[Run]:
             split=options.split,
             steps=options.steps,
             method=resolved_method(arm, settings),
-            recipe=recipe_of(task, model_type, arm) | parse_overrides(changed),
+            recipe=recipe_of(task, model_type, arm, settings) | parse_overrides(changed),
         )
         for seed in options.seeds
         for task in options.tasks

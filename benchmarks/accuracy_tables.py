@@ -90,7 +90,8 @@ def other_options(line: Line) -> str:
 
 def other_recipe(line: Line) -> str:
     """What of the recipe is not as it was chosen for the arm."""
-    return _changes(line["recipe"], recipe_of(line["task"], line["model_type"], line["arm"]))
+    chosen = recipe_of(line["task"], line["model_type"], line["arm"], other_options(line))
+    return _changes(line["recipe"], chosen)
 
 
 def _changes(now: dict[str, Any], base: dict[str, Any]) -> str:
