@@ -1,8 +1,8 @@
-"""The training program: what `featreuse train` runs, in parts that your own program can use.
+"""The training program behind `featreuse train`, in parts that your own program can use.
 
-`arguments` are its options, `parsing` and `config_file` read them from flags and files, and `checks` and `output_dir`
-refuse what cannot be used before anything is loaded. `setup` and `models` load data and model, `running` trains and
-evaluates, `reports` writes what `featreuse evaluate` and `featreuse predict` would, and `launching` starts several
+`arguments` defines its options, `parsing` and `config_file` read them from flags and files, and `checks` and
+`output_dir` validate them before anything is loaded. `setup` and `models` load data and model, `running` trains and
+evaluates, `reports` writes what `featreuse evaluate` and `featreuse predict` would, and `launching` launches several
 processes.
 """
 

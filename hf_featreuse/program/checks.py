@@ -1,4 +1,4 @@
-"""What is refused of the options of the training program before anything is loaded."""
+"""Checks of the options of the training program before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import (
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.text import did_you_mean, flat, joined
 
-# Numbers that Trainer takes and then fails on, divides by or silently ignores: the least value, and the most.
+# Numbers that Trainer accepts and then fails on, divides by or silently ignores: the smallest and largest value.
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), (1, 1e9)
@@ -35,7 +35,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def check_values(*arguments: Any) -> None:
-    """Refuse numbers out of range, and trackers that are not there, before anything is loaded."""
+    """Raise for numbers out of range and for trackers that are not installed, before anything is loaded."""
     values = {name: value for each in arguments for name, value in vars(each).items()}
     for name, value in values.items():
         least, most = LIMITS.get(name, (-math.inf, math.inf))
@@ -66,15 +66,27 @@ def _check_tracker(tracker: str) -> None:
         raise ConfigurationError(f"`--report_to {tracker}`: its library is not installed. Install it, or pass none.")
 
 
-def set_early_stopping(values: dict[str, Any], given: Collection[str]) -> None:
-    """Set what early stopping needs and nobody has given: evaluations, checkpoints as often, and keeping the best.
+def set_best_model(values: dict[str, Any], given: Collection[str]) -> None:
+    """Keep the last model, not the best, if the user chose evaluations or checkpoints without which there is no best.
 
     Args:
-        values (`dict[str, Any]`): all options by name; changed.
-        given (`Collection[str]`): names of the options that the user has given.
+        values (`dict[str, Any]`): all options by name; modified in place.
+        given (`Collection[str]`): names of the options that the user has set.
+    """
+    chosen = {"eval_strategy", "save_strategy"} & set(given) and "load_best_model_at_end" not in given
+    if chosen and not (values["eval_strategy"] == values["save_strategy"] == "epoch"):
+        values["load_best_model_at_end"] = False
+
+
+def set_early_stopping(values: dict[str, Any], given: Collection[str]) -> None:
+    """Set what early stopping needs and the user has not set: evaluations, checkpoints as often, the best model.
+
+    Args:
+        values (`dict[str, Any]`): all options by name; modified in place.
+        given (`Collection[str]`): names of the options that the user has set.
 
     Raises:
-        ConfigurationError: the options leave nothing to stop by.
+        ConfigurationError: the options contradict early stopping.
     """
     if values["early_stopping_patience"] is None:
         if "early_stopping_threshold" in given and values["early_stopping_threshold"]:
@@ -85,8 +97,8 @@ def set_early_stopping(values: dict[str, Any], given: Collection[str]) -> None:
     if values["eval_strategy"] == "no":
         if "eval_strategy" in given:
             raise ConfigurationError(
-                "`--early_stopping_patience` needs evaluations during training, and `--eval_strategy` is no. Pass "
-                "`--eval_strategy epoch` or `steps`."
+                "`--early_stopping_patience` needs evaluations during training, but `--eval_strategy no` was passed. "
+                "Pass `--eval_strategy epoch` or `steps`."
             )
         values["eval_strategy"] = "epoch"
     if "load_best_model_at_end" not in given:
@@ -100,9 +112,9 @@ def set_early_stopping(values: dict[str, Any], given: Collection[str]) -> None:
             values["save_steps"] = values["eval_steps"] or values["logging_steps"]
     if values["load_best_model_at_end"] and values["save_strategy"] not in (values["eval_strategy"], "best"):
         raise ConfigurationError(
-            f"`--early_stopping_patience` keeps the best model, so each evaluation needs a checkpoint, and "
-            f"`--save_strategy {values['save_strategy']}` is not `--eval_strategy {values['eval_strategy']}`. Pass "
-            "the same for both, or `--load_best_model_at_end false`."
+            f"`--early_stopping_patience` keeps the best model, so each evaluation needs a checkpoint, but "
+            f"`--save_strategy {values['save_strategy']}` differs from `--eval_strategy {values['eval_strategy']}`. "
+            "Pass the same for both, or `--load_best_model_at_end false`."
         )
     # Otherwise a resumed run would count its evaluations from zero.
     values["restore_callback_states_from_checkpoint"] = True

@@ -22,7 +22,7 @@ from hf_featreuse.trainer.arguments import FeatureReuseArguments, FeatureReuseCo
 
 RUN_FILE = "run.yaml"
 ENDINGS = (".json", ".yaml", ".yml")
-# Of the command line only: where options come from, and how a run begins.
+# Only on the command line: where options come from, and how many processes to launch.
 _NOT_IN_FILES = ("config", "launch")
 _NOT_SAVED = (*_NOT_IN_FILES, "overwrite_output_dir", "resume_from_checkpoint", "local_rank")
 _HINTS = {
@@ -44,21 +44,21 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|
 
 
 def read_options(name: str) -> tuple[list[str], dict[str, Any]]:
-    """The options of a file as flags, which argparse checks, and those that no flag can express: null and lists."""
+    """Return the options of a file as flags, which argparse checks, and those without a flag form: null and lists."""
     content = _read(name)
     argv, given = [], {}
     for key, value in content.items():
         option = str(key).replace("-", "_")
         if option not in _HINTS or option in _NOT_IN_FILES:
-            hint = did_you_mean(option, list(_HINTS)) or " `--help_all` lists the options, here without dashes."
+            hint = did_you_mean(option, list(_HINTS)) or " `--help_all` lists the options; write them without dashes."
             if option in _NOT_IN_FILES:
                 hint = " Pass it on the command line."
-            raise ConfigurationError(f"`{flat(key)}` in `{flat(name)}` is not an option of a file.{hint}")
+            raise ConfigurationError(f"`{flat(key)}` in `{flat(name)}` is not an option for a file.{hint}")
         kinds = {get_origin(hint) or hint for hint in _HINTS[option]}
         if isinstance(value, (list, dict, type(None))) and type(value) not in kinds:
             raise ConfigurationError(
                 f"`{option}` is {json.dumps(value, default=str)[:80]} in `{flat(name)}`. Pass a value of another "
-                "kind, or leave it out."
+                "type, or leave it out."
             )
         if value is None or isinstance(value, list):
             given[option] = value
@@ -81,14 +81,14 @@ def _read(name: str) -> dict[Any, Any]:
     if not isinstance(content, dict):
         what = "nothing" if content is None and kind == "YAML" else f"a {type(content).__name__}"
         raise ConfigurationError(
-            f"`{flat(name)}` holds {what}. Pass a file of options by name, such as `drop_rate: 0.3`."
+            f"`{flat(name)}` contains {what}. Pass a file of options by name, such as `drop_rate: 0.3`."
         )
     return content
 
 
 @contextlib.contextmanager
 def saved_options(options: Options) -> Iterator[None]:
-    """Save the options as `run.yaml` in the output folder before training; a run that fails at once leaves none."""
+    """Save the options as `run.yaml` before training; remove it if the run fails before its first checkpoint."""
     args = options.training
     file = Path(str(args.output_dir)) / RUN_FILE
     if not args.should_save:
@@ -108,7 +108,7 @@ def saved_options(options: Options) -> Iterator[None]:
 
 
 def as_yaml(options: Options) -> str:
-    """The resolved options as a file that repeats the run, without tokens."""
+    """Return the options as the text of a file that repeats the run, without tokens."""
     from hf_featreuse import __version__
 
     values = dict(options.resolved)
@@ -127,7 +127,7 @@ def as_yaml(options: Options) -> str:
 
 
 def sections() -> dict[str, list[str]]:
-    """The names of all options by topic."""
+    """Return the names of all options by topic."""
     found = {
         "method": [field.name for field in dataclasses.fields(FeatureReuseArguments)],
         "data": [field.name for field in dataclasses.fields(DataArguments)],
@@ -141,11 +141,11 @@ def sections() -> dict[str, list[str]]:
 
 
 def worth_saving(values: dict[str, Any], blank: dict[str, Any]) -> dict[str, Any]:
-    """Give the options without which a file would mean something else, or would say less of the run; no tokens.
+    """Return the options that a file needs to repeat and to describe the run; no tokens.
 
     Args:
         values (`dict[str, Any]`): all options of a run by name.
-        blank (`dict[str, Any]`): the same if nothing is given and nothing is known of what is trained.
+        blank (`dict[str, Any]`): all options as they are without flags and without defaults by what is trained.
     """
     always = {name for title, names in sections().items() if title != "training" for name in names}
     always |= {*DIGITS, *FINE_TUNING}
@@ -174,5 +174,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, float) and value.is_integer():
-        return int(value)  # As a default of ours may be written.
+        return int(value)  # Some of our own defaults are written as 1.0.
     return list(value) if isinstance(value, tuple) else value

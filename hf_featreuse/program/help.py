@@ -1,4 +1,4 @@
-"""`--help` of the training program: by topic, the method first, readable in 80 columns."""
+"""`--help` of the training program: options by topic, the method first, readable in 80 columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_featreuse.program.arguments import DIGITS, FINE_TUNING, FROM_SCRATCH
 from hf_featreuse.program.config_file import DEFAULTS, sections
 from hf_featreuse.recipe.losses import LossKind
 
-# Of fields that are plain strings, so that errors name the option as it is named in Python.
+# Choices of fields that are plain strings, so that errors name the option as in Python.
 _CHOICES = {
     "drop_rate_schedule": get_args(DropRateSchedule),
     "drop_rate_over_time": get_args(DropRateOverTime),
@@ -25,40 +25,40 @@ _CHOICES = {
     "loss": get_args(LossKind),
     "augmentation": AUGMENTATIONS,
 }
-# Those of TrainingArguments that most runs set, in words that fit a line.
+# The arguments of Trainer that most runs set, with help that fits on a line.
 _RECIPE = {
     "num_train_epochs": "Passes over the training images.",
-    "max_steps": "Optimizer steps in all, instead of --num_train_epochs.",
+    "max_steps": "Total optimizer steps, instead of --num_train_epochs.",
     "per_device_train_batch_size": "Images per process and micro-batch.",
     "gradient_accumulation_steps": "Micro-batches per optimizer step.",
     "optim": "Optimizer, such as adamw_torch, sgd or adafactor.",
-    "learning_rate": "Highest learning rate.",
+    "learning_rate": "Peak learning rate.",
     "lr_scheduler_type": "Such as cosine, linear or constant_with_warmup.",
     "warmup_steps": "Steps of warm-up; below 1 a fraction of the run.",
-    "weight_decay": "Of all weights but norms and biases.",
+    "weight_decay": "For all weights except norms and biases.",
     "max_grad_norm": "Clip gradients to this norm; 0 for no clipping.",
     "label_smoothing_factor": "From 0 to 1.",
-    "seed": "Of weights, data order, augmentation and schedule.",
+    "seed": "For weights, data order, augmentation and schedule.",
 }
 _RUN = {
-    "output_dir": "Folder of the model, checkpoints and results.",
+    "output_dir": "Folder for the model, checkpoints and results.",
     "do_train": "Train. By default --do_train and --do_eval are set.",
     "do_eval": "Evaluate at the end, and write the report evaluation/.",
     "do_predict": "Classify the test split, and write predictions.csv.",
     "per_device_eval_batch_size": "Images per process in evaluation.",
     "eval_strategy": "When to evaluate: no, steps or epoch.",
     "save_strategy": "When to write a checkpoint: no, steps, epoch or best.",
-    "save_total_limit": "Checkpoints to keep.",
+    "save_total_limit": "Number of checkpoints to keep.",
     "load_best_model_at_end": "Keep the best model instead of the last.",
     "metric_for_best_model": "Such as accuracy or loss.",
     "resume_from_checkpoint": "`last`, or the path of a checkpoint.",
-    "logging_steps": "Log every so many steps.",
+    "logging_steps": "Log every this many steps.",
     "report_to": "Trackers, such as tensorboard, wandb or trackio.",
     "use_cpu": "Do not use a GPU.",
     "bf16": "Train in bfloat16 mixed precision.",
     "torch_compile": "Compile block by block.",
-    "dataloader_num_workers": "Processes that decode images.",
-    "push_to_hub": "Push the model with its card when it is trained.",
+    "dataloader_num_workers": "Number of processes that decode images.",
+    "push_to_hub": "Push the model with its card after training.",
     "hub_model_id": "Name of the repository, as owner/name.",
 }
 _INDENT, _COLUMN = 2, 26
@@ -70,18 +70,18 @@ Train or fine-tune an image classifier with feature reuse. Without flags: a
 small ViT from scratch on scikit-learn's handwritten digits. With data and no
 model: fine-tunes a checkpoint. With --model_type: trains from scratch."""
 _END = """\
-In brackets: the default. Where there are three: for the digits, for training
-from scratch, for fine-tuning. Dashes and underscores are the same in a flag."""
+Defaults are in brackets; if there are three: for the digits, for training from
+scratch, for fine-tuning. Dashes and underscores are equivalent in flags."""
 
 
 def help_text(parser: argparse.ArgumentParser, everything: bool = False) -> str:
-    """Give the help of the program.
+    """Return the help of the program.
 
     Args:
         parser (`argparse.ArgumentParser`): with all options.
-        everything (`bool`, defaults to `False`): whether to list the other arguments of Trainer too.
+        everything (`bool`, defaults to `False`): whether to list all other arguments of Trainer too.
     """
-    # An option that is negated has a second action, which its own help needs no line for.
+    # A boolean option that defaults to true has a second action, `--no_NAME`, which gets no line.
     actions = {action.dest: action for action in reversed(parser._actions)}
     topics = sections()
     others = [name for name in topics.pop("training") if name not in {**_RECIPE, **_RUN}]
@@ -93,12 +93,12 @@ def help_text(parser: argparse.ArgumentParser, everything: bool = False) -> str:
     lines = [_USAGE]
     for title, names in topics.items():
         lines += ["", f"{title}:", *(_entry(actions[name], width) for name in names if name in actions)]
-    more = "" if everything else f"\n--help_all lists the other {len(others)} arguments of Trainer too."
+    more = "" if everything else f"\n--help_all also lists the other {len(others)} arguments of Trainer."
     return "\n".join([*lines, "", f"{_END}{more}"])
 
 
 def _entry(action: argparse.Action, width: int) -> str:
-    """One option: its name and kind, and beside or below it what it does."""
+    """Return the help of one option: its name and type, and to the right of or below them what it does."""
     name = action.dest
     head = " " * _INDENT + " ".join(filter(None, [f"--{name}", _kind(action)]))
     words = {**_RECIPE, **_RUN}.get(name) or str(action.help or "").replace("%%", "%")
@@ -111,7 +111,7 @@ def _entry(action: argparse.Action, width: int) -> str:
 
 
 def _kind(action: argparse.Action) -> str:
-    """What follows the name of the flag."""
+    """Return what follows the name of the flag: its choices or its type."""
     if choices := _CHOICES.get(action.dest) or action.choices:
         shown = [str(_plain(choice)) for choice in choices]
         return f"{{{','.join(shown)}}}" if len(shown) <= 8 else "NAME"
@@ -122,7 +122,7 @@ def _kind(action: argparse.Action) -> str:
 
 
 def _defaults(name: str) -> str:
-    """The default in brackets, and what it is where it differs with what is trained; nothing for none."""
+    """Return the default in brackets, or three if they depend on what is trained; an empty text for no default."""
     plain = DEFAULTS.get(name)
     found = [values.get(name, plain) for values in (DIGITS, FROM_SCRATCH, FINE_TUNING)]
     if all(value == found[0] for value in found):

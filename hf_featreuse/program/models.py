@@ -1,4 +1,4 @@
-"""The model of a run: from scratch, from a checkpoint to train further, or trained and evaluated as it is."""
+"""Load the model of a run: from scratch, from a checkpoint to fine-tune, or a trained one to evaluate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-# Under its short name transformers 5.17 asks for torchvision, which it does not need.
+# `from transformers import AutoImageProcessor` needs torchvision in transformers 5.17.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_featreuse.data import ImageData, class_names, class_notes, in_order_of, open_classifier, relabelled
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def load_model(
     model_args: ModelArguments, data: ImageData, trains: bool
 ) -> tuple[ImageData, PreTrainedModel, BaseImageProcessor]:
-    """Load a checkpoint, or make a model from scratch, with its image processor, and the data with its class ids."""
+    """Return the data with the model's class ids, the model (loaded or from scratch) and its image processor."""
     labels = data.label_names
     if model_args.model_name_or_path is None and model_args.config_name is None:
         model_type = model_args.model_type or "vit"
@@ -40,14 +40,14 @@ def load_model(
         return load_pretrained(model_args, data, source, common)
     except FeatureReuseError:
         raise
-    except Exception as error:  # Of transformers, safetensors and PEFT, about what the files hold.
+    except Exception as error:  # Of transformers, safetensors and PEFT, about the content of the files.
         raise ConfigurationError(
             f"`{flat(source)}` cannot be loaded: {one_line(error)} Pass a checkpoint folder or a Hub id."
         ) from error
 
 
 def source_options(model_args: ModelArguments) -> dict[str, Any]:
-    """Give the arguments of `from_pretrained` that say where a checkpoint comes from."""
+    """Return the arguments of `from_pretrained` that define where a checkpoint comes from."""
     return {
         "cache_dir": model_args.cache_dir,
         "revision": model_args.model_revision,
@@ -59,7 +59,7 @@ def source_options(model_args: ModelArguments) -> dict[str, Any]:
 def load_trained(
     model_args: ModelArguments, data: ImageData, source: str, common: dict[str, Any]
 ) -> tuple[ImageData, PreTrainedModel, BaseImageProcessor]:
-    """Load a trained classifier to evaluate it as it is: the data takes its class ids, matched by name."""
+    """Load a trained classifier for evaluation; the data gets its class ids, matched by name."""
     opened = open_classifier(source, needs_processor=model_args.image_processor_name is None, **common)
     processor: Any = opened.processor
     if model_args.image_processor_name is not None:
@@ -69,14 +69,14 @@ def load_trained(
     task = opened.model.config.problem_type or SINGLE
     if task != data.problem_type:
         raise ConfigurationError(
-            f"`{flat(source)}` was trained for {task}, and the labels of the data are for {data.problem_type}. Pass "
-            "the data that the model was trained for, or another `--label_column_name`."
+            f"`{flat(source)}` was trained for {task}, but the labels of the data are for {data.problem_type}. Pass "
+            "data for the task of the model, or another `--label_column_name`."
         )
     return relabelled(data, opened), opened.model, processor
 
 
 def set_task(config: Any, data: ImageData) -> None:
-    """Tell a new head of what kind the labels are; transformers takes one class per image if nothing is said."""
+    """Set the problem type of a new head; without it transformers assumes one class per image."""
     if data.problem_type != SINGLE or config.problem_type is not None:
         config.problem_type = data.problem_type
 
@@ -84,10 +84,10 @@ def set_task(config: Any, data: ImageData) -> None:
 def load_pretrained(
     model_args: ModelArguments, data: ImageData, source: str, common: dict[str, Any]
 ) -> tuple[ImageData, PreTrainedModel, BaseImageProcessor]:
-    """Load a checkpoint, or new weights for its config, to train it with a head for the labels."""
+    """Load a checkpoint, or new weights for its config, with a head for the labels of the data."""
     name, overrides = model_args.config_name or source, parse_overrides(model_args.config_overrides)
     if model_args.model_name_or_path is not None:
-        # A head for these very classes keeps their order.
+        # Keep the order of the classes if the head of the checkpoint is for the same classes.
         data = in_order_of(data, class_names(AutoConfig.from_pretrained(name, **common)))
     labels = data.label_names
     config = AutoConfig.from_pretrained(
@@ -110,7 +110,7 @@ def load_pretrained(
         if "mismatch" not in str(error):
             raise
         raise ConfigurationError(
-            f"The head of `{source}` is not for the {len(labels)} classes of the data. Pass "
-            "`--ignore_mismatched_sizes` to train a new one in its place."
+            f"The head of `{source}` does not have the {len(labels)} classes of the data. Pass "
+            "`--ignore_mismatched_sizes` to replace it by a new head."
         ) from None
     return data, model, processor

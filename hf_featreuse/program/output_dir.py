@@ -1,4 +1,4 @@
-"""Where the results of a run may go, and whether it resumes an earlier one."""
+"""Check the output folder of a run, and find the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hf_featreuse.program.config_file import RUN_FILE
 from hf_featreuse.text import flat, one_line
 from hf_featreuse.trainer.arguments import FeatureReuseConfig
 
-# Of `--resume_from_checkpoint`: the newest.
+# Values of `--resume_from_checkpoint` for the newest checkpoint.
 _LAST = ("last", "True", "true", True)
-# What a run that ended before its first checkpoint leaves behind.
+# Files that a run leaves if it ends before its first checkpoint.
 _LEFT_BEHIND = (LOCK_NAME, RUN_FILE)
 
 
 def check_output_dir(options: Options) -> str | bool | None:
-    """Refuse a folder that cannot be written, holds a finished run, or holds checkpoints that are not asked for.
+    """Raise for a folder that is not writable, or contains a finished run or checkpoints of a run not resumed.
 
     Returns:
-        `str` or `bool`, *optional*: the checkpoint to resume from; `True` for the last complete one of the folder.
+        `str` or `bool`, *optional*: the checkpoint to resume from; `True` for the last complete one in the folder.
 
     Raises:
         ConfigurationError: the folder cannot be used.
@@ -51,7 +51,7 @@ def check_output_dir(options: Options) -> str | bool | None:
 
 def _check_writable(folder: Path) -> None:
     try:
-        # What fails later must leave no empty folder.
+        # A later failure must not leave an empty folder.
         with new_folder(folder, keep=False), tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:  # The second for a null character.
@@ -70,9 +70,9 @@ def _check_unfinished(folder: Path, args: FeatureReuseConfig) -> None:
     )
     if state["global_step"] >= state["max_steps"] and not is_longer:
         raise ConfigurationError(
-            f"`--output_dir {folder}` holds a finished run of {state['global_step']} steps. Pass another folder, "
+            f"`--output_dir {folder}` contains a finished run of {state['global_step']} steps. Pass another folder, "
             "`--overwrite_output_dir` to train again, more epochs and `--resume_from_checkpoint last` to continue, or "
-            f"`--do_eval` to evaluate it with `--model_name_or_path {folder}`."
+            f"`--do_eval` with `--model_name_or_path {folder}` to evaluate it."
         )
 
 
@@ -80,25 +80,25 @@ def _check_empty(folder: Path) -> None:
     if not folder.is_dir():
         return
     if any(path.is_dir() for path in folder.glob("checkpoint-*")):
-        # Not by itself: the checkpoints may come from elsewhere.
+        # Not resumed automatically: the checkpoints may belong to another run.
         raise ConfigurationError(
-            f"`--output_dir {folder}` holds checkpoints. Pass `--resume_from_checkpoint last` to resume from the last "
-            "one, `--overwrite_output_dir` to start a new run, or another folder."
+            f"`--output_dir {folder}` contains checkpoints. Pass `--resume_from_checkpoint last` to resume from the "
+            "last one, `--overwrite_output_dir` to start a new run, or another folder."
         )
     if any(path.name not in _LEFT_BEHIND for path in folder.iterdir()):
         raise ConfigurationError(
-            f"`--output_dir {folder}` is not empty and holds no checkpoint. Pass another folder, or "
+            f"`--output_dir {folder}` is not empty and contains no checkpoint. Pass another folder, or "
             "`--overwrite_output_dir` to write into this one."
         )
 
 
 def delete_checkpoints(args: FeatureReuseConfig) -> None:
-    """Delete the checkpoints of an earlier run, from which a new one that is killed would resume."""
+    """Delete the checkpoints of an earlier run, so that a new run that is killed does not resume from them."""
     folder = Path(str(args.output_dir))
     with args.main_process_first(desc="deleting earlier checkpoints"):
         if not args.should_save:
             return
-        with output_lock(folder):  # A run that is still writing them keeps its checkpoints.
+        with output_lock(folder):  # Raises if another run is still writing here.
             for old in (*folder.glob("checkpoint-*"), *folder.glob("unfinished-*")):
                 if old.is_dir():
                     shutil.rmtree(old)

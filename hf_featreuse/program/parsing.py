@@ -1,4 +1,4 @@
-"""From a command line, and a file of options, to the options of a run."""
+"""Parse a command line and a file of options into the options of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_featreuse.program.arguments import (
     Options,
     RunArguments,
 )
-from hf_featreuse.program.checks import check_values, set_early_stopping
+from hf_featreuse.program.checks import check_values, set_best_model, set_early_stopping
 from hf_featreuse.program.config_file import ENDINGS, read_options, worth_saving
 from hf_featreuse.program.help import help_text
 from hf_featreuse.text import did_you_mean, flat, one_line, with_underscores
@@ -29,32 +29,33 @@ _Arguments = TypeVar("_Arguments")
 
 
 class UsageError(ConfigurationError):
-    """The command line cannot be read."""
+    """The command line cannot be parsed."""
 
     exit_code = 2
 
 
 class _Parser(HfArgumentParser):
-    """Complains in one line; argparse prints the usage of all flags first."""
+    """A parser whose errors are one line; that of argparse also prints the usage of all flags."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"The options cannot be read: {flat(message)}. `--help` lists them.")
+        raise UsageError(f"The options cannot be parsed: {flat(message)}. `--help` lists them.")
 
 
 def make_parser() -> HfArgumentParser:
-    """The parser of every option: of the method, the data, the model, the run, and of `TrainingArguments`."""
+    """Return the parser of all options: method, data, model, run, and `TrainingArguments`."""
     types: Any = (ModelArguments, DataArguments, RunArguments, FeatureReuseConfig)
     return _Parser(types, allow_abbrev=False, add_help=False)
 
 
 def parse_arguments(argv: Sequence[str]) -> Options:
-    """Read the options of a run from flags, or from a file with flags that override it.
+    """Read the options of a run from flags, or from a file and flags that override it.
 
-    What is trained decides the defaults of training: the digits, a model from scratch, or a checkpoint.
+    The training defaults depend on what is trained: the digits, a model from scratch, or a checkpoint.
 
     Args:
-        argv (`Sequence[str]`): the command line without the program's name. `--config FILE`, or one word that ends in
-            .json, .yaml or .yml, names a file of options. Dashes in names of flags count as underscores.
+        argv (`Sequence[str]`): the command line without the name of the program. `--config FILE`, or a single
+            argument that ends in .json, .yaml or .yml, names a file of options. Dashes in names of flags are read as
+            underscores.
 
     Returns:
         `Options`: the options.
@@ -75,13 +76,15 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         print(help_text(parser, everything="--help_all" in argv))
         raise SystemExit(0)
     argv, given = _with_file(argv)
-    # A first look at the few flags that decide; what argparse makes of the rest follows below.
+    # The few flags that select the defaults are read first; argparse parses everything below.
     named = {word[2:].split("=")[0] for word in argv if word[:2] == "--"}
     named |= {name for name, value in given.items() if value is not None}
     has_data = bool({"dataset_name", "train_dir", "validation_dir"} & named)
     has_checkpoint = "model_name_or_path" in named or (has_data and not {"model_type", "config_name"} & named)
     blank = vars(parser.parse_known_args([])[0])
-    parser.set_defaults(**(FINE_TUNING if has_checkpoint else FROM_SCRATCH if has_data else DIGITS), **given)
+    trains = "do_train" in named or not {"do_eval", "do_predict"} & named
+    fine_tuning = FINE_TUNING if trains else {}
+    parser.set_defaults(**(fine_tuning if has_checkpoint else FROM_SCRATCH if has_data else DIGITS), **given)
     namespace, rest = parser.parse_known_args(argv)
     if rest:
         known = [option for action in parser._actions for option in action.option_strings if "-" not in option[2:]]
@@ -91,15 +94,16 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if has_checkpoint and values["model_name_or_path"] is None:
         values["model_name_or_path"] = DEFAULT_CHECKPOINT
     _check_model(values)
+    set_best_model(values, named)
     set_early_stopping(values, named)
-    # An evaluation strategy sets do_eval by itself, so the flags are asked.
+    # An evaluation strategy sets do_eval, so look at the flags, not at the values.
     if not {"do_train", "do_eval", "do_predict"} & named:
         values["do_train"] = values["do_eval"] = True
     return _as_options(values, worth_saving(values, blank))
 
 
 def _with_file(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The flags behind those of the file that they name, and what of the file no flag can express."""
+    """Return the flags of the file followed by those of the command line, and the options without a flag form."""
     if len(argv) == 1 and argv[0].endswith(ENDINGS):
         return read_options(argv[0])
     finder = _Parser([], allow_abbrev=False, add_help=False)
@@ -125,13 +129,13 @@ def _as_options(values: dict[str, Any], saved: dict[str, Any]) -> Options:
         training = _made(FeatureReuseConfig, values)
     except FeatureReuseError:
         raise
-    except Exception as error:  # Of TrainingArguments, which raises what it likes.
+    except Exception as error:  # TrainingArguments raises several types.
         raise ConfigurationError(f"The options cannot be used: {one_line(error)} `--help` lists them.") from error
     check_values(model, data, run, training)
     return Options(data, model, run, training, saved)
 
 
 def _made(kind: type[_Arguments], values: dict[str, Any]) -> _Arguments:
-    """The dataclass with its share of the values."""
+    """Return the dataclass with its fields from the values."""
     fields: Any = kind
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(fields) if field.init})

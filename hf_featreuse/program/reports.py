@@ -1,4 +1,4 @@
-"""What the end of a run writes in addition to its metrics: the report of an evaluation, and predictions."""
+"""Write the results of a run other than its metrics: the evaluation report and the predictions."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ logger = logging.getLogger(__name__)
 
 REPORT_FOLDER = "evaluation"
 PREDICTIONS_FILE = "predictions.csv"
-# What the report needs and training does not, by the name of its package.
+# Packages that only the report needs, by the name of their module.
 _OPTIONAL = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
 def write_reports(setup: Setup) -> None:
-    """Write `evaluation/` and `predictions.csv` for the model that was saved or loaded, as the options ask for.
+    """Write `evaluation/` and `predictions.csv` for the saved or loaded model, according to the options.
 
-    Only one process may call this: it opens the model again, whole, so that it need not talk to the others.
+    Call this in one process only: it opens the whole model again and communicates with no other process.
 
     Args:
-        setup (`Setup`): of the run.
+        setup (`Setup`): the setup of the run.
     """
     args, task = setup.args, setup.data.problem_type
     if task != SINGLE:
-        logger.info(f"No report and no predictions: they are for one class per image, and the labels are for {task}.")
+        logger.info(f"No report and no predictions: they need one class per image, but the labels are for {task}.")
         return
     if setup.options.data.streaming:
-        logger.info("No report and no predictions: they read a split twice, and `--streaming` reads it once.")
+        logger.info("No report and no predictions: they read a split twice, but `--streaming` reads it once.")
         return
     evaluates = bool(args.do_eval and _can_report(setup))
     if not evaluates and not args.do_predict:
@@ -70,7 +70,7 @@ def write_reports(setup: Setup) -> None:
 
 
 def _can_report(setup: Setup) -> bool:
-    """Whether a report can be written; if not, a line says why."""
+    """Return whether a report can be written; if not, log why."""
     missing = [package for module, package in _OPTIONAL.items() if importlib.util.find_spec(module) is None]
     if missing:
         logger.info(
@@ -82,7 +82,7 @@ def _can_report(setup: Setup) -> bool:
 
 
 def _open(setup: Setup) -> OpenModel:
-    """The model as this run saved it, or else as it was loaded, on the device of the run."""
+    """Return the model as this run saved or loaded it, on the device of the run."""
     model, args = setup.options.model, setup.args
     if args.do_train:
         opened = open_classifier(str(args.output_dir), trust_remote_code=model.trust_remote_code)

@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Train, evaluate and predict as the options say; see [`parse_arguments`] for them.
+    """Train, evaluate and predict according to the options; see [`parse_arguments`].
 
     Args:
-        argv (`Sequence[str]`): the command line without the program's name.
+        argv (`Sequence[str]`): the command line without the name of the program.
 
     Raises:
         FeatureReuseError: an option, the data or a checkpoint cannot be used.
@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def make_trainer(setup: Setup) -> FeatureReuseTrainer:
-    """Put model, data, metrics and early stopping together.
+    """Make the trainer from model, data, metrics and early stopping.
 
     Args:
         setup (`Setup`): from [`prepare`].
@@ -60,7 +60,7 @@ def make_trainer(setup: Setup) -> FeatureReuseTrainer:
 
 
 def train_and_report(trainer: FeatureReuseTrainer, setup: Setup) -> None:
-    """Do what `--do_train`, `--do_eval` and `--do_predict` ask for, and write the results to the output folder.
+    """Run `--do_train`, `--do_eval` and `--do_predict`, and write the results to the output folder.
 
     Args:
         trainer (`FeatureReuseTrainer`): from [`make_trainer`], or your own.
@@ -80,13 +80,13 @@ def train_and_report(trainer: FeatureReuseTrainer, setup: Setup) -> None:
         _report(trainer, "predict", metrics or {}, splits["test"])
     if args.do_train:
         _publish(trainer)
-    # Last, as the first process writes them while the others are done.
+    # Last, because only the first process writes them.
     if args.should_save:
         write_reports(setup)
 
 
 def _report(trainer: FeatureReuseTrainer, prefix: str, metrics: dict[str, float], split: ImageSplit) -> None:
-    """Print and save metrics as the transformers example does, with the images that were left out."""
+    """Print and save metrics as the transformers example does, with the number of skipped images."""
     if isinstance(split, Sized):  # A stream has no length.
         metrics[f"{prefix}_samples"] = len(split)
     if split.num_skipped:
@@ -96,7 +96,7 @@ def _report(trainer: FeatureReuseTrainer, prefix: str, metrics: dict[str, float]
 
 
 def _publish(trainer: FeatureReuseTrainer) -> None:
-    """Write the model card with the plot of the run; push all of it if asked to."""
+    """Write the model card with the plot of the run; with `--push_to_hub` push everything."""
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     else:
@@ -105,10 +105,10 @@ def _publish(trainer: FeatureReuseTrainer) -> None:
 
 
 def exit_on_error(run: Callable[[list[str]], object]) -> None:
-    """Run a program with the command line of this process; on an error of the user, exit with one line.
+    """Run a program with the command line of this process; exit with a one-line message on a user error.
 
     Args:
-        run (`Callable`): takes the command line without the program's name.
+        run (`Callable`): takes the command line without the name of the program.
     """
     try:
         run(sys.argv[1:])

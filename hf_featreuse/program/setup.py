@@ -27,7 +27,7 @@ from hf_featreuse.data import (
 from hf_featreuse.data.labels import REGRESSION, SEVERAL
 from hf_featreuse.errors import ConfigurationError
 from hf_featreuse.folders import new_folder
-from hf_featreuse.program.arguments import DataArguments, Options
+from hf_featreuse.program.arguments import FINE_TUNING, DataArguments, Options
 from hf_featreuse.program.launching import check_one_gpu
 from hf_featreuse.program.models import load_model
 from hf_featreuse.program.output_dir import check_output_dir, delete_checkpoints
@@ -141,8 +141,19 @@ def set_up(options: Options) -> Setup:
         torch.set_num_threads(1)
     if args.do_train and options.run.overwrite_output_dir:
         delete_checkpoints(args)  # Only after data and model are loaded: they may be in the folder, or missing.
+    _warn_of_high_rate(options)
     splits = add_transforms(data, processor, options.data, args.seed)
     return Setup(options, data, splits, model, processor)
+
+
+def _warn_of_high_rate(options: Options) -> None:
+    """Warn of a drop rate that lost accuracy in fine-tuning."""
+    args, usual = options.training, FINE_TUNING["drop_rate"]
+    if args.do_train and options.model.model_name_or_path and args.alternates and args.drop_rate > usual:
+        logger.warning(
+            f"`--drop_rate {args.drop_rate:g}` is high for fine-tuning: in the accuracy study, rates above {usual:g} "
+            "lost accuracy if there were thousands of images. Compare with the default, and with `--drop_rate 0`."
+        )
 
 
 def load_data(options: Options) -> ImageData:

@@ -1,4 +1,4 @@
-"""Early stopping sets what it needs and refuses what leaves nothing to stop by."""
+"""Early stopping sets the options it needs, and contradicting options are errors."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_what_is_given_stays():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--eval_strategy", "no"], "needs evaluations during training, and `--eval_strategy` is no"),
+        (["--eval_strategy", "no"], "needs evaluations during training, but `--eval_strategy no` was passed"),
         (["--save_strategy", "steps"], "`--save_strategy steps` is not `--eval_strategy epoch`"),
         (["--early_stopping_threshold", "-1"], "early_stopping_threshold"),
     ],

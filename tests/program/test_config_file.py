@@ -11,7 +11,7 @@ from hf_featreuse.program.config_file import as_yaml, sections
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("drop_rat: 1", "`drop_rat` in .* is not an option of a file. Did you mean drop_rate"),
+        ("drop_rat: 1", "`drop_rat` in .* is not an option for a file. Did you mean drop_rate"),
         ("config: other.yaml", "Pass it on the command line"),
         ("launch: 2", "Pass it on the command line"),
         ("5: x", "`5` in .* is not an option"),

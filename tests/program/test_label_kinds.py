@@ -125,5 +125,5 @@ def test_other_commands_take_one_class_per_image(tmp_path):
 
 def test_augmentations_exclude_each_other(tmp_path):
     argv = ["--output_dir", str(tmp_path / "x"), "--use_cpu", "--rand_augment_ops", "2"]
-    with pytest.raises(ConfigurationError, match="Pass the one or the others"):
+    with pytest.raises(ConfigurationError, match="Pass only one of them"):
         run([*argv, "--augmentation", "rand_augment"])

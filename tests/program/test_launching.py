@@ -61,9 +61,7 @@ def test_a_process_of_a_launcher_starts_none(no_gpu, monkeypatch, capsys):
 
 def test_the_examples_name_the_command(tmp_path):
     with (
-        pytest.raises(
-            ConfigurationError, match=r"`--launch 2` is of the command `featreuse train`.*accelerate launch"
-        ),
+        pytest.raises(ConfigurationError, match=r"`--launch 2` works only with `featreuse train`.*accelerate launch"),
         prepare(["--use_cpu", "--launch", "2", "--output_dir", str(tmp_path / "out")]),
     ):
         pass
@@ -98,5 +96,5 @@ def test_two_processes_train_evaluate_and_report(tmp_path):
     again = subprocess.run([*command, *flags, "--overwrite_output_dir", "--resume_from_checkpoint", "none"],
                            capture_output=True, text=True, env=environment, timeout=900)  # fmt: skip
     assert again.returncode == 1
-    assert again.stderr.splitlines()[-1].startswith("featreuse: a process ended with exit code 1")
+    assert again.stderr.splitlines()[-1].startswith("featreuse: a process failed with exit code 1")
     assert "CheckpointError" not in again.stderr and "featreuse: " in again.stderr

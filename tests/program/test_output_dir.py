@@ -25,13 +25,13 @@ def test_what_a_run_leaves_that_ended_before_its_first_checkpoint_is_no_obstacle
         (tmp_path / name).write_text("")
     assert checked(tmp_path) is None
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigurationError, match="is not empty and holds no checkpoint"):
+    with pytest.raises(ConfigurationError, match="is not empty and contains no checkpoint"):
         checked(tmp_path)
 
 
 def test_checkpoints_are_resumed_from_only_on_request(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    ways_out = r"holds checkpoints\. Pass `--resume_from_checkpoint last`.*`--overwrite_output_dir`.*another folder"
+    ways_out = r"contains checkpoints\. Pass `--resume_from_checkpoint last`.*`--overwrite_output_dir`.*another folder"
     with pytest.raises(ConfigurationError, match=ways_out):
         checked(tmp_path)
     assert checked(tmp_path, "--resume_from_checkpoint", "last") is True

@@ -26,6 +26,7 @@ def test_what_is_trained_decides_the_defaults():
     assert from_scratch.data.horizontal_flip == 0.5
     fine_tuning = parsed("--train_dir", "x")
     assert fine_tuning.model.model_name_or_path == DEFAULT_CHECKPOINT
+    assert used(fine_tuning, FINE_TUNING) == FINE_TUNING
     plain = FeatureReuseConfig(use_cpu=True)
     for name in {*FROM_SCRATCH} - {*FINE_TUNING}:
         assert getattr(fine_tuning.training, name) == getattr(plain, name), name
@@ -36,6 +37,29 @@ def test_an_entry_for_fine_tuning_is_used(monkeypatch):
     assert parsed("--train_dir", "x").training.learning_rate == 3e-4
     assert parsed("--train_dir", "x", "--learning_rate", "1e-5").training.learning_rate == 1e-5
     assert parsed().training.learning_rate == DIGITS["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("words", "keeps_best"),
+    [
+        ([], True),
+        (["--eval_strategy", "no"], False),
+        (["--eval_strategy", "steps", "--eval_steps", "5"], False),
+        (["--save_strategy", "steps"], False),
+        (["--save_strategy", "no"], False),
+        (["--eval_strategy", "epoch"], True),
+        (["--load_best_model_at_end", "false"], False),
+        (["--eval_strategy", "steps", "--save_strategy", "steps", "--load_best_model_at_end", "true"], True),
+        (["--eval_strategy", "steps", "--eval_steps", "5", "--early_stopping_patience", "2"], True),
+    ],
+)
+def test_fine_tuning_keeps_the_best_model_if_each_evaluation_has_a_checkpoint(words, keeps_best):
+    assert parsed("--train_dir", "x", *words).training.load_best_model_at_end is keeps_best
+
+
+def test_a_checkpoint_that_is_only_evaluated_is_not_fine_tuned():
+    options = parsed("--model_name_or_path", "x", "--do_predict").training
+    assert [options.do_train, options.do_eval, options.load_best_model_at_end] == [False, False, False]
 
 
 def test_dashes_and_underscores_are_the_same():

@@ -57,6 +57,20 @@ def test_its_options_repeat_a_run_bitwise(first, tmp_path):
     assert weights(other) != weights(first)
 
 
+@pytest.mark.parametrize(
+    ("rate", "warns"), [([], False), (["--drop_rate", "0.5"], True), (["--drop_rate", "0"], False)]
+)
+def test_fine_tuning_keeps_the_best_model_and_warns_of_a_high_rate(first, tmp_path, caplog, rate, warns):
+    folder = tmp_path / "tuned"
+    words = ["--model_name_or_path", str(first), "--num_train_epochs", "2", "--learning_rate", "0.05", *rate]
+    assert main(["train", "--output_dir", str(folder), *QUICK[2:], *words]) == 0
+    assert ("is high for fine-tuning" in caplog.text) is warns
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert len(history(folder, "eval_loss")) >= 2, "after every epoch"
+    assert results(folder)["eval_loss"] == pytest.approx(state["best_metric"])
+    assert state["best_metric"] == pytest.approx(min(history(folder, "eval_loss")))
+
+
 def test_the_report_is_that_of_the_command_evaluate(first, tmp_path, capsys):
     found = json.loads((first / "evaluation" / "evaluation.json").read_text())
     accuracy = found["accuracy"]
