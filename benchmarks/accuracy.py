@@ -3,15 +3,15 @@ r"""Accuracy of plain training, drop path, stochastic depth, masked freeze and f
     OMP_NUM_THREADS=1 python benchmarks/accuracy.py --tasks digits digits-few --jobs 2
     OMP_NUM_THREADS=1 python benchmarks/accuracy.py --jobs 2 --data uoft-cs/cifar10 --tasks cifar10-long
 
-Every run ends as one line of JSON in --out, with all options of the method and of the recipe and the commit. A run
-whose options are all there is not run again: stop and start at will. `python benchmarks/accuracy_report.py` makes
-tables and plots of the lines.
+Every run is one line of JSON in --out, with all options of the method and of the recipe and the commit. A run that is
+already there with the same options is skipped, so the study can be stopped and started at any time.
+`python benchmarks/accuracy_report.py` makes tables and plots from the lines.
 
-Each arm runs at equal optimizer steps ("steps") and, where its steps are cheaper than plain ones, at equal arithmetic
+Each arm runs at equal optimizer steps ("steps") and, if its steps are cheaper than plain ones, at equal arithmetic
 ("arithmetic"): with as many more steps as the arithmetic of the plain run allows. "arithmetic-65" allows 65 % of it.
-Images are decoded once, so that the data is never the limit. Options are searched with --split validation, a fifth of
-the training images; --split test is for the figures that are reported. Fine-tuning starts from models that the command
-itself trains first, plainly, on six of the ten classes, and keeps in outputs/accuracy.
+Images are decoded once, so that data loading is never the bottleneck. Options are searched with --split validation, a
+fifth of the training images; reported figures use --split test. Fine-tuning starts from models that the command first
+trains plainly on six of the ten classes, and saves in outputs/accuracy.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 import transformers
-from tasks import MODELS, RECIPE, TASKS, Images, load, recipe_of
+from tasks import MODELS, RECIPE, TASKS, Images, ShiftedImages, load, recipe_of
 from transformers import AutoModelForImageClassification, PrinterCallback
 from variants import VARIANTS, VariantConfig, VariantTrainer, mean_share
 
 from hf_featreuse import FeatureReuseArguments, find_residual_blocks, measure_step_costs, skip_blocks
+from hf_featreuse.data import RandAugment
 from hf_featreuse.data.metrics import build_compute_metrics, rank_top_k
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
 
@@ -55,17 +56,17 @@ ARMS = {
     "drop_path": {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
 }
 PLAIN = ("vanilla", "drop_path")
-# Options of the method that the first lines of the results lack, and what these runs had.
+# Options of the method that the first lines of the results lack, and their values in these runs.
 NEWER_OPTIONS = {"unfreeze_at": None}
 # Share of the plain run's arithmetic that a run may take; with `None` it takes as many steps.
 BUDGETS = {"steps": None, "arithmetic": 1.0, "arithmetic-65": 0.65}
-# The model's own drop path, where it has one.
+# The model's own drop path, if it has one.
 MODEL_OPTIONS = {"drop_path": "drop_path_rate=0.2"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the results, before it was run.
+    """One run of the study, which gives one line of the results.
 
     Args:
         task, model_type, arm, budget, seed, split, steps: as the command's options.
@@ -85,16 +86,16 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What makes it the same run as another."""
+        """The text that identifies the run."""
         return json.dumps(vars(self), sort_keys=True)
 
 
 def resolved_method(arm: str, settings: str = "") -> dict[str, Any]:
-    """Every option of the method of an arm, defaults included; of a plain one, only those that make it plain."""
+    """Return every option of the method of an arm, including defaults; of plain training only the numbers of steps."""
     if arm in PLAIN:
         return dict(ARMS[arm])
     options = parse_overrides(settings) | ARMS[arm]
-    if options.get("train_trunk", "") is None:  # The word none, read as a value.
+    if options.get("train_trunk", "") is None:  # The word "none" was parsed as a value.
         options["train_trunk"] = "none"
     variants = {name: options.pop(name, default) for name, default in _variant_defaults().items()}
     # One spelling for each setting: `train_trunk=true` and `train_trunk=all` are the same run.
@@ -102,12 +103,13 @@ def resolved_method(arm: str, settings: str = "") -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file with today's options; none if there is no file.
+    """Return the lines of a file with today's options; an empty list if there is no file.
 
-    A run older than one of `VARIANTS` or `NEWER_OPTIONS` had its default, and `train_trunk` may be True or False.
+    A run older than one of `VARIANTS`, `NEWER_OPTIONS` or `RECIPE` had its default; `train_trunk` may be True or False.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for line in lines:
+        line["recipe"] = RECIPE | line["recipe"]
         if line["arm"] not in PLAIN:
             line["method"] = NEWER_OPTIONS | _variant_defaults() | line["method"]
             trunk = line["method"]["train_trunk"]
@@ -120,7 +122,7 @@ def _variant_defaults() -> dict[str, Any]:
 
 
 def run_of(line: dict[str, Any]) -> Run:
-    """The run that a line is of."""
+    """Return the run of a line."""
     return Run(**{option.name: line[option.name] for option in fields(Run)})
 
 
@@ -145,6 +147,9 @@ def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: 
         learning_rate=recipe["learning_rate"],
         weight_decay=recipe["weight_decay"],
         label_smoothing_factor=recipe["label_smoothing"],
+        mixup_alpha=recipe["mixup_alpha"],
+        cutmix_alpha=recipe["cutmix_alpha"],
+        ema_decay=recipe["ema_decay"],
         warmup_steps=max_steps // 10,
         lr_scheduler_type="cosine",
         seed=run.seed,
@@ -169,12 +174,12 @@ def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: 
 
 
 def started(task: str, model_type: str) -> Path:
-    """Folder of the plainly trained model that runs of another task start from."""
+    """Return the folder of the plainly trained model from which runs of another task start."""
     return CHECKPOINTS / f"{task}-{model_type}"
 
 
 def make_start(task: str, model_type: str, data_name: str | None) -> None:
-    """Train a model plainly for others to start from, on training images alone."""
+    """Train a model plainly, only on training images, as the start of other runs."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     transformers.utils.logging.set_verbosity_error()
     method, recipe = resolved_method("vanilla"), recipe_of(task, model_type, "vanilla")
@@ -183,12 +188,12 @@ def make_start(task: str, model_type: str, data_name: str | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(run, train, test, TASKS[task].steps, folder)
         trainer.train()
-        print(f"{task}, {model_type}: {trainer.evaluate()['eval_accuracy']:.1%} on images held out", flush=True)
+        print(f"{task}, {model_type}: {trainer.evaluate()['eval_accuracy']:.1%} on held-out images", flush=True)
         trainer.save_model(str(started(task, model_type)))
 
 
 def steps_at_equal_arithmetic(run: Run, steps: int) -> int:
-    """Optimizer steps whose arithmetic is that of so many plain ones, times the share of the run's budget."""
+    """Return the number of optimizer steps with the arithmetic of so many plain ones, times the run's budget."""
     task = TASKS[run.task]
     blank = Images(torch.zeros(1, 3, task.image_size, task.image_size, dtype=torch.uint8), torch.zeros(1).long())
     with tempfile.TemporaryDirectory() as folder:
@@ -196,18 +201,21 @@ def steps_at_equal_arithmetic(run: Run, steps: int) -> int:
         blocks = find_residual_blocks(trainer.model)
         costs = measure_step_costs(trainer.model, blocks, train_trunk=trainer.args.train_trunk)
         arithmetic, found = BUDGETS[run.budget] * steps, steps
-        # With a window, and with rates that change, the mean step depends on how many there are.
+        # With a window or with rates that change, the mean cost depends on the number of steps.
         for _ in range(5):
             found = round(arithmetic / mean_share(trainer.args, costs, len(blocks), found))
         return found
 
 
 def execute(run: Run, data_name: str | None, keep: Path | None = None) -> dict:
-    """Train and evaluate once; leave the model and its image processor in a folder of `keep`."""
+    """Train and evaluate once; save the model and its image processor in a folder of `keep`."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     transformers.utils.logging.set_verbosity_error()
     task = TASKS[run.task]
     train, test = load(task, run.seed, run.split, data_name)
+    if run.recipe["rand_augment_ops"]:
+        assert isinstance(train, ShiftedImages), "the digits are not augmented"
+        train.augment = RandAugment(run.recipe["rand_augment_ops"], seed=run.seed)
     steps = run.steps or task.steps
     if BUDGETS[run.budget]:
         steps = steps_at_equal_arithmetic(run, steps)
@@ -218,7 +226,7 @@ def execute(run: Run, data_name: str | None, keep: Path | None = None) -> dict:
             kept = keep / "-".join((run.task, run.model_type, run.arm, run.budget, str(run.seed)))
             trainer.save_model(str(kept))
             small_image_processor(trainer.model.config, task.image_size).save_pretrained(kept)
-        trainer.label_smoother = None  # The loss of the labels themselves, comparable between recipes.
+        trainer.label_smoother = None  # Without smoothing the loss is comparable between recipes.
         metrics = trainer.evaluate()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         costs = trainer.step_costs
@@ -252,14 +260,14 @@ def execute(run: Run, data_name: str | None, keep: Path | None = None) -> dict:
 
 
 def _commit() -> str:
-    """The commit of this tree, with a plus if it was changed since."""
+    """Return the commit of this tree, with a plus if there are uncommitted changes."""
     asked = ("git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*")
     done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
 def planned(options: argparse.Namespace) -> list[Run]:
-    """Every run that was asked for, seed by seed, so that an early stop leaves whole comparisons."""
+    """Return the selected runs, seed by seed, so that an early stop leaves complete comparisons."""
     return [
         Run(
             task=task,
@@ -284,7 +292,7 @@ def planned(options: argparse.Namespace) -> list[Run]:
 
 
 def applies(arm: str, model_type: str, budget: str) -> bool:
-    """Whether there is such a run: plain steps cost the same at both budgets; drop path is ConvNeXt's own."""
+    """Return whether a run exists: plain steps cost the same at both budgets; only ConvNeXt has its own drop path."""
     if arm == "drop_path":
         return model_type == "convnext" and budget == "steps"
     if arm == "feature_reuse_sample":
@@ -303,19 +311,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--options",
         nargs="+",
         default=[""],
-        help="Options of the arms that drop, as in drop_rate=0.2,train_trunk=head; several are tried in turn.",
+        help="Options of the arms that drop blocks, such as drop_rate=0.2,train_trunk=head; several are run in turn.",
     )
     parser.add_argument(
         "--recipes",
         nargs="+",
         default=[""],
-        help=f"What to change in the recipe, as in learning_rate=2e-3; of {', '.join(RECIPE)}. Several are tried in "
-        "turn.",
+        help=f"Changes of the recipe, such as learning_rate=2e-3; of {', '.join(RECIPE)}. Several are run in turn.",
     )
     parser.add_argument("--steps", type=int, help="Optimizer steps of a plain run; by default the task's.")
-    parser.add_argument("--split", default="test", choices=("test", "validation"), help="Where accuracy is measured.")
+    parser.add_argument("--split", default="test", choices=("test", "validation"), help="Split to evaluate on.")
     parser.add_argument("--data", help="Name or folder of CIFAR-10, for the tasks that take it.")
-    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
+    parser.add_argument("--jobs", type=int, default=1, help="Number of runs in parallel.")
     parser.add_argument("--keep", type=Path, help="Folder for the trained models, one folder each.")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     return parser
@@ -329,7 +336,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     known = {run_of(line).key for line in read(options.out)}
     runs = [run for run in planned(options) if run.key not in known]
-    print(f"{len(runs)} runs to do, {len(planned(options)) - len(runs)} done before")
+    print(f"{len(runs)} runs to do, {len(planned(options)) - len(runs)} already done")
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         starts = {(TASKS[run.task].start, run.model_type) for run in runs if TASKS[run.task].start}

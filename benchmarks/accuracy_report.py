@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy_report.py
 
-Everything between the two markers of the page is replaced; the text around them is written by hand. A study that is
-not complete gives the tables that it has. benchmarks/accuracy_tables.py says which runs are shown.
+Everything between the two markers of the page is replaced; the text around them is written by hand. An incomplete
+study gives the tables that exist. benchmarks/accuracy_tables.py defines which runs are shown.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ OMP_NUM_THREADS=1 python benchmarks/accuracy.py --jobs 2 --data uoft-cs/cifar10 
 
 
 def page(lines: list[Line], unscaled: dict[Cell, Groups], split: str = "test", steps: int | None = None) -> str:
-    """What stands between the markers."""
+    """Return the text between the markers."""
     found = reported(lines, split, steps)
     parts = []
     if plotted(found):
@@ -96,7 +96,7 @@ def page(lines: list[Line], unscaled: dict[Cell, Groups], split: str = "test", s
 
 
 def provenance(found: dict[Cell, Groups]) -> str:
-    """How many runs there are, what they took and what code wrote them."""
+    """Return the number of runs, their time and the versions and commits of the code."""
     runs = [run for groups in found.values() for group in groups.values() for run in group.values()]
     commits, versions = (sorted({run[name] for run in runs}) for name in ("commit", "versions"))
     hours = sum(run["seconds"] for run in runs) / 3600
@@ -106,7 +106,7 @@ def provenance(found: dict[Cell, Groups]) -> str:
 
 
 def plotted(found: dict[Cell, Groups]) -> dict[Cell, Groups]:
-    """The tasks and models of which there is something to compare with plain training."""
+    """Return the tasks and models with runs to compare with plain training."""
     return {
         cell: groups
         for cell, groups in found.items()
@@ -115,7 +115,7 @@ def plotted(found: dict[Cell, Groups]) -> dict[Cell, Groups]:
 
 
 def plot(found: dict[Cell, Groups], path: Path) -> None:
-    """Points over plain training of every arm with its interval: a row of panels for each task, one for each model."""
+    """Plot points over plain training with intervals: a row of panels for each task, a column for each model."""
     cells = plotted(found)
     tasks, models = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
     keys = {
@@ -142,7 +142,7 @@ def plot(found: dict[Cell, Groups], path: Path) -> None:
 
 
 def plot_cell(axis: Any, groups: Groups, keys: list[tuple[str, ...]]) -> None:
-    """One panel. The interval of two seeds may be far wider than all others: it does not set the limits."""
+    """Plot one panel. The interval of two seeds may be far wider than all others, so it does not set the limits."""
     limits = [0.0]
     for height, key in enumerate(keys):
         if not (values := differences(groups.get(key), groups.get(BASE))):
@@ -162,11 +162,11 @@ def plot_cell(axis: Any, groups: Groups, keys: list[tuple[str, ...]]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--split", default="test", choices=("test", "validation"), help="Whose runs are the results.")
+    parser.add_argument("--split", default="test", choices=("test", "validation"), help="Split of the results.")
     parser.add_argument(
-        "--steps", type=int, help="Show the runs of this length, as in accuracy.py; default: the task's."
+        "--steps", type=int, help="Show runs of this length, as in accuracy.py; by default that of the task."
     )
-    parser.add_argument("--print", action="store_true", help="Print the tables and leave the page as it is.")
+    parser.add_argument("--print", action="store_true", help="Print the tables instead of writing the page.")
     options = parser.parse_args(arguments)
     lines = read(options.results)
     text = page(lines, read_unscaled(UNSCALED), options.split, options.steps)

@@ -1,8 +1,8 @@
 """Tables of the accuracy study, in Markdown, from the lines that benchmarks/accuracy.py wrote.
 
 A line is one run. Results are the runs on test images with the recipe that was chosen for their arm
-(`tasks.recipe_of`); options of the method that are not its defaults are named. Runs on validation images are the
-search. Differences are paired by seed: arms with the same seed have the same images, augmentation and first weights.
+(`tasks.recipe_of`); options of the method that differ from the defaults are named. Runs on validation images are the
+search. Differences are paired by seed: arms with the same seed have the same images, augmentation and initial weights.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ NAMES = {
 }
 BUDGET_NAMES = {"steps": "equal steps", "arithmetic": "equal arithmetic", "arithmetic-65": "65 % of the arithmetic"}
 MODEL_NAMES = {"vit": "ViT", "convnext": "ConvNeXt", "resnet": "ResNet"}
-# Plain training, of which every budget is the same.
+# Plain training, which is the same for every budget.
 BASE = ("vanilla", "", "steps")
 
-# One line of the results; the runs of one kind, by seed; these by (arm, options that are not defaults, budget).
+# One line of the results; the runs of one kind, by seed; groups by (arm, options that are not defaults, budget).
 Line = dict[str, Any]
 Group = dict[int, Line]
 Cell = tuple[str, str]
@@ -49,20 +49,20 @@ Groups = dict[tuple[str, ...], Group]
 
 
 def read_unscaled(path: Path) -> dict[Cell, Groups]:
-    """The runs with default options of the study before scaling, whose lines have another format."""
+    """Return the runs with default options of the study before scaling, whose lines have another format."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     kept = [line for line in lines if line["split"] == "test" and line["steps"] is None and not line["options"]]
     return grouped(kept, lambda line: (line["arm"], "", line["budget"]))
 
 
 def reported(lines: Iterable[Line], split: str = "test", steps: int | None = None) -> dict[Cell, Groups]:
-    """The runs of a split with the chosen recipe."""
+    """Return the runs of a split with the chosen recipe."""
     kept = [line for line in lines if line["split"] == split and line["steps"] == steps and not other_recipe(line)]
     return grouped(kept, lambda line: (line["arm"], other_options(line), line["budget"]))
 
 
 def grouped(lines: Iterable[Line], key: Callable[[Line], tuple]) -> dict[Cell, dict[tuple, Group]]:
-    """The runs of each task and model type, by what they have in common, by seed."""
+    """Return the runs of each task and model type, grouped by a key, then by seed."""
     found: dict = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         found[line["task"], line["model_type"]][key(line)][line["seed"]] = line
@@ -74,7 +74,7 @@ def order(cell: Cell) -> tuple[int, int]:
 
 
 def row_order(key: tuple) -> tuple:
-    """Arms and budgets as they are declared, defaults before other options."""
+    """Return a sort key: arms and budgets in the order of their declaration, defaults before other options."""
     return list(ARMS).index(key[0]), *key[1:-1], list(BUDGETS).index(key[-1])
 
 
@@ -84,12 +84,12 @@ def _defaults(arm: str) -> dict[str, Any]:
 
 
 def other_options(line: Line) -> str:
-    """The options of the method that are not the defaults of the arm."""
+    """Return the options of the method that differ from the defaults of the arm."""
     return _changes(line["method"], _defaults(line["arm"]))
 
 
 def other_recipe(line: Line) -> str:
-    """What of the recipe is not as it was chosen for the arm."""
+    """Return the settings of the recipe that differ from the recipe chosen for the arm."""
     chosen = recipe_of(line["task"], line["model_type"], line["arm"], other_options(line))
     return _changes(line["recipe"], chosen)
 
@@ -103,7 +103,7 @@ def _changes(now: dict[str, Any], base: dict[str, Any]) -> str:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its confidence interval by Student's t; infinite for one value."""
+    """Return the mean and half the width of its confidence interval (Student's t); infinite for one value."""
     if len(values) < 2:
         return statistics.fmean(values), math.inf
     half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
@@ -111,13 +111,13 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def differences(group: Group | None, base: Group | None) -> list[float]:
-    """Accuracy points over other training with the same seed, for the seeds that both have."""
+    """Return accuracy points over the base with the same seed, for the seeds that both have."""
     pairs = [(run, base[seed]) for seed, run in (group or {}).items() if base and seed in base]
     return [100 * (run["accuracy"] - other["accuracy"]) for run, other in pairs]
 
 
 def shown(values: list[float], expected: int) -> str:
-    """Mean with its interval, bold if that leaves out zero; the number of seeds if it is not as expected."""
+    """Return the mean with its interval, bold if it excludes zero; the number of seeds if it is not as expected."""
     if not values:
         return "-"
     mean, half = interval(values)
@@ -147,7 +147,7 @@ def budget_name(arm: str, budget: str) -> str:
 
 
 def table(groups: Groups) -> list[str]:
-    """Accuracy, losses and recipe of every kind of training of one task and model."""
+    """Return accuracy, losses and recipe of every kind of training of one task and model."""
     plain = groups.get(BASE)
     rows = []
     for arm, options, budget in sorted(groups, key=row_order):
@@ -173,7 +173,7 @@ def table(groups: Groups) -> list[str]:
 
 
 def robustness_table(models: dict[str, Groups]) -> list[str]:
-    """Accuracy without blocks, of every kind of training of one task."""
+    """Return accuracy without blocks, of every kind of training of one task."""
     rows = []
     for model_type, groups in models.items():
         for arm, options, budget in sorted(groups, key=row_order):
@@ -190,7 +190,7 @@ def robustness_table(models: dict[str, Groups]) -> list[str]:
     return markdown([*columns, "without the last quarter", "without the last half"], rows)
 
 
-# The questions of the summary: of which training to which other one is the difference.
+# The comparisons of the summary: a kind of training and the base that it is compared with.
 COMPARISONS = {
     "stochastic depth over plain": (("stochastic_depth", "arithmetic"), ("vanilla", "steps")),
     "feature reuse over plain": (("feature_reuse", "arithmetic"), ("vanilla", "steps")),
@@ -201,14 +201,14 @@ COMPARISONS = {
     ),
     "feature reuse at 65 % over plain": (("feature_reuse", "arithmetic-65"), ("vanilla", "steps")),
 }
-# Those that the goal of the study names.
+# The comparisons in the goal of the study.
 GOAL = ("feature reuse over plain", "feature reuse over stochastic depth", "feature reuse at 65 % over plain")
-# The two kinds of training of which users want to know whether they gain.
+# The two kinds of training in the table of gains.
 RULED = ("stochastic depth", "feature reuse")
 
 
 def compared(groups: Groups, options: str = "") -> dict[str, list[float]]:
-    """The differences of each comparison, with these options on both sides; plain training has none."""
+    """Return the differences of each comparison, with these options on both sides, except for plain training."""
 
     def of(arm: str, budget: str) -> Group | None:
         return groups.get((arm, "" if arm in PLAIN else options, budget))
@@ -217,12 +217,12 @@ def compared(groups: Groups, options: str = "") -> dict[str, list[float]]:
 
 
 def options_of(groups: Groups) -> list[str]:
-    """The defaults, and all other options with which feature reuse or stochastic depth was run."""
+    """Return the defaults, and all other options with which feature reuse or stochastic depth was run."""
     return sorted({""} | {options for arm, options, _ in groups if arm in ("feature_reuse", "stochastic_depth")})
 
 
 def summary(found: dict[Cell, Groups]) -> list[str]:
-    """The comparisons of all tasks and models in one table, then in words."""
+    """Return the comparisons of all tasks and models, in one table and then in words."""
     rows = []
     words: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = defaultdict(dict)
     for (task, model_type), groups in found.items():
@@ -241,7 +241,7 @@ def summary(found: dict[Cell, Groups]) -> list[str]:
 
 
 def verdict(models: dict[str, dict[str, list[float]]], name: str) -> str:
-    """On which models a difference is significant, in words; empty if no model has two seeds."""
+    """Return on which models a difference is significant, in words; empty if no model has two seeds."""
     found: dict[str, list[str]] = {
         "significantly better": [],
         "no significant difference": [],
@@ -260,7 +260,7 @@ def listed(names: list[str]) -> str:
 
 
 def rule_table(found: dict[Cell, Groups]) -> list[str]:
-    """The gain against how far plain training's training loss ends below its test loss, in the order of that ratio."""
+    """Return the gains, sorted by the ratio of plain training's final training loss to its test loss."""
     rows = []
     for (task, model_type), groups in found.items():
         plain = groups.get(BASE)
@@ -279,7 +279,7 @@ def rule_table(found: dict[Cell, Groups]) -> list[str]:
 
 
 def unscaled_table(found: dict[Cell, Groups]) -> list[str]:
-    """The study before scaling, at equal arithmetic."""
+    """Return the study before scaling, at equal arithmetic."""
     rows = []
     for (task, model_type), groups in found.items():
         values, plain = compared(groups), groups[BASE]
@@ -294,7 +294,7 @@ def unscaled_table(found: dict[Cell, Groups]) -> list[str]:
 
 
 def search(lines: list[Line], steps: int | None = None) -> list[str]:
-    """Every setting that was tried on validation images: tables of learning rates and of the rest for each task."""
+    """Return all settings tried on validation images: for each task a table of learning rates and one of the rest."""
     tried = [line for line in lines if line["split"] == "validation" and line["steps"] == steps]
     by_setting = grouped(tried, lambda line: (line["arm"], other_options(line), other_recipe(line), line["budget"]))
     parts = []
@@ -306,7 +306,7 @@ def search(lines: list[Line], steps: int | None = None) -> list[str]:
 
 
 def settings_table(models: dict[str, Groups]) -> list[str]:
-    """Accuracy points over plain training with its chosen recipe; other learning rates are in a table of their own."""
+    """Return accuracy points over plain training with its chosen recipe; learning rates have a separate table."""
     base = ("vanilla", "", "", "steps")
     keys = {key for groups in models.values() for key in groups if key != base and (key[1] or not only_rate(key[2]))}
     rows = []
@@ -322,7 +322,7 @@ def settings_table(models: dict[str, Groups]) -> list[str]:
 
 
 def rate_table(lines: list[Line]) -> list[str]:
-    """Accuracy at each learning rate, all other options as chosen; the chosen rate is bold."""
+    """Return accuracy at each learning rate with all other options as chosen; the chosen rate is bold."""
     found: dict = defaultdict(lambda: defaultdict(list))
     for line in lines:
         recipe = other_recipe(line)
@@ -344,5 +344,5 @@ def rate_table(lines: list[Line]) -> list[str]:
 
 
 def only_rate(changes: str) -> bool:
-    """Whether a recipe differs in its learning rate and in nothing else."""
+    """Return whether a recipe differs only in its learning rate."""
     return changes.startswith("learning_rate=") and ", " not in changes

@@ -1,4 +1,4 @@
-"""Time Mixup, CutMix, RandAugment and the average of the weights on the CPU; medians, as a table.
+"""Time Mixup, CutMix, RandAugment and the weight average on the CPU, and print a table of medians.
 
 OMP_NUM_THREADS=1 python benchmarks/augmentation.py
 """
@@ -29,7 +29,7 @@ def median_ms(function: Callable[[], Any], repeats: int) -> float:
 
 
 def time_images(size: int, repeats: int) -> dict[str, float]:
-    """Return the operations on images of this side in pixels, by name."""
+    """Return the milliseconds of each operation on images of this size in pixels, by name."""
     batch, steps = torch.rand(64, 3, size, size), iter(range(10**6))
     noise = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), dtype=np.uint8)
     images, rows = [Image.fromarray(pixels) for pixels in noise], np.arange(16)
@@ -44,7 +44,7 @@ def time_images(size: int, repeats: int) -> dict[str, float]:
 
 
 def time_average(repeats: int) -> dict[str, float]:
-    """Return a weight average of a ViT."""
+    """Return the milliseconds of updating a weight average of a ViT, by name."""
     overrides = "hidden_size=384,num_hidden_layers=12,num_attention_heads=6,intermediate_size=1536"
     config = small_config("vit", 32, 10, [str(label) for label in range(10)], overrides)
     model = AutoModelForImageClassification.from_config(config)

@@ -1,10 +1,10 @@
-"""Measure accuracy, latency and size against depth: models trained in three ways, made shallower by greedy removal.
+"""Measure accuracy, latency and size over depth: models trained in three ways and pruned greedily.
 
     OMP_NUM_THREADS=1 python benchmarks/depth.py --data uoft-cs/cifar10 --json benchmarks/results/depth_vit_cpu.json
 
-trains a small ViT plainly, with stochastic depth and with feature reuse, with equal arithmetic: the cheaper a step,
-the more steps. Blocks to remove are chosen on images held out from training; the accuracies of the table are those on
-the test images. Every row is a model that `prune_blocks` made, measured by itself.
+trains a small ViT plainly, with stochastic depth and with feature reuse at equal arithmetic: cheaper steps mean more
+steps. Blocks to remove are chosen on images held out from training; accuracies in the table are on test images. Every
+row is a separate model from `prune_blocks`.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}",
-        # Only the name: a path of one machine means nothing elsewhere.
+        # Only the name: the path is specific to this machine.
         "settings": {key: value for key, value in vars(options).items() if key != "json"}
         | {"data": Path(options.data).name if options.data else "digits"},
         "arms": arms,

@@ -15,9 +15,9 @@ per arm:
 - *kernels*: the time of all kernels of one profiled step; with --no_profile it is left out.
 
 The last case trains from JPEG files: images per second of decoding, of the copy to the device, and of training, from
-the device's memory and from files. It needs the library datasets.
+device memory and from files. It needs the library datasets.
 
-Each case is appended to --out as soon as it is done, so that an interrupted run loses nothing.
+Each case is appended to --out as soon as it is done, so an interrupted run loses nothing.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Loop:
             torch.cuda.synchronize()
 
     def queue(self, arm: Arm, index: int) -> None:
-        """Take one optimizer step without waiting for the device."""
+        """Run one optimizer step without waiting for the device."""
         optimizer = self.optimizer(arm.model)
         samples = len(self.batch["labels"])
         with contextlib.nullcontext() if arm.reuse is None else arm.reuse.step(index, batch_size=samples):
@@ -215,7 +215,7 @@ class Loop:
 
 
 def make_arms(loop: Loop, blocks: list, rate: float) -> dict[str, Arm]:
-    """The rows of a case. The mean of a 1:1 cycle follows from its two kinds of step."""
+    """Return the arms of a case. The mean of a 1:1 cycle is computed from its two kinds of step."""
     case, model = loop.case, loop.model
 
     def arm(granularity: str, train_trunk: str, **cycle: int) -> Arm:
@@ -245,7 +245,7 @@ def make_arms(loop: Loop, blocks: list, rate: float) -> dict[str, Arm]:
 
 
 def measure(case: Case, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """All arms of a case, in turns."""
+    """Measure all arms of a case, in alternation."""
     loop = Loop(case, device, options.small, options.precision)
     blocks = find_residual_blocks(loop.model)
     with compile_blocks(blocks) if case.compiled else contextlib.nullcontext():
@@ -273,7 +273,7 @@ def measure(case: Case, device: torch.device, options: argparse.Namespace) -> di
 
 
 def warm_up(loop: Loop, arm: Arm, first: int, most: int = 12) -> int:
-    """Run until two steps in a row take about as long; give the number of steps."""
+    """Run until two steps in a row take about as long; return the number of steps."""
     last = loop.step(arm, first)[0]
     for index in range(1, most):
         before, last = last, loop.step(arm, first + index)[0]
@@ -283,7 +283,7 @@ def warm_up(loop: Loop, arm: Arm, first: int, most: int = 12) -> int:
 
 
 def note(loop: Loop, arm: Arm, index: int) -> None:
-    """Take one step and keep what it cost."""
+    """Run one step and record its cost."""
     if loop.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     device_ms, host_ms = loop.step(arm, index)
@@ -297,7 +297,7 @@ def note(loop: Loop, arm: Arm, index: int) -> None:
 
 
 def kernel_milliseconds(loop: Loop, arm: Arm, index: int) -> float:
-    """The time of all kernels of one step."""
+    """Return the total time of the kernels of one step."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -306,7 +306,7 @@ def kernel_milliseconds(loop: Loop, arm: Arm, index: int) -> float:
 
 
 def with_mean(arms: dict[str, Arm]) -> dict[str, Arm]:
-    """The arms, and the mean step of a 1:1 cycle of each granularity."""
+    """Return the arms, and the mean step of a 1:1 cycle for each granularity."""
     found = dict(arms)
     for ending in ("", " per sample"):
         pair = [arms.get(f"{kind}{ending}") for kind in ("stochastic depth", "masked freeze")]
@@ -333,7 +333,7 @@ def row(arm: Arm, base: float) -> dict[str, float | None]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """A case as a Markdown table."""
+    """Return a case as a Markdown table."""
     if "images per second" in record:
         lines = ["| stage | images per second |", "|---|---|"]
         return "\n".join(lines + [f"| {name} | {value:,.0f} |" for name, value in record["images per second"].items()])
@@ -347,7 +347,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def measure_files(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of the stages from JPEG files to trained steps, and of training with each of them."""
+    """Return images per second of each stage from JPEG files to training steps, and of training from each source."""
     from images import write_images
 
     from hf_featreuse.data import ImageCollator, TrainTransform, load_image_data
@@ -407,7 +407,7 @@ def moved(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, tor
 
 
 def rate(loop: Loop, case: Case, steps: int, stage: Callable[[int], object]) -> float:
-    """Return the images per second of a stage that takes a batch at a time, the device's work included."""
+    """Return images per second of a stage that takes one batch at a time, including work on the device."""
     loop.wait()
     started = time.perf_counter()
     for index in range(steps):
@@ -443,7 +443,7 @@ def main() -> None:
         try:
             record = run()
         except (RuntimeError, ImportError, torch.cuda.OutOfMemoryError) as error:
-            # One case that fails must not cost the others their turn on a borrowed device.
+            # The other cases run even if one fails.
             print(f"{title} failed: {type(error).__name__}: {str(error)[:500]}", flush=True)
             continue
         with options.out.open("a", encoding="utf-8") as file:

@@ -1,10 +1,10 @@
-"""Measure images per second from JPEG files to trained steps: of each stage, and of plain and feature-reuse training.
+"""Measure images per second from JPEG files to training steps: of each stage, and of plain and feature-reuse training.
 
     OMP_NUM_THREADS=2 python benchmarks/images.py --json benchmarks/results/images_vit_cpu.json
 
 Writes JPEG files of 500 x 375 pixels, smooth noise at quality 90, and reads them as the training example does: decode,
-random crop to 224 pixels and flip, collate. Each stage runs by itself on one core; then Trainer and
-FeatureReuseTrainer train on the files in turn, and again on one batch in memory, which shows the cost of reading.
+random crop to 224 pixels and flip, collate. Each stage is timed separately on one core; then Trainer and
+FeatureReuseTrainer train in turn on the files, and on one batch in memory, which shows the cost of reading.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hf_featreuse.data import ImageCollator, ImageSplit, TrainTransform, load_im
 from hf_featreuse.small_models import small_config, small_image_processor
 
 SIZE = 224
-# Seconds for which a stage is timed.
+# Seconds per timed stage.
 SECONDS = 2.0
 UNIFORM = {"drop_rate": 0.5, "drop_rate_schedule": "uniform"}
 ARMS = {
@@ -52,7 +52,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def rate(stage: Callable[[], object], images: int) -> float:
-    """Return the images per second of a stage that processes `count` images at a time."""
+    """Return the images per second of a stage that processes `images` images per call."""
     stage()
     started, calls = time.perf_counter(), 0
     while time.perf_counter() - started < SECONDS:
@@ -62,7 +62,7 @@ def rate(stage: Callable[[], object], images: int) -> float:
 
 
 def measure_stages(files: list[Path], split: ImageSplit, collator: ImageCollator) -> dict[str, float]:
-    """Return the images per second of each stage before the model, by itself on one core."""
+    """Return the images per second of each stage before the model, timed separately on one core."""
     count, transform = len(files), TrainTransform((SIZE, SIZE), seed=0)
     encoded = [file.read_bytes() for file in files]
     decoded = [decode(data) for data in encoded]
@@ -131,12 +131,12 @@ def main() -> None:
     parser.add_argument(
         "--config_overrides",
         default="hidden_size=384,num_hidden_layers=12,num_attention_heads=6,intermediate_size=1536",
-        help="Images per batch of a ViT at 224 pixels.",
+        help="Configuration of the ViT at 224 pixels.",
     )
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="Workers that read; each is tried.")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="Numbers of data workers to time.")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8, help="Optimizer steps per round of each; two are a warm-up.")
+    parser.add_argument("--steps", type=int, default=8, help="Optimizer steps per round; the first two are warm-up.")
     parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()

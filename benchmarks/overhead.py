@@ -1,4 +1,4 @@
-"""What the method costs beside the time of a step: memory, its own overhead, finding the blocks."""
+"""Measure costs of the method other than step time: memory, overhead, finding the blocks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MEBIBYTE = 2**20
 
 
 def kind_row(kind: str, granularity: str) -> str:
-    """Name of the row of a kind of step."""
+    """Return the name of the row of a kind of step."""
     return kind if granularity == "batch" else f"{kind} by sample"
 
 
 def measure_overhead(trainer: FeatureReuseTrainer, options: argparse.Namespace, steps: int = 400) -> float:
-    """Milliseconds a step that plan, contexts and logging take by themselves: the step with nothing inside."""
+    """Return the milliseconds per step of plan, contexts and logging, measured with empty steps."""
     loss = torch.zeros((), device=trainer.args.device)
     started = time.perf_counter()
     for step in range(steps):
@@ -33,7 +33,7 @@ def measure_overhead(trainer: FeatureReuseTrainer, options: argparse.Namespace, 
 
 
 def measure_discovery(model: nn.Module, image_size: int, repeats: int = 15) -> float:
-    """Time to find the blocks, in forwards of the same batch of one; medians of alternating calls."""
+    """Return the time to find the blocks, in forward passes of a batch of one; medians of alternating calls."""
     inputs = {"pixel_values": torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)}
     forwards, searches = [], []
     for _ in range(repeats):
@@ -47,7 +47,7 @@ def measure_discovery(model: nn.Module, image_size: int, repeats: int = 15) -> f
 
 
 def measure_memory(trainers: dict[str, FeatureReuseTrainer], options: argparse.Namespace) -> dict[str, float]:
-    """Largest memory of a step in megabytes, by row, over the first plans of each schedule."""
+    """Return the largest memory of a step in MiB, by row, over the first plans of each schedule."""
     memory: dict[str, float] = {}
     for name, trainer in trainers.items():
         model, reuse = trainer.model, trainer.feature_reuse
@@ -69,7 +69,7 @@ def measure_memory(trainers: dict[str, FeatureReuseTrainer], options: argparse.N
 
 @contextlib.contextmanager
 def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that is saved for backward inside, weights left out."""
+    """Record the bytes of each storage that is saved for backward, except weights."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -84,7 +84,7 @@ def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
 
 
 def step_memory(model, reuse: FeatureReuse, step: int, batch: dict[str, torch.Tensor]) -> float:
-    """Memory of one step in megabytes."""
+    """Return the memory of one step in MiB."""
     is_cuda = batch["labels"].is_cuda
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()

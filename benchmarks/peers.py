@@ -1,4 +1,4 @@
-"""Drop path of another library around the blocks of a model, to compare with."""
+"""Drop path of other libraries around the blocks of a model, for comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_featreuse import find_residual_blocks
 
 
 def with_drop_path(model: nn.Module, rates: list[float], drop_path: type[nn.Module]) -> nn.Module:
-    """A copy of the model with drop path of another library around its residual blocks."""
+    """Return a copy of the model with drop path of another library around its residual blocks."""
     model = copy.deepcopy(model)
     for block, rate in zip(find_residual_blocks(model), rates, strict=True):
         layer = drop_path(rate)

@@ -1,10 +1,9 @@
-"""Speed on two architectures at several drop rates, and the tables and the picture of docs/performance.md.
+"""Measure speed on two architectures at several drop rates, and write tables and plot of docs/performance.md.
 
     OMP_NUM_THREADS=2 python benchmarks/performance.py
 
-Each of `CASES` is one interleaved run of benchmarks/speed.py, kept in benchmarks/results; one that is there is not run
-again, unless --again. `--report` only writes the page, whose text between the markers is replaced, and prints the full
-tables.
+Each of `CASES` is one interleaved run of benchmarks/speed.py, saved in benchmarks/results; a saved case is run again
+only with --again. `--report` only replaces the text between the markers of the page, and prints the full tables.
 """
 
 from __future__ import annotations
@@ -53,13 +52,13 @@ COLOURS = dict(zip(SHOWN, ("#CC79A7", "#009E73", "#56B4E9"), strict=True))
 
 
 def load() -> dict[str, dict]:
-    """Results by name, of the cases that were run."""
+    """Return the results of the cases that were run, by name."""
     found = {name: RESULTS / f"{name}.json" for name in CASES}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
 
 
 def plot(found: dict[str, dict], path: Path) -> None:
-    """Time of a mean step against the stock Trainer's, with the share of arithmetic, a panel for each case."""
+    """Plot the mean step time relative to the stock Trainer's and the share of arithmetic, a panel for each case."""
     rows = math.ceil(len(found) / _COLUMNS)
     figure = Figure(figsize=(3 * _COLUMNS, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -87,7 +86,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
 
 
 def summary(found: dict[str, dict]) -> str:
-    """One table: the time of each kind of step as a ratio to the stock Trainer's, and its share of arithmetic."""
+    """Return a table of the time of each kind of step relative to the stock Trainer's, and its share of arithmetic."""
     headings = [CASES[name][0].replace(" layers on 65 tokens", "").replace(" at 64 pixels", "") for name in found]
     lines = [["step", *headings], ["---"] * (1 + len(found))]
     seconds = [case["seconds"] for case in found.values()]
@@ -103,7 +102,7 @@ def summary(found: dict[str, dict]) -> str:
 
 
 def page(found: dict[str, dict]) -> str:
-    """What stands between the markers."""
+    """Return the text between the markers."""
     alternative = "Time of a mean step against the stock Trainer's, with the share of arithmetic"
     parts = [f"![{alternative}](images/performance.png)", "", summary(found), ""]
     where = sorted({f"{case['device']}, {case['threads']} threads, {case['versions']}." for case in found.values()})
@@ -117,8 +116,8 @@ def page(found: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="Run what was run before.")
-    parser.add_argument("--report", action="store_true", help="Run nothing, write the page, print the tables.")
+    parser.add_argument("--again", action="store_true", help="Also run the saved cases again.")
+    parser.add_argument("--report", action="store_true", help="Only write the page and print the tables.")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     for name, (title, arguments) in [] if options.report else CASES.items():

@@ -147,7 +147,7 @@ def hidden_from(parts: Parts, row: str, ranks: int, hardware: Hardware) -> int:
     """Return the images per rank from which the mean backward of these steps hides the mean traffic of DDP."""
     draws = ROWS[row](len(parts.blocks))
     steps = [ddp_step(parts, plan, ranks, 1, hardware) for plan in draws]
-    speed = hardware.peak * hardware.utilisation
+    speed = hardware.peak * hardware.utilization
     backward = statistics.fmean(parts.arithmetic(plan)[1] for plan in draws) / speed
     return math.ceil(statistics.fmean(step.wire for step in steps) / hardware.link / backward)
 

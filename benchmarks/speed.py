@@ -3,15 +3,15 @@
     OMP_NUM_THREADS=2 python benchmarks/speed.py
     OMP_NUM_THREADS=2 python benchmarks/speed.py --granularity batch sample --peers
 
-Rounds of the trainers take turns on copies of one model, so that a machine whose speed drifts slows all alike. Each
-time is printed as a ratio to the plain step's, next to the share of arithmetic: a skipped block
-costs nothing; masked freeze runs the whole forward, input gradients down to the lowest block that trains, and weight
-gradients of the blocks that train. The peers are the stock Trainer with the DropPath of transformers, and that of timm
-where it is installed, around the same blocks at the same rates: they compute every sample and mask some.
+Rounds of the trainers alternate on copies of one model, so that drifts of the machine's speed affect all alike. Each
+time is printed as a ratio to the plain step's, next to the share of arithmetic: a skipped block costs nothing; masked
+freeze runs the whole forward pass, input gradients down to the lowest block that trains, and weight gradients of the
+blocks that train. The peers are the stock Trainer with the DropPath of transformers and, if installed, of timm around
+the same blocks at the same rates: they compute every sample and mask some.
 
-This is the script for a CPU, and for what a Trainer adds to a step. On a GPU, run `device_speed.py`, which times with
-the device's own events and reports host and kernels apart. Here, the memory on a CUDA device is the peak allocated in
-a step; on a CPU it is the activations saved for backward plus the gradients.
+This script is for a CPU, and for the overhead of a Trainer. On a GPU, run `device_speed.py`, which times with device
+events and reports host and kernels separately. Here, the memory on a CUDA device is the peak allocated in a step; on
+a CPU it is the activations saved for backward plus the gradients.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config_overrides",
         default="hidden_size=384,num_hidden_layers=12,num_attention_heads=6,intermediate_size=1536,patch_size=4",
-        help="As of examples/run_image_classification.py; an empty string takes the small model of the type.",
+        help="As in examples/run_image_classification.py; an empty string is the small model of the type.",
     )
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -98,21 +98,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--unscaled", action="store_true", help="As scale_kept=False.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, default=9, help="Optimizer steps a round of each trainer; the first warms up."
+        "--steps", type=int, default=9, help="Optimizer steps per round of each trainer; the first is warm-up."
     )
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument(
         "--torch_compile",
         action="store_true",
-        help="Compile: FeatureReuseTrainer its blocks, Trainer the whole model. Three steps of each round warm up.",
+        help="Compile: FeatureReuseTrainer its blocks, Trainer the whole model. Three steps per round are warm-up.",
     )
-    parser.add_argument("--cpu", action="store_true", help="Stay on the CPU where there is a GPU.")
-    parser.add_argument("--json", type=Path, help="Write the figures to this file as well.")
+    parser.add_argument("--cpu", action="store_true", help="Use the CPU even if there is a GPU.")
+    parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
     return parser
 
 
 def timed_arguments(config, folder: str, options: argparse.Namespace, seed: int, **more):
-    """Arguments of a round: no logging, saving or evaluation between the steps."""
+    """Return the arguments of a round: no logging, saving or evaluation between the steps."""
     return config(
         output_dir=folder,
         per_device_train_batch_size=options.batch_size,
@@ -128,7 +128,7 @@ def timed_arguments(config, folder: str, options: argparse.Namespace, seed: int,
 
 
 def timed_training(trainer: Trainer, warm_up: int = 1) -> dict[int, float]:
-    """Train, and give the seconds of each optimizer step after those that warm up."""
+    """Train, and return the seconds of each optimizer step after the warm-up."""
     trainer.add_callback(timer := StepTimer(warm_up))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -136,7 +136,7 @@ def timed_training(trainer: Trainer, warm_up: int = 1) -> dict[int, float]:
 
 
 def make_trainer(cls, config, model, options: argparse.Namespace, folder: str, seed: int, **reuse):
-    """A trainer over fixed random images, with no logging, saving or evaluation between the steps."""
+    """Return a trainer over fixed random images."""
     size = options.image_size
     generator = torch.Generator().manual_seed(seed)
     data = [
@@ -195,7 +195,7 @@ def reuse_options(options: argparse.Namespace, granularity: str) -> dict:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Run all rounds; give times, bounds and memory by row of the table."""
+    """Run all rounds; return times, shares of arithmetic and memory by row of the table."""
     torch.manual_seed(0)
     settings = small_config(options.model_type, options.image_size, num_labels=10, overrides=options.config_overrides)
     model = transformers.AutoModelForImageClassification.from_config(settings)
@@ -226,14 +226,14 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def run_round(arm: Arm, options: argparse.Namespace, folder: str, seed: int) -> tuple[Trainer, dict[int, float]]:
-    """Train for a round; give the trainer and the seconds of each step."""
+    """Train for a round; return the trainer and the seconds of each step."""
     trainer = make_trainer(arm.trainer, arm.config, arm.model, options, folder, seed, **arm.reuse)
-    # Each kind of step makes a graph when it first comes.
+    # The first step of each kind compiles a graph.
     return trainer, timed_training(trainer, warm_up=3 if options.torch_compile else 1)
 
 
 def note_kinds(trainer, times: dict[int, float], name: str, options: argparse.Namespace, seconds, bounds) -> None:
-    """Add the times and the bounds of a round by kind of step."""
+    """Add the times and shares of arithmetic of a round by kind of step."""
     granularity = trainer.feature_reuse.schedule.drop_granularity
     for step, elapsed in times.items():
         plan = trainer.feature_reuse.plan(step, batch_size=options.batch_size)
@@ -244,7 +244,7 @@ def note_kinds(trainer, times: dict[int, float], name: str, options: argparse.Na
 
 
 def table(figures: dict) -> str:
-    """The figures as a Markdown table."""
+    """Return the figures as a Markdown table."""
     base = statistics.mean(figures["seconds"]["Trainer"])
     lines = [
         "| step | mean s | ratio to Trainer | share of arithmetic | ratio / share | memory MiB | steps |",
@@ -270,7 +270,7 @@ def table(figures: dict) -> str:
 
 
 def described(options: argparse.Namespace) -> dict:
-    """What figures were measured on, for JSON."""
+    """Return device, versions and settings of the figures, for JSON."""
     on_cpu = getattr(options, "cpu", False) or not torch.cuda.is_available()
     return {
         "device": "CPU" if on_cpu else torch.cuda.get_device_name(),
@@ -288,8 +288,8 @@ def main() -> None:
     print(f"{table(found)}\n")
     for name, milliseconds in found["overhead ms"].items():
         share = milliseconds / 1000 / statistics.mean(found["seconds"]["Trainer"])
-        print(f"{name}: plan, contexts and logging {milliseconds:.2f} ms a step, {share:.3%} of a plain step.")
-    print(f"Finding the blocks: {found['discovery in forwards']:.2f} forwards of a batch of one.")
+        print(f"{name}: plan, contexts and logging {milliseconds:.2f} ms per step, {share:.3%} of a plain step.")
+    print(f"Finding the blocks: {found['discovery in forwards']:.2f} forward passes of a batch of one.")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

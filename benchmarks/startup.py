@@ -1,4 +1,4 @@
-"""CPU time from the shell's Enter to the first line of output, for each verb of `featreuse` and for a mistyped one.
+"""Measure the CPU time of `featreuse` for the help of each verb, a mistyped verb and a short command.
 
     python benchmarks/startup.py
 
@@ -16,7 +16,7 @@ import sys
 
 
 def lines() -> list[str]:
-    """What is timed: the help of every verb that `featreuse --help` lists, and a few commands."""
+    """Return the command lines to time: the help of every verb that `featreuse --help` lists, and a few commands."""
     listed = subprocess.run(
         [sys.executable, "-m", "hf_featreuse", "--help"], capture_output=True, text=True, check=True
     )
@@ -25,7 +25,7 @@ def lines() -> list[str]:
 
 
 def cpu_seconds(line: str) -> float:
-    """CPU time of one run of the command, in the program and the system; 0 on Windows, which does not count it."""
+    """Return the user and system CPU time of one run of the command; 0 on Windows, which does not count it."""
     before = os.times()
     subprocess.run([sys.executable, "-m", "hf_featreuse", *line.split()], capture_output=True, check=False)
     after = os.times()

@@ -1,4 +1,4 @@
-"""The cost model of a step on N ranks: arithmetic, bytes on the wire, memory; see docs/distributed.md."""
+"""Cost model of a step on N ranks: arithmetic, bytes sent, memory; see docs/distributed.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hf_featreuse import StepCosts, StepKind, StepPlan
 
 VANILLA = StepPlan(StepKind.VANILLA)
-# Sizes of a number: a weight and its gradient in fp32; a weight as FSDP2 gathers it in bf16.
+# Bytes of a number: a weight and its gradient in fp32; a weight as FSDP2 gathers it in bf16.
 FULL, HALF = 4, 2
 
 
@@ -17,12 +17,12 @@ class Hardware:
 
     Args:
         peak (`float`): operations per second.
-        utilisation (`float`): share of them that training reaches.
+        utilization (`float`): share of them that training reaches.
         link (`float`): bytes per second that a GPU sends, and at the same time receives.
     """
 
     peak: float = 989e12
-    utilisation: float = 0.4
+    utilization: float = 0.4
     link: float = 450e9
 
 
@@ -40,7 +40,7 @@ class Parts:
         passing_trunk (`int`): the same if it is frozen between blocks that train.
 
     Raises:
-        ValueError: only a part of the trunk trains, `train_trunk="head"`, which is not modelled.
+        ValueError: `train_trunk="head"`, which is not supported.
     """
 
     blocks: tuple[int, ...]
@@ -53,7 +53,7 @@ class Parts:
 
     def __post_init__(self) -> None:
         if self.costs.train_trunk not in ("all", "none"):
-            raise ValueError(f'`train_trunk={self.costs.train_trunk!r}` is not modelled. Pass "all" or "none".')
+            raise ValueError(f'`train_trunk={self.costs.train_trunk!r}` is not supported. Pass "all" or "none".')
 
     @property
     def parameters(self) -> int:
@@ -150,7 +150,7 @@ class Step:
 
 def ddp_step(parts: Parts, plan: StepPlan, ranks: int, images: int, hardware: Hardware) -> Step:
     """Return the cost with DDP: a ring all-reduce sends 2 (N - 1) / N of the bytes, hidden behind backward."""
-    forward, backward = (work * images / (hardware.peak * hardware.utilisation) for work in parts.arithmetic(plan))
+    forward, backward = (work * images / (hardware.peak * hardware.utilization) for work in parts.arithmetic(plan))
     wire = 2 * (ranks - 1) / ranks * ddp_bytes(parts, plan)
     exposed = max(0.0, wire / hardware.link - backward)
     # Weights, two moments, DDP's buckets (by default gradients are not views of them), and autocast's bf16 weights.
@@ -165,7 +165,7 @@ def fsdp_step(parts: Parts, plan: StepPlan, ranks: int, images: int, hardware: H
 
     Gathers for the forward are hidden behind it, all else behind backward.
     """
-    forward, backward = (work * images / (hardware.peak * hardware.utilisation) for work in parts.arithmetic(plan))
+    forward, backward = (work * images / (hardware.peak * hardware.utilization) for work in parts.arithmetic(plan))
     found, share = fsdp_collectives(parts, plan), (ranks - 1) / ranks
     before, after = share * found.forward_bytes, share * (found.backward_bytes + found.reduced_bytes)
     exposed = max(0.0, before / hardware.link - forward) + max(0.0, after / hardware.link - backward)

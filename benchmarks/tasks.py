@@ -1,4 +1,4 @@
-"""What the models of the accuracy study learn: images, architectures and the length of a plain run."""
+"""Tasks of the accuracy study: images, architectures and the length of a plain run."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from hf_featreuse.data import load_image_data
+from hf_featreuse.data import RandAugment, load_image_data
 
 MODELS = ("vit", "convnext", "resnet")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt.
+    """One task.
 
     Args:
         image_size (`int`): in pixels.
@@ -25,9 +26,9 @@ class Task:
         data (`bool`): whether `--data` names the images; else they are scikit-learn's digits.
         train_images (`int`, *optional*): how many of the training images are used; `None` takes all.
         test_images (`int`, *optional*): how many of the test images are used; `None` takes all.
-        classes (`tuple[int, ...]`): the classes that are told apart.
+        classes (`tuple[int, ...]`): the classes of the task.
         start (`str`, *optional*): task whose plainly trained model the run starts from; `None` starts from scratch.
-        shift (`int`): pixels by which training images are shifted at random; flips too where it is not 0.
+        shift (`int`): largest random shift of training images in pixels; if it is not 0, they are also flipped.
         batch_size (`int`): images in an optimizer step.
         recipe (`dict`): what differs from `RECIPE`.
     """
@@ -56,7 +57,7 @@ _SIX, _FOUR = (0, 1, 2, 3, 4, 8), (5, 6, 7, 9)
 
 
 def _finetune(images: int, steps: int) -> Task:
-    """Four classes, learnt from so many images after plain training on the six others."""
+    """Return a task of four classes and so many images, after plain training on the six others."""
     return Task(
         32,
         steps,
@@ -91,12 +92,12 @@ TASKS = {
     "finetune": _finetune(400, 200),
     "finetune-more": _finetune(2000, 400),
 }
-# Peak of the one-cycle schedule, AdamW's weight decay, label smoothing, standard deviation of a model's first weights.
+# Peak learning rate, AdamW's weight decay, label smoothing, standard deviation of the initial weights.
 RECIPE = {"learning_rate": 1e-3, "weight_decay": 0.05, "label_smoothing": 0.0, "first_weights": None}
 
 
-# The best of three learning rates for each arm, on the validation split; see the search in docs/results.md. Options of
-# the method that have a rate of their own follow the arm.
+# The best of three learning rates for each arm, on the validation split; see the search in docs/results.md. Options
+# of the method with another rate follow the name of the arm.
 _LEARNING_RATES = {
     ("cifar10-long", "vit"): {
         "vanilla": 1e-3,
@@ -116,10 +117,15 @@ _LEARNING_RATES = {
 
 
 def recipe_of(task: str, model_type: str, arm: str, options: str = "") -> dict[str, Any]:
-    """The recipe with which an arm is compared, whole; with options of the method that are not its defaults."""
+    """Return the whole recipe of an arm; `options` are options of the method that differ from its defaults."""
     rates = _LEARNING_RATES.get((task, model_type), {})
     chosen = rates.get(f"{arm} {options}", rates.get(arm))
     return RECIPE | TASKS[task].recipe | ({} if chosen is None else {"learning_rate": chosen})
+
+
+def scaled(pixels: torch.Tensor) -> torch.Tensor:
+    """Bytes as numbers from -1 to 1."""
+    return pixels.float().div_(127.5).sub_(1)
 
 
 class Images(torch.utils.data.Dataset):
@@ -137,13 +143,13 @@ class Images(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.pixels[index].float().div_(127.5).sub_(1), "labels": self.labels[index]}
+        return {"pixel_values": scaled(self.pixels[index]), "labels": self.labels[index]}
 
     def rows(self, rows: np.ndarray | slice) -> Images:
         return Images(self.pixels[rows], self.labels[rows])
 
     def of_classes(self, classes: tuple[int, ...]) -> Images:
-        """The images of these classes, numbered from 0 in their order."""
+        """Return the images of these classes, numbered from 0 in their order."""
         if len(classes) == 10:
             return self
         found = self.rows(np.flatnonzero(np.isin(self.labels.numpy(), classes)))
@@ -151,7 +157,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class ShiftedImages(Images):
-    """Images to train on, shifted by up to `shift` pixels and flipped at random: the same for every arm of a seed."""
+    """Training images, randomly shifted by up to `shift` pixels and flipped, the same for every arm of a seed."""
 
     def __init__(self, images: Images, shift: int, seed: int) -> None:
         padding = ((0, 0), (0, 0), (shift, shift), (shift, shift))
@@ -167,7 +173,7 @@ class ShiftedImages(Images):
 
 @functools.cache
 def _decoded(data_name: str | None) -> tuple[Images, Images]:
-    """All training and test images as bytes."""
+    """Return all training and test images as bytes."""
     splits = load_image_data(data_name, splits=("train", "validation", "test")).splits
     parts = []
     for split in (splits["train"], splits.get("test") or splits["validation"]):

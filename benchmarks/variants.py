@@ -1,13 +1,14 @@
-"""Options of the method that the package does not offer: they are tried here first, in the same comparison.
+"""Options of the method that the package does not offer, for trying them in the same comparison.
 
-- `second_batch="same"`: all steps of a cycle take the batch of its first step.
-- `join_gradients=True`: one optimizer step takes the gradients of two passes over one batch. The dropped blocks learn
-  from the whole network and the kept blocks from the thinned one; the trunk learns from both.
-- `distillation`: weight, from 0 to 1, with which the whole network teaches the thinned one on the same batch. The loss
-  of a thinned pass is then `(1 - weight) * loss + weight * cross_entropy(logits, softmax(logits of the full pass))`,
-  and no gradient reaches the teacher. The full pass has to come first: in a joined step it does, else it is a plain
-  step at the start of the cycle (`vanilla_steps`). Source: cosub, arXiv 2212.04884, without its extra forward.
-- `freeze_learning_rate`: the learning rate of masked-freeze steps, relative to that of the others.
+- `second_batch="same"`: all steps of a cycle use the batch of its first step.
+- `join_gradients=True`: one optimizer step sums the gradients of two passes over one batch. The dropped blocks get
+  theirs from the whole network, the kept blocks from the network without the dropped ones, the trunk from both.
+- `distillation`: weight, from 0 to 1, of the distillation loss from the whole network to the network without the
+  dropped blocks, on the same batch. The loss of that pass is then
+  `(1 - weight) * loss + weight * cross_entropy(logits, softmax(logits of the full pass))`, without gradient to the
+  teacher. The full pass must come first: in a joined step it does, otherwise it is a plain step at the start of the
+  cycle (`vanilla_steps`). Source: cosub, arXiv 2212.04884, without its extra forward pass.
+- `freeze_learning_rate`: learning rate of masked-freeze steps, relative to that of the others.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class VariantTrainer(FeatureReuseTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _continues_cycle(self) -> bool:
-        """Whether this step lies in the window and is not the first of its cycle."""
+        """Return whether this step is in the window and not the first of its cycle."""
         schedule, step = self.feature_reuse.schedule, self.state.global_step
         after_end = schedule.last_step is not None and step > schedule.last_step
         if not schedule.alternates or step < schedule.first_step or after_end:
@@ -136,10 +137,10 @@ class _FreezeLearningRate(TrainerCallback):
 
 
 def mean_share(args: VariantConfig, costs: StepCosts, num_blocks: int, steps: int) -> float:
-    """Mean arithmetic of an optimizer step, as a share of a plain one, of a run of so many steps.
+    """Return the mean arithmetic of an optimizer step in a run of so many steps, as a share of a plain step.
 
-    A joined step that drops a block costs two passes; one that drops nothing has only its scaled pass over all blocks,
-    which costs as much as a plain step.
+    A joined step that drops a block costs two passes; one that drops nothing has a single pass over all blocks, which
+    costs as much as a plain step.
     """
     schedule = args.schedule(num_blocks, steps, args.seed)
     plans = [schedule.plan(step, batch_size=args.per_device_train_batch_size) for step in range(steps)]

@@ -2,9 +2,9 @@
 
     python examples/feature_reuse_figure.py
 
-takes the setting of Figure 1 of ResidualDroppath (arXiv 2411.09475): a residual network of linear layers, depth 32,
+uses the setting of Figure 1 of ResidualDroppath (arXiv 2411.09475): a residual network of linear layers, depth 32,
 hidden dimension 32. All that is known of that figure is that it shows the feature distribution over depth. The data,
-the ReLU before each linear layer, initialisation, optimizer, rate and schedule are choices of this example.
+the ReLU before each linear layer, initialization, optimizer, rate and schedule are choices of this example.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_featreuse import FeatureReuse, FeatureReuseSchedule, find_residual_block
 # Steps of stochastic depth and of masked freeze per cycle.
 METHODS = {"plain training": (0, 0), "stochastic depth": (1, 0), "feature reuse": (1, 1)}
 DATA = {"digits": "handwritten digits", "moons": "two moons"}
-COLOURS = [
+COLORS = [
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"),
     *("#56B4E9", "#F0E442", "#666666", "#000000", "#882255"),
 ]
@@ -52,7 +52,7 @@ class Network(nn.Module):
         self.stem = nn.Linear(inputs, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.head = nn.Linear(width, classes)
-        # The sum of all branches, not each of them, is of the size of the stream.
+        # The sum of all branches, not each branch, has the scale of the stream.
         for block in self.blocks:
             nn.init.normal_(block.linear.weight, std=(2 / (width * depth)) ** 0.5)
             nn.init.zeros_(block.linear.bias)
@@ -73,7 +73,7 @@ class Network(nn.Module):
 
 @dataclass
 class Split:
-    """Return centred and scaled training and test samples."""
+    """Centered and scaled training and test samples."""
 
     train_x: torch.Tensor
     train_y: torch.Tensor
@@ -120,9 +120,9 @@ def train(data: Split, method: str, options: argparse.Namespace) -> Network:
 
 @torch.no_grad()
 def describe(model: Network, data: Split) -> dict[str, float]:
-    """Return the accuracy, whole and with one block dropped, and the similarity of features at neighbouring depths.
+    """Return accuracy, of the whole network and without one block, and the similarity of features at adjacent depths.
 
-    The distance is the 1-Wasserstein distance of all feature values, standardised at each depth to compare shapes.
+    The distance is the 1-Wasserstein distance of all feature values, standardized at each depth to compare shapes.
     """
 
     def accuracy() -> float:
@@ -179,11 +179,11 @@ def draw(name: str, data: Split, models: dict[str, Network], figures: dict[str, 
 
 
 def draw_density(axis: Any, values: torch.Tensor, limit: float) -> None:
-    """Draw the histogram of all feature values at each depth as colour, with the median and two bands."""
-    # Values grow over the depth by a factor, so the scale is linear near zero and logarithmic beyond.
+    """Draw the histogram of all feature values at each depth as color, with the median and two bands."""
+    # Values grow with depth by orders of magnitude, so the scale is linear near zero and logarithmic beyond.
     bins = np.sinh(np.linspace(-np.arcsinh(limit), np.arcsinh(limit), 121))
     counts = np.stack([np.histogram(at.numpy(), bins)[0] for at in values])
-    # Each depth is scaled by its own peak, or the widest ones would fade.
+    # Each depth is scaled by its peak; otherwise the widest ones would fade.
     shade = counts / counts.max(1, keepdims=True)
     axis.pcolormesh(np.arange(len(values) + 1) - 0.5, bins, shade.T, cmap="Blues", vmax=1.3, rasterized=True)
     axis.set_yscale("asinh", linear_width=1.0)
@@ -199,15 +199,15 @@ def draw_density(axis: Any, values: torch.Tensor, limit: float) -> None:
 
 def draw_planes(axes: Any, values: torch.Tensor, labels: torch.Tensor, shown: list[int]) -> None:
     """Draw samples by class on the first two principal axes of the features of all depths, one plane per method."""
-    centred = values[shown] - values[shown].mean(1, keepdim=True)
+    centered = values[shown] - values[shown].mean(1, keepdim=True)
     # The same spread at every depth, so that one plane shows the arrangement at all of them.
-    centred = centred / centred.square().mean((1, 2), keepdim=True).sqrt()
-    _, _, directions = torch.linalg.svd(centred.flatten(0, 1), full_matrices=False)
-    flat = centred @ directions[:2].T
+    centered = centered / centered.square().mean((1, 2), keepdim=True).sqrt()
+    _, _, directions = torch.linalg.svd(centered.flatten(0, 1), full_matrices=False)
+    flat = centered @ directions[:2].T
     reach = flat.abs().flatten(0, 1).quantile(0.995, 0).mul(1.1).tolist()
-    colours = [COLOURS[int(label)] for label in labels]
+    colors = [COLORS[int(label)] for label in labels]
     for axis, points in zip(axes, flat, strict=True):
-        axis.scatter(points[:, 0], points[:, 1], c=colours, s=4, alpha=0.7, linewidths=0)
+        axis.scatter(points[:, 0], points[:, 1], c=colors, s=4, alpha=0.7, linewidths=0)
         axis.set(xlim=(-reach[0], reach[0]), ylim=(-reach[1], reach[1]), xticks=[], yticks=[])
 
 

@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-# Under its short name transformers 5.17 asks for torchvision, which it does not need.
+# `from transformers import AutoImageProcessor` needs torchvision in transformers 5.17.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_featreuse import FeatureReuseConfig, FeatureReuseError, FeatureReuseTrainer, find_residual_blocks
@@ -40,7 +40,7 @@ from hf_featreuse.data.metrics import build_compute_metrics, rank_top_k
 
 @dataclass
 class LoraArguments:
-    """What to fine-tune, on what, and how large the adapters are."""
+    """Options of the model, the data and the adapters."""
 
     model_name_or_path: str = field(
         default="google/vit-base-patch16-224-in21k", metadata={"help": "Checkpoint to fine-tune."}
@@ -48,20 +48,20 @@ class LoraArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set on the Hub or a local folder. Default: the handwritten digits."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many images at most."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "An adapter's output is scaled by lora_alpha / lora_rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of an adapter."})
     modules_to_save: list[str] = field(
         default_factory=lambda: ["classifier"],
         metadata={
-            "help": "Parts outside the blocks that train as a whole; in masked-freeze steps only if --train_trunk "
-            "covers them."
+            "help": "Modules outside the blocks that train fully; in masked-freeze steps only if --train_trunk "
+            "includes them."
         },
     )
     merged_dir: str | None = field(
-        default=None, metadata={"help": "Also write the model with the adapters merged into its weights there."}
+        default=None, metadata={"help": "Folder to also save the model with the adapters merged into its weights."}
     )
 
 
@@ -99,7 +99,7 @@ def run(argv: list[str]) -> None:
             splits=["train", "validation"],
         )
     processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
-    # A head for these very classes keeps their order.
+    # Keep the order of the classes if the head of the checkpoint is for the same classes.
     data = in_order_of(data, class_names(AutoConfig.from_pretrained(arguments.model_name_or_path)))
     model = AutoModelForImageClassification.from_pretrained(
         arguments.model_name_or_path,

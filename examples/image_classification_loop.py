@@ -17,12 +17,12 @@ from hf_featreuse.data import ImageCollator
 from hf_featreuse.program import Setup
 from hf_featreuse.trainer.step_log import StepLog
 
-# Of the options that FeatureReuseConfig adds to those of the method and of Trainer, what the loop follows.
+# Options of FeatureReuseConfig, other than those of the method and of Trainer, that the loop supports.
 FOLLOWED = {"mixup_alpha", "cutmix_alpha", "ema_decay"}
 
 
 def check_followed(setup: Setup) -> None:
-    """Refuse options of this package that only FeatureReuseTrainer follows."""
+    """Raise for options of this package that only FeatureReuseTrainer supports."""
     elsewhere = {
         field.name for kind in (TrainingArguments, FeatureReuseArguments) for field in dataclasses.fields(kind)
     }
@@ -38,7 +38,7 @@ def check_followed(setup: Setup) -> None:
 
 
 def make_optimizer(model: PreTrainedModel, args: FeatureReuseConfig) -> torch.optim.Optimizer:
-    """The optimizer that Trainer would make: as `--optim` says, without weight decay on biases and norms."""
+    """Return the optimizer that Trainer would create: `--optim`, without weight decay on biases and norms."""
     undecayed = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], undecayed))
     named = [(name in decayed, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -51,7 +51,7 @@ def make_optimizer(model: PreTrainedModel, args: FeatureReuseConfig) -> torch.op
 
 
 def make_loader(setup: Setup, split: str, accelerator: Accelerator) -> DataLoader:
-    """A loader for a loop without a Trainer; that of the training split shuffles as Trainer's does."""
+    """Return a loader for a loop without a Trainer; that of the training split shuffles as Trainer's does."""
     args, train = setup.args, split == "train"
     loader = DataLoader(
         setup.splits[split],
@@ -61,7 +61,7 @@ def make_loader(setup: Setup, split: str, accelerator: Accelerator) -> DataLoade
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
     )
-    # `accelerator.prepare` would put the sampler, and with it the data set, into every checkpoint.
+    # `accelerator.prepare` would save the sampler, and with it the data set, in every checkpoint.
     return prepare_data_loader(
         loader,
         accelerator.device,
@@ -75,7 +75,7 @@ def make_loader(setup: Setup, split: str, accelerator: Accelerator) -> DataLoade
 
 
 class Progress:
-    """Where training is and what was logged, for accelerate's `save_state`."""
+    """The position of training and the log, for accelerate's `save_state`."""
 
     def __init__(self, device: torch.device) -> None:
         self.step, self.history = 0, []

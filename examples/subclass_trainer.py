@@ -1,4 +1,4 @@
-"""Your own trainer on top of FeatureReuseTrainer: a focal loss, and only blocks of the later half.
+"""Subclass FeatureReuseTrainer: a focal loss, and only blocks of the second half.
 
 python examples/subclass_trainer.py
 """

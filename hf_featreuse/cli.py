@@ -1,9 +1,9 @@
-"""The console command `featreuse`: a table of verbs; each has a module of its name in `hf_featreuse.commands`.
+"""The console command `featreuse`: a table of verbs; each has a module of the same name in `hf_featreuse.commands`.
 
-Results go to stdout. What went wrong goes to stderr, in one line, and the exit code is 1, or 2 if the command line
-cannot be read. Dashes and underscores are the same in the name of a flag. What either output holds of file names,
-models and servers is escaped where a terminal would obey it. An error that nobody foresaw is one line too;
-`python -X dev -m hf_featreuse ...` shows where it happened.
+Results go to stdout. Errors go to stderr, in one line, and the exit code is 1, or 2 if the command line cannot be
+parsed. Dashes and underscores are equivalent in the names of flags. Control characters in names of files and in text
+from models and servers are escaped in both outputs. An unexpected error is one line too;
+`python -X dev -m hf_featreuse ...` shows its traceback.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ class Verb:
     """One verb of the command.
 
     Args:
-        name (`str`): what the user types after `featreuse`; also of its module, which has `add_arguments(parser)` and
-            `run(options)`, called with stdout diverted to stderr, which returns the text for stdout. The module of a
-            program has `run_program(argv)`, which reads its own flags, prints as it runs and returns the exit code.
+        name (`str`): what the user types after `featreuse`, and the name of the module. The module defines
+            `add_arguments(parser)` and `run(options)`, which is called with stdout redirected to stderr and returns
+            the text for stdout. The module of a program defines `run_program(argv)`, which parses its own flags,
+            prints while it runs and returns the exit code.
         summary (`str`): one line for `featreuse --help`.
         description (`str`): for `featreuse NAME --help`.
-        is_program (`bool`, defaults to `False`): whether the module has `run_program`.
+        is_program (`bool`, defaults to `False`): whether the module defines `run_program`.
     """
 
     name: str
@@ -54,53 +55,56 @@ VERBS = (
         summary="show a model's residual blocks and what training them costs",
         description="Show the residual blocks of an image classifier in forward order, with their parameters, their "
         "share of the arithmetic of a step and their survival probability; the expected cost of each kind of step "
-        "against a vanilla step; and which modules cannot be skipped, and why. Reads the configuration alone.",
+        "relative to a vanilla step; and which modules cannot be skipped, and why. Reads only the configuration.",
     ),
     Verb(
         name="evaluate",
         summary="report accuracy by class, calibration and mistakes of a trained model",
-        description="Evaluate a trained image classifier on labelled images: accuracy with its 95 % interval, "
-        "precision, recall and F1 of each class, confusion matrix, calibration, and the most confident mistakes. "
+        description="Evaluate a trained image classifier on labeled images: accuracy with its 95 % confidence "
+        "interval, precision, recall and F1 of each class, confusion matrix, calibration, and the most confident "
+        "mistakes. "
         "Writes evaluation.json, plots and one self-contained index.html to a folder.",
     ),
     Verb(
         name="predict",
         summary="classify image files and write the predictions to a file",
         description="Classify image files, and the images in folders, with a trained image classifier, and write one "
-        "row per image to a CSV, JSON lines or Parquet file. Files that cannot be decoded are named and left out.",
+        "row per image to a CSV, JSON lines or Parquet file. Files that cannot be decoded are listed and left out.",
     ),
     Verb(
         name="analyze",
         summary="compare what the residual blocks of trained models do",
-        description="Compare trained image classifiers side by side: linear CKA between their blocks, the length of "
-        "what each block adds, accuracy without each block, without the last or random blocks, and after each depth. "
+        description="Compare trained image classifiers side by side: linear CKA between their blocks, the norm of "
+        "each block's residual branch, accuracy without each block, without the last or random blocks, and after each "
+        "depth. "
         "Writes analysis.json, plots and one self-contained index.html to a folder.",
     ),
     Verb(
         name="prune",
         summary="remove residual blocks and save a shallower model",
-        description="Remove residual blocks of a trained image classifier, named, or chosen by what the accuracy on "
-        "validation data misses least, and save an ordinary checkpoint of the same class. Its logits equal those of "
-        "the model that skips the blocks; what the configuration cannot express is refused.",
+        description="Remove residual blocks of a trained image classifier, either named or chosen so that accuracy on "
+        "validation data drops least, and save an ordinary checkpoint of the same class. Its logits equal those of "
+        "the model with the blocks skipped; a choice that the configuration cannot express is an error.",
     ),
     Verb(
         name="export",
         summary="write a trained model for another runtime and check its logits",
         description="Export a trained image classifier to ONNX, OpenVINO, ExecuTorch or a program of torch.export, "
-        "for any batch size. The saved export is loaded again; its logits are compared with those of the model, and "
-        "both are timed.",
+        "for any batch size. The export is loaded again, its logits are compared with those of the model, and both "
+        "are timed.",
     ),
     Verb(
         name="push",
         summary="publish a finished run or a saved model on the Hub",
         description="Push model, image processor, configuration, plot, results and model card of a folder to a "
-        "repository on the Hub, also again after a push that failed. Everything is checked first, nothing in the "
-        "folder changes, and optimizer states stay here unless --checkpoints is given.",
+        "repository on the Hub; a push that failed can be repeated. Everything is checked first, nothing in the "
+        "folder changes, and optimizer states are not pushed unless --checkpoints is given.",
     ),
     Verb(
         name="env",
         summary="list versions and devices for a bug report",
-        description="List the versions of Python, of this package and of what it uses, the platform and the devices.",
+        description="List the versions of Python, of this package and of its dependencies, the platform and the "
+        "devices.",
     ),
 )
 
@@ -134,13 +138,13 @@ def _run(options: argparse.Namespace) -> int:
     try:
         print(_encodable(printable(text, keep="\n")), flush=True)
     except BrokenPipeError:
-        # The reader, such as `head`, has seen enough; Python would complain of the rest once more when it ends.
+        # The reader, such as `head`, closed the pipe; Python would report the same error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    """The exit code of an action; an error becomes one line on stderr."""
+    """Run an action and return its exit code; an error becomes one line on stderr."""
     try:
         return action()
     except (FeatureReuseError, OSError) as error:
@@ -153,19 +157,19 @@ def _guarded(action: Callable[[], int]) -> int:
         if explained := torchvision_misfit(error):
             return _fail(str(explained))
         return _fail(
-            f"an error that was not foreseen: {kind_and_text(error)}. `python -X dev -m hf_featreuse` with the same "
-            "arguments shows where."
+            f"unexpected error: {kind_and_text(error)}. `python -X dev -m hf_featreuse` with the same arguments shows "
+            "the traceback."
         )
 
 
 def _check_words(options: argparse.Namespace) -> None:
-    """Refuse empty arguments, which a shell makes of variables that are not set: as a path one is the folder here."""
+    """Raise for empty arguments, as from a shell variable that is not set: as a path it is the working directory."""
     for name, value in vars(options).items():
         for word in value if isinstance(value, list) else [value]:
             if isinstance(word, str) and (not word.strip() or "\0" in word):
                 raise ConfigurationError(
-                    f"`{name}={word!r}` is {'empty' if not word.strip() else 'not a text'}. Pass a value, or leave it "
-                    "out."
+                    f"`{name}={word!r}` {'is empty' if not word.strip() else 'contains a null character'}. Pass a "
+                    "value, or leave it out."
                 )
 
 
@@ -175,20 +179,20 @@ def _fail(message: str, code: int = 1) -> int:
 
 
 def _encodable(text: str) -> str:
-    """The text with escapes for what the encoding of stdout lacks."""
+    """Return the text with characters escaped that the encoding of stdout lacks."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints quote no control characters."""
+    """A parser whose error messages escape control characters."""
 
     def error(self, message: str) -> NoReturn:
         super().error(flat(message))
 
 
 class _Version(argparse.Action):
-    """Prints the version, which only this option needs."""
+    """Print the version, which only this option imports."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from hf_featreuse import __version__
@@ -198,8 +202,8 @@ class _Version(argparse.Action):
 
 
 def _parser(named: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser, with the arguments of those verbs that are named: what they import takes time."""
-    parser = _Parser(prog="featreuse", description="Train residual image classifiers whose layers reuse features.")
+    """Return the parser, with arguments only of the verbs on the command line: their imports take time."""
+    parser = _Parser(prog="featreuse", description="Train residual image classifiers with feature reuse.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for verb in VERBS:
@@ -218,7 +222,7 @@ def _parser(named: Sequence[str]) -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep stdout clean, and libraries to their errors, while a verb runs."""
+    """Redirect stdout, and show only errors of libraries, while a verb runs."""
     import huggingface_hub.utils
     import transformers
 

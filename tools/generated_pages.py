@@ -1,8 +1,6 @@
-"""Write the page of all options.
+"""Write the page of all options, docs/options.md.
 
-    python tools/generated_pages.py
-
-writes docs/options.md.
+python tools/generated_pages.py
 """
 
 from __future__ import annotations
@@ -69,11 +67,11 @@ def parser_options(parser: argparse.ArgumentParser, *, skip: frozenset[str] = fr
         help_text = str(action.help).replace("%%", "%")
         text = f"{help_text}{'' if str(action.help).endswith('.') else '.'}{choices}"
         rows.append([name, shown(given), cell(text)])
-    return table(["option", "default", "what it does"], rows) if rows else "It takes no option.\n"
+    return table(["option", "default", "what it does"], rows) if rows else "It has no options.\n"
 
 
 def program_options() -> str:
-    """Return the options of `featreuse train` that are neither of the method nor of TrainingArguments, by topic."""
+    """Return the other options of `featreuse train`, by topic: neither of the method nor of TrainingArguments."""
     topics = {"data": DataArguments, "model": ModelArguments, "run": RunArguments}
     return "\n".join(f"### The {topic}\n\n{parser_options(HfArgumentParser(kind))}" for topic, kind in topics.items())
 
@@ -93,10 +91,10 @@ def verb_options() -> str:
 OPTIONS = """\
 # Options
 
-Every option of this package, from the help that its programs print. Those of `transformers.TrainingArguments` are
-unchanged and not listed: learning rate, batch size, checkpoints and others.
+Every option of this package, generated from the help of its programs. Those of `transformers.TrainingArguments`, such
+as learning rate, batch size and checkpoints, are unchanged and not listed.
 
-## Of the method
+## Options of the method
 
 Fields of [`FeatureReuseConfig`](api/training.md), and flags of `featreuse train`, of the example without a Trainer and
 of `finetune_lora.py`. [The method](method.md) explains what a step does with each, and
@@ -109,13 +107,13 @@ of `finetune_lora.py`. [The method](method.md) explains what a step does with ea
 
 `--torch_compile`, of TrainingArguments, compiles block by block instead of the whole model.
 
-## Of the training program
+## Options of the training program
 
 [`featreuse train`](training.md) and `examples/run_image_classification.py` take these in addition. Dashes and
-underscores are the same in a flag.
+underscores are equivalent in flags.
 
 {program}
-## Of the other commands
+## Options of the other commands
 
 {verbs}"""
 

@@ -1,4 +1,4 @@
-"""The verb `featreuse env`: what a bug report should say of the environment."""
+"""The verb `featreuse env`: the environment for a bug report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OPTIONAL = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb's parser its arguments: none."""
+    """Add the arguments of the verb: none."""
 
 
 def run(options: argparse.Namespace) -> str:
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> str:
     lines += [("platform", f"{platform.system()} {platform.release()} {platform.machine()}")]
     lines += [(name, _version(name) or "not installed") for name in _REQUIRED]
     lines += [(name, version) for name in _OPTIONAL if (version := _version(name))]
-    # The metadata leaves out for what it was built.
+    # The version in the metadata omits the CUDA version of the build.
     lines += [("torch's build", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")]
     lines += [("threads", f"{torch.get_num_threads()}")]
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

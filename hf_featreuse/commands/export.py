@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb's parser its arguments."""
+    """Add the arguments of the verb."""
     parser.add_argument("model", metavar="MODEL", help="a local checkpoint folder of an image classifier, or a Hub id")
     parser.add_argument(
         "--format",
         required=True,
         choices=("onnx", "dynamo", "openvino", "executorch"),
-        help="what to write; dynamo is a program of torch.export and needs no further package",
+        help="format to write; dynamo is a program of torch.export and needs no other package",
     )
     parser.add_argument("--output_dir", metavar="DIR", required=True, help="a new or empty folder for the export")
     parser.add_argument(
-        "--batch_size", type=int, metavar="N", default=1, help="images per batch when the latency is measured"
+        "--batch_size", type=int, metavar="N", default=1, help="images per batch when latency is measured"
     )
     parser.add_argument(
-        "--repeats", type=int, metavar="N", default=20, help="measured runs of model and export, taken in turns"
+        "--repeats", type=int, metavar="N", default=20, help="timed runs of model and export, in alternation"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> str:
-    """Export, compare and report."""
+    """Export a model, compare logits, and return the report."""
     from hf_featreuse.data.evaluation import open_classifier
     from hf_featreuse.evaluation.exporting import check_format, check_least, export_model
     from hf_featreuse.pruning.saving import check_folder
@@ -69,5 +69,5 @@ def _report(model: PreTrainedModel, exported: Exported) -> list[str]:
         f"saved in {exported.folder}: {files}",
         f"logits differ by at most {exported.difference:.1e}; the largest is {exported.largest_logit:.1f}",
         f"latency of {images}: {exported.model_ms:.2f} ms before, {exported.export_ms:.2f} ms after",
-        f"  (medians of {exported.repeats} runs each, taken in turns, on {threads})",
+        f"  (medians of {exported.repeats} alternating runs each, on {threads})",
     ]

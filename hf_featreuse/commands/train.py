@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def run_program(argv: Sequence[str]) -> int:
-    """Train in this process, or start several, and give the exit code."""
+    """Train in this process, or launch several, and return the exit code."""
     from hf_featreuse.program import parse_arguments, run
 
     if not any(word == "--launch" or word.startswith("--launch=") for word in argv):

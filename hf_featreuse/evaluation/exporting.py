@@ -1,7 +1,7 @@
-"""Export a trained classifier for another runtime, and compare what the runtime gives with the model's logits.
+"""Export a trained classifier for another runtime, and compare its logits with those of the model.
 
-The exporters are those of transformers (`transformers.exporters`). This module adds a batch of any size, the
-comparison and the times.
+The exporters are those of transformers (`transformers.exporters`). This module adds a dynamic batch size, the
+comparison and the latencies.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from hf_featreuse.method.dummy_forward import dummy_inputs, model_device, undist
 from hf_featreuse.pruning.saving import check_folder
 from hf_featreuse.text import did_you_mean, joined, kind_and_text
 
-# What writing and running each format needs in addition to torch. The extra `export` installs it for ONNX and
-# OpenVINO, not for ExecuTorch: it brings twenty packages, one of which (torchao) transformers loads at each start.
+# Packages that each format needs in addition to torch. The extra `export` installs those of ONNX and OpenVINO, not
+# ExecuTorch: it brings twenty packages, one of which (torchao) transformers imports at each start.
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "dynamo": (),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
     "executorch": ("executorch",),
 }
-# The first release whose exporters can save a model and run what they saved.
+# The first release whose exporters can save a model and run the saved one.
 _OLDEST_TRANSFORMERS = "5.23"
-# Numbers of images that are compared. The export is traced with two.
+# Batch sizes that are compared. The export is traced with two.
 _BATCHES = (1, 2, 5)
 _TRACED_BATCH = 2
 # ExecuTorch plans its memory ahead.
 _LARGEST_EXECUTORCH_BATCH = 64
-# Runtimes sum in another order; in float32 the logits then differ by about 1e-6 of the largest.
+# Runtimes sum in another order; in float32 logits differ by about 1e-6 of the largest.
 _TOLERANCE = 1e-3
 _WARM_UP = 3
 
@@ -53,18 +53,18 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Exported:
-    """What [`export_model`] wrote and measured.
+    """The result of [`export_model`].
 
     Args:
-        folder (`pathlib.Path`): where the export is.
+        folder (`pathlib.Path`): the folder of the export.
         files (`dict[str, int]`): its files with their sizes in bytes.
         difference (`float`): largest difference between the logits of the model and of the export.
-        largest_logit (`float`): largest absolute logit, to compare the difference with.
-        batch_size (`int`): images per batch of the two times below.
-        model_ms (`float`): milliseconds for one batch with the model in eager PyTorch; the median of all runs.
-        export_ms (`float`): the same with the export.
-        repeats (`int`): runs of each, which were taken in turns.
-        threads (`int`): threads that each could use.
+        largest_logit (`float`): largest absolute logit, as a scale for the difference.
+        batch_size (`int`): images per batch of the two latencies below.
+        model_ms (`float`): median latency of the model in eager PyTorch, in milliseconds per batch.
+        export_ms (`float`): the same for the export.
+        repeats (`int`): timed runs of each, in alternation.
+        threads (`int`): number of threads of each.
     """
 
     folder: Path
@@ -87,10 +87,10 @@ def export_model(
     batch_size: int = 1,
     repeats: int = 20,
 ) -> Exported:
-    """Export an image classifier for any batch size, and check that the export gives the model's logits.
+    """Export an image classifier for any batch size, and check the logits of the export.
 
-    What was saved is loaded again and compared with the model on noise, in batches of 1, 2 and 5 images. Only then
-    does the folder get its name. The model stays as it is.
+    The saved export is loaded again and compared with the model on noise, in batches of 1, 2 and 5 images. The folder
+    appears only if they agree. The model is not changed.
 
     Args:
         model (`PreTrainedModel`): a trained image classifier, on the CPU and in float32.
@@ -98,17 +98,17 @@ def export_model(
             takes batches of up to 64 images.
         folder (`str` or `pathlib.Path`): a new or empty folder for the export.
         processor (`BaseImageProcessor`, *optional*): saved with the export.
-        batch_size (`int`, defaults to 1): images per batch when the times are measured.
-        repeats (`int`, defaults to 20): runs of model and export, taken in turns, whose median is reported.
+        batch_size (`int`, defaults to 1): images per batch when latency is measured.
+        repeats (`int`, defaults to 20): timed runs of model and export, in alternation; the median is reported.
 
     Returns:
-        `Exported`: files, difference of the logits and times.
+        `Exported`: files, difference of the logits and latencies.
 
     Raises:
-        ConfigurationError: there is no such format, its packages are not installed, it cannot express the model, or
-            the folder holds something.
+        ConfigurationError: the format is unknown, its packages are not installed, it cannot express the model, or
+            the folder is not empty.
         IncompatibleVersionError: the installed transformers has no such exporters.
-        CheckpointError: the export does not give the model's logits.
+        CheckpointError: the logits of the export differ from those of the model.
 
     Example:
         >>> import tempfile
@@ -125,13 +125,13 @@ def export_model(
     check_least(batch_size=batch_size, repeats=repeats)
     if format == "executorch" and batch_size > _LARGEST_EXECUTORCH_BATCH:
         raise ConfigurationError(
-            f"`batch_size={batch_size}` is more than an ExecuTorch export takes. Pass {_LARGEST_EXECUTORCH_BATCH} or "
-            "less."
+            f"`batch_size={batch_size}` is too large for an ExecuTorch export. Pass at most "
+            f"{_LARGEST_EXECUTORCH_BATCH}."
         )
     check_folder(folder)
     if model_device(model).type != "cpu":
         raise ConfigurationError(
-            f"The model is on {model_device(model)}, and the export is compared on the CPU. Pass `model.cpu()`."
+            f"The model is on {model_device(model)}, but the export is compared on the CPU. Pass `model.cpu()`."
         )
     with finished_folder(folder) as written, _quiet(), undisturbed(model), torch.no_grad():
         _write(model, format, written)
@@ -141,20 +141,20 @@ def export_model(
         difference, largest = _compare(model, run, format)
         model_ms, export_ms = _times(model, run, _batch(model, batch_size), repeats)
         files = {path.name: path.stat().st_size for path in sorted(written.iterdir())}
-        # An open file keeps its folder from being renamed on Windows.
+        # On Windows a folder with an open file cannot be renamed.
         del run
     return Exported(Path(folder), files, difference, largest, batch_size, model_ms, export_ms, repeats, threads)
 
 
 def check_format(format: str) -> None:
-    """Raise unless a format exists and what it needs is installed."""
+    """Raise unless the format is known and its packages are installed."""
     if format not in FORMATS:
         raise ConfigurationError(
             f"`format={format!r}` is not one of {joined(list(FORMATS), 'and')}.{did_you_mean(format, list(FORMATS))}"
         )
     if Version(transformers.__version__) < Version(_OLDEST_TRANSFORMERS):
         raise IncompatibleVersionError(
-            f"Exporting needs transformers {_OLDEST_TRANSFORMERS} or newer, and {transformers.__version__} is "
+            f"Exporting needs transformers {_OLDEST_TRANSFORMERS} or newer, but {transformers.__version__} is "
             f'installed. Run `pip install "transformers>={_OLDEST_TRANSFORMERS}"`.'
         )
     missing = [name for name in FORMATS[format] if importlib.util.find_spec(name) is None]
@@ -175,7 +175,7 @@ def check_least(**values: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep exporters to their errors: they print their progress and warn of operators that no model here has."""
+    """Silence exporters, which print progress and warn about operators that these models do not have."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -186,7 +186,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _write(model: PreTrainedModel, format: str, folder: Path) -> None:
-    """Trace the model with a batch whose size may change, and save the program."""
+    """Trace the model with a dynamic batch size, and save the program."""
     from transformers.exporters.auto import AutoExportConfig, AutoHfExporter
 
     inputs = _batch(model, _TRACED_BATCH)
@@ -204,7 +204,7 @@ def _write(model: PreTrainedModel, format: str, folder: Path) -> None:
 
 
 def _loaded(format: str, folder: Path) -> Callable[[Inputs], torch.Tensor]:
-    """A function from a batch to the logits of the saved export, on as many threads as PyTorch uses."""
+    """Return a function from a batch to the logits of the saved export, with as many threads as PyTorch."""
     from transformers.exporters.base import ExportedModel
 
     options: dict[str, Any] = {}
@@ -214,15 +214,15 @@ def _loaded(format: str, folder: Path) -> Callable[[Inputs], torch.Tensor]:
         options["session_options"] = onnxruntime.SessionOptions()
         options["session_options"].intra_op_num_threads = torch.get_num_threads()
     elif format == "openvino":
-        # By default OpenVINO computes in bfloat16 if the processor can.
+        # By default OpenVINO computes in bfloat16 if the processor supports it.
         options["config"] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    # A program of torch.export is a pickle; this one was written a moment ago.
+    # A program of torch.export is a pickle; this one was just written by this process.
     exported = ExportedModel.from_pretrained(folder, device="cpu", trust_remote_code=True, **options)
     return lambda inputs: exported(**inputs)[0]
 
 
 def _compare(model: PreTrainedModel, run: Callable[[Inputs], torch.Tensor], format: str) -> tuple[float, float]:
-    """The largest difference of the logits, and the largest logit."""
+    """Return the largest difference of the logits, and the largest logit."""
     difference = largest = 0.0
     for size in _BATCHES:
         inputs = _batch(model, size)
@@ -236,11 +236,11 @@ def _compare(model: PreTrainedModel, run: Callable[[Inputs], torch.Tensor], form
             ) from error
         largest = max(largest, expected.abs().max().item())
         apart = (expected - found).abs().max().item() if found.shape == expected.shape else float("nan")
-        # Also if it is not a number.
+        # `not <=` also catches NaN.
         if not apart <= _TOLERANCE * expected.abs().max().item():
             raise CheckpointError(
-                f"The {format} export of {type(model).__name__} does not give the model's logits on a batch of "
-                f"{size}: they differ by {apart:.2g}, and the largest is {largest:.2g}. Nothing was saved. Choose "
+                f"The logits of the {format} export of {type(model).__name__} differ from those of the model by "
+                f"{apart:.2g} on a batch of {size}; the largest logit is {largest:.2g}. Nothing was saved. Choose "
                 "another format."
             )
         difference = max(difference, apart)
@@ -250,7 +250,7 @@ def _compare(model: PreTrainedModel, run: Callable[[Inputs], torch.Tensor], form
 def _times(
     model: PreTrainedModel, run: Callable[[Inputs], torch.Tensor], inputs: Inputs, repeats: int
 ) -> tuple[float, float]:
-    """Medians in milliseconds of model and export, which run in turns, so that both meet the same disturbances."""
+    """Return medians in milliseconds of model and export, which alternate so that noise affects both."""
     runs: tuple[Callable[[Inputs], Any], ...] = (lambda inputs: model(**inputs), run)
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(-_WARM_UP, repeats):
@@ -263,7 +263,7 @@ def _times(
 
 
 def _batch(model: PreTrainedModel, size: int) -> Inputs:
-    """A batch of noise as the model takes it."""
+    """Return a batch of noise in the shape of the model's input."""
     generator = torch.Generator().manual_seed(size)
 
     def noise(value: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ INSPECT = [
     ),
     Case(("inspect", ""), "`model=''` is empty"),
     Case(("inspect", "  "), "is empty"),
-    Case(("inspect", "a\0b"), "is not a text"),
+    Case(("inspect", "a\0b"), "contains a null character"),
     Case(("inspect", "x" * 5_000), "File name too long"),
     Case("inspect {empty}", "has no config.json"),
     Case("inspect {file}", "is not a model that can be inspected"),

@@ -163,7 +163,7 @@ def judge(case: Case, main, world, tmp_path, monkeypatch, prefix: str, more: lis
     code, out, err = run(main, [*map(filled, case.argv), *more], monkeypatch)
     after = [sorted(folder.rglob("*")) for folder in folders]
     assert code == case.code, f"exit code {code}: {err}"
-    assert "not foreseen" not in err and "Traceback" not in err
+    assert "unexpected error" not in err and "Traceback" not in err
     assert all(character.isprintable() or character in "\n\r\t" for character in err + out)
     if not case.code:
         assert case.message in out

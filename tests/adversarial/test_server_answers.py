@@ -210,7 +210,7 @@ def test_an_answer_of_a_server(answered, hub, push):
     hub.fail(STAGES[answered.stage], answer, answered.times)
     code, out, err = push.run()
     made = hub.commits("ada/x", "v1") if "v1" in getattr(hub.repositories.get("ada/x"), "branches", {}) else []
-    assert TOKEN not in out + err and "not foreseen" not in err and "Traceback" not in err
+    assert TOKEN not in out + err and "unexpected error" not in err and "Traceback" not in err
     assert not any("steal" in request for request in hub.requests)
     if answered.message is None:
         assert (code, len(made)) == (0, 1), err

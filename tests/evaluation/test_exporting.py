@@ -124,7 +124,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
 def test_an_old_transformers_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting.transformers, "__version__", "5.22.2")
     with pytest.raises(
-        IncompatibleVersionError, match=r"needs transformers 5\.23 or newer, and 5\.22\.2 is installed"
+        IncompatibleVersionError, match=r"needs transformers 5\.23 or newer, but 5\.22\.2 is installed"
     ):
         export_model(build("vit"), "dynamo", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

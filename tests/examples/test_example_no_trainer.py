@@ -109,7 +109,7 @@ def test_resume_is_exact_and_the_model_is_plain(without, tmp_path):
         assert (folder / "log_history.json").read_text() == (whole / "log_history.json").read_text(), step
     # What a kill leaves of a checkpoint has another name.
     (whole / "checkpoint-7").rename(whole / "unfinished-7")
-    with pytest.raises(ConfigurationError, match=r"holds checkpoints\. Pass `--resume_from_checkpoint last`"):
+    with pytest.raises(ConfigurationError, match=r"contains checkpoints\. Pass `--resume_from_checkpoint last`"):
         without.run(["--output_dir", str(whole), *FLAGS, *EVERYTHING])
     without.run(["--output_dir", str(whole), *FLAGS, *EVERYTHING, *LAST])
     assert (whole / "checkpoint-7").is_dir()
