@@ -105,7 +105,7 @@ def resolved_method(arm: str, settings: str = "") -> dict[str, Any]:
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a file with today's options; an empty list if there is no file.
 
-    A run older than one of `VARIANTS`, `NEWER_OPTIONS` or `RECIPE` had its default; `train_trunk` may be True or False.
+    A run older than an option of `VARIANTS`, `NEWER_OPTIONS` or `RECIPE` had its default.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for line in lines:

@@ -72,28 +72,18 @@ def _finetune(images: int, steps: int) -> Task:
     )
 
 
-TASKS = {
-    "digits": Task(8, 400, _DIGITS),
-    "digits-few": Task(8, 400, _DIGITS, train_images=150),
-    "cifar10": Task(32, 600, _CIFAR10, data=True, train_images=10_000, test_images=4000, shift=4),
-    # Weight decay was tuned for plain training on the validation split; see the search in docs/results.md.
-    "cifar10-long": Task(
-        32,
-        4000,
-        _CIFAR10,
-        data=True,
-        train_images=2000,
-        test_images=4000,
-        shift=4,
-        recipe={"weight_decay": 0.3},
-    ),
-    "cifar10-few": Task(32, 600, _CIFAR10, data=True, train_images=500, test_images=4000, shift=4),
-    "six-classes": Task(32, 2000, _CIFAR10, data=True, classes=_SIX, test_images=4000, shift=4),
-    "finetune": _finetune(400, 200),
-    "finetune-more": _finetune(2000, 400),
+# Peak of the one-cycle schedule, AdamW's weight decay, label smoothing, standard deviation of a model's first weights,
+# options of the package's recipe, and operations of RandAugment.
+RECIPE = {
+    "learning_rate": 1e-3,
+    "weight_decay": 0.05,
+    "label_smoothing": 0.0,
+    "first_weights": None,
+    "mixup_alpha": 0.0,
+    "cutmix_alpha": 0.0,
+    "ema_decay": None,
+    "rand_augment_ops": 0,
 }
-# Peak learning rate, AdamW's weight decay, label smoothing, standard deviation of the initial weights.
-RECIPE = {"learning_rate": 1e-3, "weight_decay": 0.05, "label_smoothing": 0.0, "first_weights": None}
 
 
 # The best of three learning rates for each arm, on the validation split; see the search in docs/results.md. Options
@@ -157,18 +147,28 @@ class Images(torch.utils.data.Dataset):
 
 
 class ShiftedImages(Images):
-    """Training images, randomly shifted by up to `shift` pixels and flipped, the same for every arm of a seed."""
+    """Training images, randomly shifted by up to `shift` pixels and flipped, the same for every arm of a seed.
+
+    With `augment`, a `RandAugment`, each image is augmented after that.
+    """
+
+    augment: RandAugment | None = None
 
     def __init__(self, images: Images, shift: int, seed: int) -> None:
         padding = ((0, 0), (0, 0), (shift, shift), (shift, shift))
         super().__init__(torch.from_numpy(np.pad(images.pixels.numpy(), padding, mode="reflect")), images.labels)
         self.size, self.shift, self.generator = images.pixels.shape[-1], shift, np.random.default_rng(seed)
+        self.drawn = 0
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         y, x, flip = self.generator.integers(0, (2 * self.shift + 1, 2 * self.shift + 1, 2))
-        example = super().__getitem__(index)
-        pixels = example["pixel_values"][:, y : y + self.size, x : x + self.size]
-        return {**example, "pixel_values": pixels.flip(-1) if flip else pixels}
+        pixels = self.pixels[index][:, y : y + self.size, x : x + self.size]
+        pixels = pixels.flip(-1) if flip else pixels
+        if self.augment is not None:
+            image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+            [image] = self.augment([image], np.array([index]), self.drawn)
+            pixels, self.drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1), self.drawn + 1
+        return {"pixel_values": scaled(pixels), "labels": self.labels[index]}
 
 
 @functools.cache
