@@ -1,4 +1,4 @@
-"""Train or fine-tune an image classifier with feature reuse, in a loop of its own on accelerate, without a Trainer.
+"""Train or fine-tune an image classifier with feature reuse, in a plain loop on accelerate, without a Trainer.
 
     accelerate launch examples/run_image_classification_no_trainer.py
 

@@ -96,7 +96,7 @@ def test_links_of_the_readme_are_absolute_in_the_metadata():
     assert links
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
     pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text)
-    # A page of the repository is no picture.
+    # A page of the repository is not a picture.
     assert pictures
     assert [picture for picture in pictures if "/blob/" in picture] == []
 

@@ -24,12 +24,12 @@ def label_column(features: datasets.Features, passed: str | None) -> str:
 def _column(
     features: datasets.Features, passed: str | None, usual: list[str], typed: list[str], kind: str, type_name: str
 ) -> str:
-    """Take the column passed, else one of the usual name, else the only one of the usual type."""
+    """Return the column passed, or one of the usual name, or the only one of the usual type."""
     columns = f"The columns are {list(features)}."
     flag = f"{kind}_column_name"
     if passed is not None:
         if passed not in features:
-            raise DataError(f"{flag}={passed!r} (--{flag}) is no column of the data. {columns}")
+            raise DataError(f"{flag}={passed!r} (--{flag}) is not a column of the data. {columns}")
         return passed
     for name in usual:
         if name in features:
@@ -38,7 +38,7 @@ def _column(
         count = "several columns are" if typed else "no column is"
         raise DataError(
             f"Found no {kind} column: none is called {' or '.join(map(repr, usual))}, and {count} of type "
-            f"{type_name}. {columns} Name one with {flag} (--{flag})."
+            f"{type_name}. {columns} Pass one as {flag} (--{flag})."
         )
     return typed[0]
 
@@ -50,13 +50,13 @@ def check_splits(
     label_column: str,
     source: str,
 ) -> None:
-    """Refuse splits whose columns differ from the training split's; their labels would mean other classes."""
+    """Raise for splits whose columns differ from those of the training split: their labels would be other classes."""
     for name, dataset in used.items():
         for column in (image_column, label_column):
             if dataset.features.get(column) != features[column]:
                 raise DataError(
-                    f"Column {column!r} of split '{name}' of {source} is {dataset.features.get(column)}; the training "
-                    f"split has {features[column]}. Give all splits the same columns."
+                    f"Column {column!r} of split '{name}' of {source} is {dataset.features.get(column)}, but the "
+                    f"training split has {features[column]}. Use the same columns in all splits."
                 )
 
 
@@ -66,7 +66,7 @@ def images_only(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
         return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise DataError(
-            f"Column {column!r} holds {dataset.features[column]}, not images. Name the column of the images with "
+            f"Column {column!r} contains {dataset.features[column]}, not images. Pass the column of the images as "
             "image_column_name (--image_column_name)."
         ) from error
 
@@ -75,17 +75,17 @@ def column_values(dataset: datasets.Dataset, column: str) -> np.ndarray:
     """Read a whole column as Python objects."""
     table: Any = dataset.select_columns([column]).with_format("arrow")[:]
     values = np.empty(len(dataset), dtype=object)
-    # One by one: numpy would take lists of equal length for a second dimension.
+    # One by one: NumPy would make a second dimension of lists of equal length.
     for row, value in enumerate(table.column(0).to_pylist()):
         values[row] = value
     return values
 
 
 def single_feature(feature: Any) -> Any:
-    """Give the feature of the entries of a list, and any other as it is."""
+    """Return the feature of the entries of a list, and any other feature unchanged."""
     return feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
 
 
 def capitalised(text: str) -> str:
-    """Make the first letter a capital."""
+    """Return the text with a capital first letter."""
     return text[:1].upper() + text[1:]

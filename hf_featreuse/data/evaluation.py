@@ -1,4 +1,4 @@
-"""The one way to open a trained checkpoint, and to match its classes with those of a data set."""
+"""Open a trained checkpoint, and match its classes with those of a data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-# Under its short name transformers 5.17 asks for torchvision, which it does not need.
+# `from transformers import AutoImageProcessor` needs torchvision in transformers 5.17.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
@@ -30,9 +30,9 @@ class OpenModel:
     """A trained classifier, ready to be evaluated.
 
     Args:
-        name (`str`): as the user gave it.
+        name (`str`): the name as the user passed it.
         model (`PreTrainedModel`): on the CPU.
-        processor (`BaseImageProcessor`, *optional*): resizes and normalises its images.
+        processor (`BaseImageProcessor`, *optional*): resizes and normalizes its images.
     """
 
     name: str
@@ -45,7 +45,7 @@ def open_classifier(name: str, *, needs_processor: bool = True, **options: Any) 
 
     Args:
         name (`str`): a local folder, or an id on the Hub.
-        needs_processor (`bool`, defaults to `True`): refuse a checkpoint without an image processor.
+        needs_processor (`bool`, defaults to `True`): raise if the checkpoint has no image processor.
         options (`dict[str, Any]`): further arguments of `from_pretrained`, such as `revision`, `token` and `dtype`
             (float32 by default); code of a repository is run only with `trust_remote_code=True`.
 
@@ -67,15 +67,15 @@ def open_classifier(name: str, *, needs_processor: bool = True, **options: Any) 
     except Exception as error:
         raise ConfigurationError(
             f"`{name}` cannot be loaded as a trained image classifier: {one_line(error)} Pass a local checkpoint "
-            "folder or the Hub id of one."
+            "folder or a Hub id."
         ) from error
     if type(model.config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ConfigurationError(f"`{name}` is a `{model.config.model_type}` model, not an image classifier.")
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"`{name}` lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}. Random weights "
-            "say nothing about a model: pass a checkpoint that was trained with its classification head."
+            f"`{name}` lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}, which would be "
+            "random. Pass a checkpoint that was trained with its classification head."
         )
     try:
         processor = AutoImageProcessor.from_pretrained(
@@ -102,7 +102,7 @@ def evaluation_loader(
     num_workers: int = 0,
     shuffle: bool = True,
 ) -> DataLoader:
-    """Batches of a split as the model takes them: images and order depend on only the split and the seed.
+    """Return batches of a split for the model: images and order depend only on the split and the seed.
 
     The order is random unless `shuffle` is false, as CKA compares the images of a batch and data sets are often sorted
     by class.
@@ -110,7 +110,7 @@ def evaluation_loader(
     assert opened.processor is not None
     if not np.issubdtype(split.labels.dtype, np.integer):
         raise DataError(
-            "These images have several labels each, or values to predict, and this needs one class per image. Train "
+            "These images have several labels each, or values to predict, but one class per image is needed. Train "
             "and evaluate with `featreuse train --do_eval`, which has metrics for both."
         )
     shuffled = torch.arange(len(split))
@@ -127,7 +127,7 @@ def evaluation_loader(
 
 
 def relabelled(data: ImageData, opened: OpenModel) -> ImageData:
-    """The same data with the class ids and the class names of a trained model.
+    """Return the data with the class ids and class names of a trained model.
 
     Raises:
         DataError: the classes of model and data cannot be matched.
@@ -138,12 +138,12 @@ def relabelled(data: ImageData, opened: OpenModel) -> ImageData:
 
 
 def in_order_of(data: ImageData, names: Sequence[str]) -> ImageData:
-    """The same data with its classes in the order of a checkpoint that is trained further, if they are the same ones.
+    """Return the data with its classes in the order of a checkpoint to fine-tune, if they are the same.
 
     Args:
         data (`ImageData`): the data.
-        names (`Sequence[str]`): names of the checkpoint's classes, in the order of their ids. If the data has others,
-            it is returned as it is: the checkpoint gets a new head.
+        names (`Sequence[str]`): names of the checkpoint's classes, in the order of their ids. If the data has other
+            classes, it is returned unchanged: the checkpoint gets a new head.
     """
     if sorted(names) != sorted(data.label_names) or len(set(names)) < len(names):
         return data
@@ -153,7 +153,7 @@ def in_order_of(data: ImageData, names: Sequence[str]) -> ImageData:
 
 
 def class_ids_of(opened: OpenModel, label_names: Sequence[str]) -> list[int]:
-    """The model's id of each class of the data: by name if it knows all names, else in the same order.
+    """Return the model's id of each class of the data: by name if it knows all names, else in the same order.
 
     Raises:
         DataError: neither is possible.
@@ -165,12 +165,12 @@ def class_ids_of(opened: OpenModel, label_names: Sequence[str]) -> list[int]:
         return list(range(len(label_names)))
     raise DataError(
         f"`{opened.name}` has {len(own)} classes ({first_few(own)}) and the data {len(label_names)} "
-        f"({first_few(label_names)}): they are not the same. Pass the data that the model was trained for."
+        f"({first_few(label_names)}), which do not match. Pass the data that the model was trained for."
     )
 
 
 def class_notes(opened: OpenModel, label_names: Sequence[str]) -> list[str]:
-    """What to know if the classes of model and data were matched by their order."""
+    """Return a note if the classes of model and data were matched by their order."""
     own = class_names(opened.model.config)
     if _is_unnamed(own) or set(label_names) <= set(own):
         return []
@@ -179,11 +179,11 @@ def class_notes(opened: OpenModel, label_names: Sequence[str]) -> list[str]:
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:
-    """Names of a model's classes, in the order of their ids."""
+    """Return the names of a model's classes, in the order of their ids."""
     names = config.id2label or {}
     return [name for _, name in sorted((int(index), str(name)) for index, name in names.items())]
 
 
 def _is_unnamed(names: Sequence[str]) -> bool:
-    """Whether transformers made the names up, so that they mean nothing."""
+    """Return whether the names are the placeholders of transformers."""
     return list(names) == [f"LABEL_{index}" for index in range(len(names))]

@@ -57,7 +57,7 @@ def load_folder(found: Found, wanted: Sequence[str], source: str) -> dict[str, d
 
 
 def has_class_folders(found: Found) -> bool:
-    """Whether images lie in two folders or more, or metadata says what they are."""
+    """Return whether images lie in two folders or more, or metadata says what they are."""
     return len(found.images.keys() - {""}) > 1 or bool(found.metadata)
 
 
@@ -104,7 +104,7 @@ def _split_of(path: str) -> str | None:
 
 
 def _is_split(found: Found, path: str) -> bool:
-    """Whether a folder holds class folders or metadata; one that holds only images is a class."""
+    """Return whether a folder holds class folders or metadata; one that holds only images is a class."""
     return path in found.metadata or any(below(folder, path) for folder in found.images)
 
 

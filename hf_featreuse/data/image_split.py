@@ -1,7 +1,7 @@
-"""One split of labelled images as a `torch.utils.data.Dataset`, with the policy on images that cannot be decoded.
+"""One split of labeled images as a `torch.utils.data.Dataset`, with the handling of images that cannot be decoded.
 
-A split remembers the row each image has in its source, so that augmentation depends only on the image and an image
-that cannot be decoded is named.
+A split records the row of each image in its source, so that augmentation depends only on the image, and errors name
+the image.
 """
 
 import copy
@@ -92,7 +92,7 @@ class ImageSplit(torch.utils.data.Dataset):
         return [{"pixel_values": p, "labels": label} for p, label in zip(pixels, labels, strict=True)]
 
     def with_transform(self, transform: Callable[..., torch.Tensor] | None) -> "ImageSplit":
-        """Return the same split with a transform in place of its own.
+        """Return the same split with another transform.
 
         Args:
             transform (`Callable`, *optional*): as in the constructor; `None` for none.
@@ -131,9 +131,9 @@ class ImageSplit(torch.utils.data.Dataset):
         return split
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell random transforms the epoch; `FeatureReuseTrainer` calls this before every epoch, your own loop must.
+        """Set the epoch of random transforms; `FeatureReuseTrainer` calls this before every epoch, your own loop must.
 
-        accelerate 1.15's data loaders call it too, but not with several processes, nor in the epoch of a resume.
+        The data loaders of accelerate 1.15 also call it, but not with several processes, nor in the epoch of a resume.
 
         Args:
             epoch (`int`): number of the epoch, from 0.
@@ -141,7 +141,7 @@ class ImageSplit(torch.utils.data.Dataset):
         self._epoch.fill_(epoch)
 
     def file_names(self, indices: Sequence[int]) -> list[str]:
-        """Return what each image is called: its file if the source names one, else its row there.
+        """Return the name of each image: its file if the source has one, else its row there.
 
         Args:
             indices (`Sequence[int]`): positions in the split.
@@ -189,13 +189,13 @@ class ImageSplit(torch.utils.data.Dataset):
         return [stored or {"bytes": None, "path": None} for stored in table.column(0).to_pylist()]
 
     def _decode(self, row: int, stored: dict[str, Any]) -> Image.Image:
-        """Decode one image or say which one it is."""
+        """Decode one image; the error names it."""
         try:
             return decode_image(stored)
         except Exception as error:  # decoders raise almost anything on broken files
             raise BadImageError(
-                f"Cannot decode {self._describe(row, stored, error)}. `skip_bad_images=True` (--skip_bad_images) "
-                "leaves such images out."
+                f"Cannot decode {self._describe(row, stored, error)}. Fix or remove it, or pass "
+                "`skip_bad_images=True` (--skip_bad_images) to skip such images."
             ) from None
 
     def _describe(self, row: int, stored: dict[str, Any], error: Exception) -> str:

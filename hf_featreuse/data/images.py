@@ -1,4 +1,4 @@
-"""From image files to batches: decode to 8-bit RGB, copy into tensors, normalise a whole batch at once.
+"""From image files to batches: decode to 8-bit RGB, copy to tensors, normalize a whole batch at once.
 
 The work per image stays in 8 bits; floats appear only in `ImageCollator`.
 """
@@ -34,7 +34,7 @@ _ZEROS = bytes(64)
 def decode_image(source: Mapping[str, Any]) -> Image.Image:
     """Decode one JPEG, PNG, WebP, BMP, GIF or TIFF image completely, upright and in RGB.
 
-    Of several frames or pages the first is taken. The EXIF orientation is applied if it can be read. 16-bit grey is
+    Of several frames or pages the first is taken. The EXIF orientation is applied if it can be read. 16-bit gray is
     scaled to 8 bits, not clipped. Transparency is dropped, as Hugging Face pipelines do at inference.
 
     Args:
@@ -83,7 +83,7 @@ def _open_regular(path: str) -> IO[bytes]:
 
 
 def _check_end(file: IO[bytes], image_format: str | None) -> None:
-    """Refuse a JPEG file whose copy was cut short and filled up with zeros: decoders turn these into pixels."""
+    """Raise for a JPEG file whose end was replaced by zeros, which decoders turn into pixels."""
     if image_format not in ("JPEG", "MPO") or file.seek(0, os.SEEK_END) < len(_ZEROS):
         return
     file.seek(-len(_ZEROS), os.SEEK_END)
@@ -94,7 +94,7 @@ def _check_end(file: IO[bytes], image_format: str | None) -> None:
 
 
 def _scan_data(jpeg: bytes) -> bytes:
-    """What follows the header of a JPEG file, whose segments may hold a thumbnail with an end of its own."""
+    """Return what follows the header of a JPEG file; a thumbnail in the header has its own end marker."""
     position = 2
     while position + 4 <= len(jpeg) and jpeg[position] == 0xFF and jpeg[position + 1] != 0xDA:
         position += 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
@@ -151,7 +151,7 @@ def to_tensors(images: Sequence[Image.Image]) -> list[torch.Tensor]:
 
 
 class ImageCollator:
-    """Stack uint8 images into a batch and normalise the whole batch at once: `(x * rescale_factor - mean) / std`.
+    """Stack uint8 images into a batch and normalize the whole batch at once: `(x * rescale_factor - mean) / std`.
 
     Args:
         mean (`Sequence[float]`): mean of each channel, in units of the rescaled values.
@@ -188,10 +188,10 @@ class ImageCollator:
 
     @classmethod
     def from_processor(cls, processor: BaseImageProcessor) -> "ImageCollator":
-        """Build the collator that equals a processor's rescaling and normalisation, within 1e-6.
+        """Build the collator that equals a processor's rescaling and normalization, within 1e-6.
 
         Args:
-            processor (`BaseImageProcessor`): its `do_rescale`, `do_normalize` and channel flips are honoured.
+            processor (`BaseImageProcessor`): its `do_rescale`, `do_normalize` and channel flips are applied.
 
         Raises:
             DataError: what the processor does to pixel values is not a linear function for each channel.
@@ -229,7 +229,7 @@ class ImageCollator:
 
     @classmethod
     def _fit(cls, probe: torch.Tensor, wanted: torch.Tensor, flip_channels: bool) -> "ImageCollator":
-        """Read each channel's line off what became of 0 and 255: for processors that normalise by further rules."""
+        """Fit mean and std of each channel to the results for 0 and 255, for processors with other rules."""
         wanted = (wanted.flip(0) if flip_channels else wanted).double()
         low = torch.stack([wanted[c][probe[c] == 0][0] for c in range(3)])
         high = torch.stack([wanted[c][probe[c] == 255][0] for c in range(3)])
@@ -250,8 +250,8 @@ class ImageCollator:
         shapes = {tuple(feature["pixel_values"].shape) for feature in features}
         if len(shapes) > 1:
             raise DataError(
-                f"The images of a batch differ in shape: {sorted(shapes)[:3]}. Give the split a transform of fixed "
-                "size with `with_transform(...)`."
+                f"The images of a batch differ in shape: {sorted(shapes)[:3]}. Set a transform to a fixed size with "
+                "`split.with_transform(...)`."
             )
         pixels = torch.stack([feature["pixel_values"] for feature in features]).to(torch.float32)
         # Dividing by 255 rounds as transformers does, multiplying by 1 / 255 in float32 does not.

@@ -1,4 +1,4 @@
-"""Turn the labels of a column into what a model trains on: class ids, zeros and ones for each class, or values."""
+"""Convert the labels of a column to training targets: class ids, zeros and ones for each class, or values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LabelReader(Protocol):
 
 
 def label_reader(feature: Any, train_values: np.ndarray, column: str, source: str) -> LabelReader:
-    """Choose how to read a column by its type.
+    """Return the reader for the type of a column.
 
     Class labels, integers and strings are classes; a list of them is several labels per image, and so is a list of as
     many zeros and ones as there are classes; a floating-point number is a regression.
@@ -83,7 +83,7 @@ class Labels:
             where = f"row {row} of split '{split}' of {self._source} (column {self._column!r})"
             if value is None or value == -1:
                 raise DataError(f"{capitalised(where)} has no label: {value}. Leave such rows out of the data.")
-            raise DataError(f"{capitalised(where)} has the label {value!r}, which is none of the training labels.")
+            raise DataError(f"{capitalised(where)} has the label {value!r}, which is not one of the training labels.")
         return ids
 
 
@@ -115,7 +115,7 @@ class SeveralLabels:
             self.names, self._ids = [str(value) for value in known], {value: i for i, value in enumerate(known)}
 
     def encode(self, values: np.ndarray, rows: np.ndarray, split: str) -> np.ndarray:
-        """Give a zero or one for each class, float32 of shape (rows, classes)."""
+        """Return a zero or one for each class, float32 of shape (rows, classes)."""
         encoded = np.zeros((len(rows), len(self.names)), np.float32)
         for i, (value, row) in enumerate(zip(values, rows.tolist(), strict=True)):
             if value is None or None in value:
@@ -123,7 +123,7 @@ class SeveralLabels:
             if self._is_hot:
                 if len(value) != len(self.names) or not set(value) <= {0, 1}:
                     raise DataError(
-                        f"{self._where(row, split)} has the labels {printable(str(value))[:80]}, and the training "
+                        f"{self._where(row, split)} has the labels {printable(str(value))[:80]}, but the training "
                         f"labels are {len(self.names)} zeros and ones per image."
                     )
                 encoded[i] = value
@@ -131,7 +131,7 @@ class SeveralLabels:
             unknown = [label for label in value if label not in self._ids]
             if unknown:
                 raise DataError(
-                    f"{self._where(row, split)} has the label {unknown[0]!r}, which is none of the training labels."
+                    f"{self._where(row, split)} has the label {unknown[0]!r}, which is not one of the training labels."
                 )
             encoded[i, [self._ids[label] for label in value]] = 1
         return encoded
@@ -149,7 +149,7 @@ class Measured:
         self.names, self._source = [column], source
 
     def encode(self, values: np.ndarray, rows: np.ndarray, split: str) -> np.ndarray:
-        """Give the numbers, float32 of shape (rows,)."""
+        """Return the numbers, float32 of shape (rows,)."""
         for value, row in zip(values, rows.tolist(), strict=True):
             if value is None or not math.isfinite(value):
                 where = capitalised(f"row {row} of split '{split}' of {self._source} (column {self.names[0]!r})")

@@ -1,7 +1,7 @@
-"""Load labelled images from the Hub, from local data or from scikit-learn, as data sets a Trainer takes unchanged.
+"""Load labeled images from the Hub, from local data or from scikit-learn, as data sets for Trainer.
 
-The examples, the command line and the benchmarks share it. Splitting, shuffling and selecting are done on row numbers,
-so the row of an image in its source is always known.
+The examples, the command line and the benchmarks share it. Splitting, shuffling and selecting use row numbers, so the
+row of an image in its source is always known.
 """
 
 import io
@@ -41,7 +41,7 @@ _DIGITS = "scikit-learn digits"
 
 @dataclass(frozen=True)
 class ImageData:
-    """What [`load_image_data`] returns.
+    """The data set that [`load_image_data`] returns.
 
     Attributes:
         splits (`dict[str, ImageSplit]`): the requested splits that exist, by name: `"train"`, `"validation"` or
@@ -68,13 +68,13 @@ class ImageData:
     def transformed(
         self, processor: BaseImageProcessor, train_transform: ImageTransform | None = None, *, seed: int = 42
     ) -> dict[str, ImageSplit]:
-        """Return the splits as a model takes them: random crops and flips in training, else the processor's resizing.
+        """Return the splits with random crops and flips for training, and the processor's resizing for evaluation.
 
         Args:
-            processor (`BaseImageProcessor`): of the model.
-            train_transform (`ImageTransform`, *optional*): of the training images; by default a [`TrainTransform`] to
-                the size of the processor.
-            seed (`int`, defaults to 42): of that default.
+            processor (`BaseImageProcessor`): the image processor of the model.
+            train_transform (`ImageTransform`, *optional*): transform of the training images; by default a
+                [`TrainTransform`] to the size of the processor.
+            seed (`int`, defaults to 42): seed of that default.
 
         Example:
             >>> from transformers import ViTImageProcessor
@@ -113,38 +113,38 @@ def load_image_data(
 ) -> ImageData:
     """Load the splits of an image-classification data set.
 
-    Without `dataset_name`, `train_dir` and `validation_dir` the 1,797 handwritten digits of scikit-learn are taken,
-    8 x 8 pixels, split by class into 1,437 and 360. Elsewhere a split called validation, valid, val or dev is the
+    Without `dataset_name`, `train_dir` and `validation_dir` the 1,797 handwritten digits of scikit-learn are loaded,
+    8 x 8 pixels, split by class into 1,437 and 360. In other data a split called validation, valid, val or dev is the
     validation split; without one, part of the training split is, stratified by class.
 
     Args:
         dataset_name (`str`, *optional*): name on the Hub, or a local folder: of images, of Parquet or Arrow files, or
             what `save_to_disk` wrote. In a folder of images, a folder called train, validation or test (or training,
             valid, val, dev, testing, eval, evaluation) that holds class folders is a split, and the folder that
-            directly holds an image is its class; file names decide nothing. A file `metadata.csv`, `.jsonl` or
-            `.parquet` with a column `file_name` describes the images of its folder in place of class folders.
+            directly holds an image is its class; file names have no meaning. A file `metadata.csv`, `.jsonl` or
+            `.parquet` with a column `file_name` describes the images of its folder instead of class folders.
         dataset_config_name (`str`, *optional*): configuration of the data set; by default its default one.
-        train_dir (`str`, *optional*): folder with one folder of images for each class. What is left out of it, such
-            as files that are not images, is named in a logged warning.
+        train_dir (`str`, *optional*): folder with one folder of images for each class. Files that are left out, such
+            as those that are not images, are listed in a logged warning.
         validation_dir (`str`, *optional*): the same for validation.
-        train_val_split (`float`, defaults to 0.15): fraction of the training rows, in (0, 1), to validate on if the
-            data has no such split, of each class alike; `None` or 0 means no validation then.
+        train_val_split (`float`, defaults to 0.15): fraction of the training rows, in (0, 1), to use for validation if
+            the data has no such split, stratified by class; with `None` or 0 there is then no validation.
         max_train_samples (`int`, *optional*): number of training images to keep, drawn by `seed`; by default all.
         max_eval_samples (`int`, *optional*): the same for validation and test, each.
-        image_column_name (`str`, *optional*): column of the images; by default `image`, else the only one of type
+        image_column_name (`str`, *optional*): column of the images; by default `image`, or the only one of type
             `Image`.
         label_column_name (`str`, *optional*): column of the labels, which are class labels, integers or strings; a
             list of them, or of as many zeros and ones as there are classes, is several labels per image; a
             floating-point number is a regression. By default `label`, `labels`, `cls` (of
-            WebDataset files), else the only one of class labels.
-        cache_dir (`str`, *optional*): where downloads are kept; by default the cache of `datasets`.
+            WebDataset files), or the only one of class labels.
+        cache_dir (`str`, *optional*): folder for downloads; by default the cache of `datasets`.
         token (`str` or `bool`, *optional*): token for private data sets, `True` for the stored one; by default the
             stored one if there is one.
         trust_remote_code (`bool`, defaults to `False`): has no effect: `datasets` no longer runs code. Accepted for
             command lines that pass it.
         seed (`int`, defaults to 42): non-negative; decides every split and selection.
-        skip_bad_images (`bool`, defaults to `False`): whether to decode all images of `splits` now and leave out those
-            that fail, with one logged warning; otherwise the first bad image read raises `BadImageError`.
+        skip_bad_images (`bool`, defaults to `False`): whether to decode all images of `splits` now and skip those that
+            fail, with one logged warning; otherwise the first bad image that is read raises `BadImageError`.
         splits (`Sequence[str]`, defaults to `("train", "validation")`): which of `"train"`, `"validation"`, `"test"`
             to return.
 
@@ -198,7 +198,7 @@ def load_image_data(
         flag = "max_train_samples" if part == "train" else "max_eval_samples"
         limit = max_train_samples if part == "train" else max_eval_samples
         if limit is not None and limit > len(rows):
-            logger.warning("%s=%d, but split '%s' has %d images: all are taken.", flag, limit, part, len(rows))
+            logger.warning("%s=%d, but split '%s' has only %d images: all are used.", flag, limit, part, len(rows))
         if limit is not None:
             stream = 1 + ("train", "validation", "test").index(part)
             drawn = np.random.default_rng([seed, stream]).permutation(len(rows))[:limit]
@@ -213,7 +213,7 @@ def load_image_data(
 def _check_arguments(
     train_val_split: float | None, max_train: int | None, max_eval: int | None, seed: int, splits: Sequence[str]
 ) -> None:
-    """Refuse arguments outside their range before anything is downloaded."""
+    """Raise for arguments out of range, before anything is downloaded."""
     if train_val_split is not None and not 0 <= train_val_split < 1:
         raise DataError(f"train_val_split={train_val_split!r} must be a fraction from 0 to below 1, or None.")
     for flag, limit in (("max_train_samples", max_train), ("max_eval_samples", max_eval)):
@@ -227,7 +227,7 @@ def _check_arguments(
 
 
 def _warn_of_untrained(ids: Mapping[str, np.ndarray], names: Sequence[str], source: str, problem_type: str) -> None:
-    """Name the classes that occur in evaluation and in no training image: the model cannot learn them."""
+    """Warn of classes in the evaluation images that no training image has: the model cannot learn them."""
     if "train" not in ids or problem_type not in (SINGLE, SEVERAL):
         return
     present = {part: np.nonzero(found)[1] if problem_type == SEVERAL else found for part, found in ids.items()}
@@ -242,13 +242,13 @@ def _warn_of_untrained(ids: Mapping[str, np.ndarray], names: Sequence[str], sour
 
 
 def _check_folders(dataset_name: str | None, train_dir: str | None, validation_dir: str | None) -> None:
-    """Refuse folders beside a named data set, and what is not a folder."""
+    """Raise for folders passed together with a data set, and for paths that are not directories."""
     folders = {"train_dir": train_dir, "validation_dir": validation_dir}
     folders = {flag: folder for flag, folder in folders.items() if folder is not None}
     if dataset_name is not None and folders:
         raise DataError(
             f"Both dataset_name={dataset_name!r} and {', '.join(f'{flag}={f!r}' for flag, f in folders.items())} were "
-            "passed. Pass the one or the other."
+            "passed. Pass only one of them."
         )
     for flag, folder in folders.items():
         if not os.path.isdir(folder):
@@ -287,7 +287,7 @@ def _split_rows(
     seed: int,
     label_column_name: str | None,
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """Say for train, validation and test which split of the source, and which of its rows, they are."""
+    """Return, for train, validation and test, the split of the source and its rows."""
     parts = {part: (part, np.arange(len(raw[part]))) for part in ("train", "test") if part in raw}
     validation = next((name for name in VALIDATION_NAMES if name in raw), None)
     if validation is not None:
@@ -298,7 +298,7 @@ def _split_rows(
         if held_out == len(train):
             raise DataError(
                 f"train_val_split={train_val_split} of the {len(train)} rows of split 'train' of {source} leaves none "
-                "to train on. Pass a smaller one, or a validation split."
+                "for training. Pass a smaller fraction, or a validation split."
             )
         values = column_values(train, label_column(train.features, label_column_name))
         chosen = held_out_rows(values, held_out, seed)

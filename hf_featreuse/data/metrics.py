@@ -18,8 +18,8 @@ from hf_featreuse.errors import DataError
 _DESCRIPTION = "Fraction of the samples whose label is among the k classes ranked first."
 _INPUTS = """
 Args:
-    predictions: Class ids of each sample, best first; k of them, or all where there are fewer classes.
-    references: Label of each sample; -100 leaves a sample out.
+    predictions: Class ids of each sample, best first; k of them, or all if there are fewer classes.
+    references: Label of each sample; -100 ignores a sample.
 """
 
 
@@ -74,7 +74,7 @@ class TopKAccuracy(evaluate.Metric):
 def rank_top_k(logits: Any, labels: torch.Tensor | None = None, k: int = 5) -> torch.Tensor:
     """Reduce logits to the ids of the best classes: a `preprocess_logits_for_metrics` for Trainer.
 
-    It runs where the logits are and does not wait for the device.
+    It runs on the device of the logits and does not synchronize.
 
     Args:
         logits (`torch.Tensor` or `tuple` or `list`): of shape (batch, classes), or a tuple or list that starts with
@@ -164,7 +164,7 @@ def multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _average_precision(scores: np.ndarray, true: np.ndarray) -> float:
-    """Mean precision over the true samples, ranked by score; equal scores share a rank."""
+    """Return the mean precision over the true samples, ranked by score; equal scores share a rank."""
     order = np.argsort(-scores, kind="stable")
     last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
     hits = np.cumsum(true[order])[last]
@@ -226,7 +226,7 @@ def metrics_for(problem_type: str) -> dict[str, Callable | None]:
 
 
 def _joined(values: Any) -> np.ndarray:
-    """The first output of all batches; a list, of `eval_do_concat_batches=False`, has an entry for each batch."""
+    """Return the first output of all batches; with `eval_do_concat_batches=False` each batch is an entry of a list."""
     if isinstance(values, list):
         return np.concatenate([_joined(batch) for batch in values])
     return np.asarray(values[0] if isinstance(values, tuple) else values)
@@ -238,7 +238,7 @@ def _name(k: int) -> str:
 
 
 def _top_k_accuracy(ranked: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Compute the fraction of labelled samples whose label is among the first k ids."""
+    """Compute the fraction of labeled samples whose label is among the first k ids."""
     labelled = labels != -100
     if not labelled.any():
         raise DataError(

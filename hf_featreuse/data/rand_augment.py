@@ -1,7 +1,7 @@
 """RandAugment with Pillow, as a function of (seed, epoch, row).
 
-Own code: the well-kept implementations, in timm and torchvision, both need torchvision, and draw from global
-generators, which a resume could not give back to each worker.
+This package has its own implementation because those of timm and torchvision need torchvision, and draw from global
+generators, whose states a resumed run could not restore in each worker.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ _GREY = (128, 128, 128)
 
 
 def _shear_x(image: Image.Image, level: float) -> Image.Image:
-    # About the centre, so that the content stays in place.
+    # About the center, so that the content stays in place.
     return _affine(image, (1, level, -level * image.height / 2, 0, 1, 0))
 
 
@@ -104,7 +104,7 @@ class RandAugment:
         return [self._augment(image, row, epoch) for image, row in zip(images, rows.tolist(), strict=True)]
 
     def draw(self, row: int, epoch: int) -> list[tuple[str, float]]:
-        """The operations of an image, by name, with their levels."""
+        """Return the operations of an image, by name, with their levels."""
         counter = np.array([0, row, epoch, 0], np.uint64)
         words = np.random.Philox(key=np.array([self.seed, _STREAM], np.uint64), counter=counter)
         chosen = words.random_raw(2 * self.num_ops)

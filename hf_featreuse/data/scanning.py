@@ -1,7 +1,7 @@
-"""List what a local folder holds, and remember what is left out and why.
+"""List the content of a local folder, and record what is left out and why.
 
-Folders are walked here, not by patterns: in a pattern, brackets in a path and names with `::` mean something else, and
-what does not match vanishes without a message.
+Folders are walked instead of matched by patterns, in which brackets and `::` have another meaning, and files that do
+not match are dropped silently.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Found:
 
 
 def scan(root: str) -> Found:
-    """Walk through a folder and everything below it; follow links, but not back to where they come from.
+    """Walk a folder recursively; follow links, except those to a folder above.
 
     Raises:
         DataError: a folder cannot be read, or its path is not UTF-8.
@@ -101,7 +101,7 @@ def scan(root: str) -> Found:
 
 
 def _sort_entries(found: Found, folder: str, entries: list[os.DirEntry[str]]) -> Iterator[tuple[str, bool]]:
-    """Put the files of a folder where they belong; yield the folders in it, and whether each is a link."""
+    """Sort the files of a folder by kind; yield its subfolders, and whether each is a link."""
     for entry in entries:
         name, path = entry.name, os.path.join(folder, entry.name)
         ending = os.path.splitext(name)[1].lower()
@@ -135,7 +135,7 @@ def _sort_entries(found: Found, folder: str, entries: list[os.DirEntry[str]]) ->
 
 
 def _is_unicode(name: str) -> bool:
-    """Whether a name can be stored: names of other encodings come with surrogates from the system."""
+    """Return whether a name can be stored: names of other encodings come with surrogates from the system."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -144,5 +144,5 @@ def _is_unicode(name: str) -> bool:
 
 
 def below(path: str, folder: str) -> bool:
-    """Whether a relative path lies in a folder, at any depth."""
+    """Return whether a relative path lies in a folder, at any depth."""
     return not folder or path.startswith(folder + os.sep)

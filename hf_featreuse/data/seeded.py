@@ -1,8 +1,8 @@
-"""Any random transform as a function of (seed, epoch, row), and torchvision's well-known ones by name.
+"""Make any random transform a function of (seed, epoch, row), and torchvision's augmentations by name.
 
-torchvision's transforms, and most others, draw from the global generators of torch, NumPy and Python. Each worker
-would have to save those for a run to be resumed exactly, and one draw more or less would change all that follow. Here
-they are seeded for each image and put back afterwards.
+The transforms of torchvision, and most others, draw from the global generators of torch, NumPy and Python. To resume a
+run exactly, each worker would have to save them, and one draw more or less would change all later ones. Here they are
+seeded for each image and restored afterwards.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ _STREAM = 0x72616E74
 class SeededTransform:
     """Apply a random transform to each training image, as a function of only (seed, epoch, row).
 
-    torch's generator for the CPU, NumPy's global one and Python's are seeded for each image, and have their states
-    again afterwards. Takes what [`RandAugment`] takes, so `TrainTransform(size, augment=SeededTransform(...))` applies
-    it last. It costs about 0.02 ms per image on top of the transform. With workers that are not forked, the transform
-    must be picklable.
+    torch's CPU generator, NumPy's global one and Python's are seeded for each image and restored afterwards. It is
+    called like [`RandAugment`], so `TrainTransform(size, augment=SeededTransform(...))` applies it last. The overhead
+    is about 0.02 ms per image. With workers that are not forked, the transform must be picklable.
 
     Args:
         transform (`Callable`): from an RGB PIL image to one, or to a uint8 tensor of shape (3, height, width), such as
@@ -66,7 +65,7 @@ class SeededTransform:
             for image, row in zip(images, rows.tolist(), strict=True):
                 counter = np.array([0, row, epoch, 0], np.uint64)
                 draw = int(np.random.Philox(key=key, counter=counter).random_raw())
-                # Not `torch.manual_seed`, which would move the generators of other devices.
+                # Not `torch.manual_seed`, which would also seed the generators of other devices.
                 torch.default_generator.manual_seed(draw >> 1)
                 np.random.seed(draw & 0xFFFFFFFF)
                 random.seed(draw)
@@ -77,7 +76,7 @@ class SeededTransform:
         if isinstance(result, Image.Image) and result.mode == "RGB":
             return result
         if isinstance(result, torch.Tensor) and result.dtype == torch.uint8 and result.ndim == 3 and len(result) == 3:
-            # A plain one: torchvision's class for images would stay on the batch.
+            # A plain tensor, as torchvision's subclass for images would be kept in the batch.
             return result.as_subclass(torch.Tensor)
         found = type(result).__name__
         if isinstance(result, Image.Image):
@@ -86,14 +85,14 @@ class SeededTransform:
             found = f"a tensor of {result.dtype} and shape {tuple(result.shape)}"
         name = type(self.transform).__name__
         raise DataError(
-            f"The transform `{name}` returned {found}; an RGB image or a uint8 tensor of shape (3, height, width) is "
-            "needed. Leave conversion to floats and normalisation to the collator."
+            f"The transform `{name}` returned {found}, but must return an RGB image or a uint8 tensor of shape "
+            "(3, height, width). Leave conversion to floats and normalization to the collator."
         )
 
 
 @contextlib.contextmanager
 def _kept_generators() -> Iterator[None]:
-    """Put the global generators on the CPU back afterwards."""
+    """Restore the global CPU generators at exit."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -104,7 +103,7 @@ def _kept_generators() -> Iterator[None]:
 
 
 def augmentation(name: str | None, seed: int = 0, random_erasing: float = 0.0) -> SeededTransform | RandAugment | None:
-    """Make a well-known augmentation by name, of torchvision if it is installed.
+    """Create an augmentation by name, that of torchvision if it is installed.
 
     Args:
         name (`"auto_augment"`, `"rand_augment"` or `"trivial_augment"`, *optional*): by default none. Without

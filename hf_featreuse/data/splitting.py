@@ -1,4 +1,4 @@
-"""Choose the rows to validate on when the data has no validation split: of each class alike, by the seed."""
+"""Choose the rows for validation if the data has no validation split: stratified by class, by the seed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def held_out_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Choose rows, of each class its share, as a function of only the labels, their number and the seed.
+    """Choose rows, stratified by class, as a function of only the labels, their number and the seed.
 
-    Each class keeps a row to train on as long as that is possible. Labels that are not classes, lists or
-    floating-point numbers, are not stratified. Own code: `datasets` and scikit-learn refuse classes of one row.
+    Each class keeps a row for training if possible. Lists and floating-point numbers are not stratified. `datasets`
+    and scikit-learn cannot be used here: they raise for classes of one row.
 
     Args:
         labels (`numpy.ndarray`): of all rows, as Python objects.

@@ -1,4 +1,4 @@
-"""Labelled images of a stream: a data set that is read from the Hub or from disk while training, never kept whole."""
+"""Stream labeled images from the Hub or from disk while training, without storing the data set."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NO_VALUES = np.empty(0, dtype=object)
 
 
 class ImageStream(torch.utils.data.IterableDataset):
-    """Images and labels of one split in the order in which they come.
+    """Images and labels of one split in the order of the stream.
 
     Items are those of [`ImageSplit`]. A random transform is a function of seed, epoch and place in the stream, so a
     resumed run sees the same images as long as the number of data-loading workers is the same.
@@ -65,7 +65,7 @@ class ImageStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, worker = int(self._epoch), torch.utils.data.get_worker_info()
         self._stream.set_epoch(epoch)
-        # `datasets` gives each worker shards of its own.
+        # `datasets` gives each worker different shards.
         first = 0 if worker is None else worker.id << 40
         for row, example in zip(itertools.count(first), self._stream, strict=False):
             stored: dict[str, Any] = example["image"] or {"bytes": None, "path": None}
@@ -104,7 +104,7 @@ class ImageStream(torch.utils.data.IterableDataset):
         return encoded.tolist()
 
     def with_transform(self, transform: Callable[..., torch.Tensor] | None) -> ImageStream:
-        """Return the same stream with a transform in place of its own, as [`ImageSplit.with_transform`] does."""
+        """Return the same stream with another transform, as [`ImageSplit.with_transform`] does."""
         stream = copy.copy(self)
         stream._transform, stream._epoch = transform, self._epoch.clone().share_memory_()
         return stream
@@ -120,12 +120,12 @@ class ImageStream(torch.utils.data.IterableDataset):
         return stream
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the shuffling and random transforms the epoch, as [`ImageSplit.set_epoch`] does."""
+        """Set the epoch of shuffling and random transforms, as [`ImageSplit.set_epoch`] does."""
         self._epoch.fill_(epoch)
 
 
 def _is_on_the_hub(path: str) -> bool:
-    """Whether a path leads to a file on the Hub, perhaps inside an archive there, and to nothing else."""
+    """Return whether a path is a file on the Hub, possibly inside an archive there."""
     *members, file = path.split("::")
     return file.startswith("hf://datasets/") and all(member.partition("://")[0] in _ARCHIVES for member in members)
 
@@ -152,19 +152,19 @@ def stream_image_data(
 ) -> ImageData:
     """Open the splits of a data set as streams, which are read while training.
 
-    The training images are shuffled within a window of 1,000. No validation split is taken off them.
+    The training images are shuffled within a window of 1,000. No validation split is made from them.
 
     Args:
         dataset_name (`str`): name on the Hub, or a local folder that `datasets` reads: of Parquet, Arrow or WebDataset
             files, or of images in class folders.
         dataset_config_name (`str`, *optional*): configuration of the data set.
-        max_train_samples (`int`, *optional*): take the first so many training images; by default all.
+        max_train_samples (`int`, *optional*): number of training images, the first ones; by default all.
         max_eval_samples (`int`, *optional*): the same for validation and test, each.
         image_column_name (`str`, *optional*): as for [`load_image_data`].
         label_column_name (`str`, *optional*): as for [`load_image_data`]; the classes must be named by the type of the
-            column, as they cannot be collected beforehand.
+            column, as they cannot be collected in advance.
         token (`str` or `bool`, *optional*): as for [`load_image_data`].
-        seed (`int`, defaults to 42): of the shuffling.
+        seed (`int`, defaults to 42): seed of the shuffling.
         splits (`Sequence[str]`, defaults to `("train", "validation")`): which to open.
 
     Returns:
@@ -226,11 +226,12 @@ def stream_image_data(
 
 
 def _check_named(feature: Any, column: str, source: str) -> None:
-    """Refuse classes whose names only a pass over all data would show."""
+    """Raise for classes whose names would need a pass over all data."""
     entry = single_feature(feature)
     is_value = isinstance(entry, datasets.Value) and entry.dtype.startswith(("float", "double", "half"))
     if not isinstance(entry, datasets.ClassLabel) and not (is_value and entry is feature):
         raise DataError(
-            f"Column {column!r} of {source} holds {feature}, and a stream needs class labels, whose names are known "
-            "beforehand, or numbers to predict. Store the column as `ClassLabel`, or load the data without streaming."
+            f"Column {column!r} of {source} contains {feature}, but a stream needs class labels, whose names are "
+            "known in advance, or numbers to predict. Store the column as `ClassLabel`, or load the data without "
+            "streaming."
         )

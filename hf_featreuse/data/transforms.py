@@ -1,7 +1,7 @@
-"""From RGB images to uint8 tensors: random crops for training, the image processor's own resizing for evaluation.
+"""From RGB images to uint8 tensors: random crops for training, the image processor's resizing for evaluation.
 
-Augmentation is a function of (seed, epoch, row) through a counter-based generator, so workers, resume and other users
-of randomness cannot move it. Resizing is Pillow's; torchvision is never needed.
+Augmentation is a function of (seed, epoch, row) through a counter-based generator, so it does not depend on workers,
+resume and other random draws. Resizing uses Pillow; torchvision is not needed.
 """
 
 import math
@@ -50,7 +50,7 @@ class ImageTransform:
 
 
 def default_crop_scale(size: tuple[int, int]) -> tuple[float, float]:
-    """Choose how much of an image a random crop keeps.
+    """Choose the area of random crops.
 
     A choice of this package: crops down to 8 % of the area, common for ImageNet, leave about 9 x 9 pixels of a 32 x 32
     image, so small images keep at least 60 %.
@@ -74,7 +74,7 @@ class TrainTransform(ImageTransform):
     """Crop a random part of an image, resize it and flip it at random, as a function of only (seed, epoch, row).
 
     The random numbers of an image come from NumPy's counter-based Philox, keyed by the seed, its counter set to
-    (row, epoch). No global generator is read or moved.
+    (row, epoch). No global generator is used.
 
     Args:
         size (`tuple[int, int]`): height and width of the result, in pixels.
@@ -122,7 +122,7 @@ class TrainTransform(ImageTransform):
         if not 0 < ratio[0] <= ratio[1]:
             raise DataError(f"ratio={ratio!r} must be (smallest, largest) with 0 < smallest <= largest.")
         if not 0 <= flip <= 1:
-            raise DataError(f"flip={flip!r} is no probability; pass a number from 0 to 1.")
+            raise DataError(f"flip={flip!r} is not a probability. Pass a number from 0 to 1.")
         if not 0 <= seed < 2**64:
             raise DataError(f"seed={seed!r} must be an integer from 0 to 2**64 - 1.")
         self.size, self.scale, self.ratio = tuple(size), scale, ratio
@@ -140,7 +140,7 @@ class TrainTransform(ImageTransform):
         height, width = self.size
         results = []
         for image, box, flip in zip(images, boxes, flips, strict=True):
-            # A gap of 3 only comes into play where an image shrinks six times or more; the difference is invisible.
+            # A gap of 3 has an effect only if an image shrinks six times or more; the difference is invisible.
             result = image.resize((width, height), self.resample, box, reducing_gap=3.0)
             results.append(result.transpose(Transpose.FLIP_LEFT_RIGHT) if flip else result)
         if self.augment is None:
@@ -190,12 +190,12 @@ def _between(draws: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 class EvalTransform(ImageTransform):
-    """Resize and crop as a Hugging Face image processor does, bit-identical, without its rescaling and normalisation.
+    """Resize and crop bit-identically to a Hugging Face image processor, without its rescaling and normalization.
 
-    Fixed sizes, `shortest_edge`, centre crops and ConvNeXt's `crop_pct` are done by Pillow directly. The result is
-    compared with the processor's own on two images of noise when the transform is made; if they differ (padding,
-    torchvision's filters, its own rules), the processor itself is called for each image. Padding by a processor is
-    then black before normalisation, not zero after it.
+    Fixed sizes, `shortest_edge`, center crops and ConvNeXt's `crop_pct` are done by Pillow directly. At construction
+    the result is compared with that of the processor on two images of noise; if they differ (padding, torchvision's
+    filters, other rules), the processor itself is called for each image. Padding by a processor is then black before
+    normalization, not zero after it.
 
     Args:
         processor (`BaseImageProcessor`): such as `AutoImageProcessor.from_pretrained` returns.
@@ -230,14 +230,14 @@ class EvalTransform(ImageTransform):
         return [_by_processor(self.processor, image) for image in images]
 
     def _equals_processor(self, image: Image.Image) -> bool:
-        """Say whether Pillow by itself gives what the processor gives for this image."""
+        """Return whether Pillow alone gives the same result as the processor for this image."""
         size = self._settings.get("size") or {}
         if self._settings.get("do_resize") and set(size) not in ({"height", "width"}, {"shortest_edge"}):
             return False
         return torch.equal(to_tensors([self._resize(image)])[0], _by_processor(self.processor, image))
 
     def _resize(self, image: Image.Image) -> Image.Image:
-        """Apply the processor's resize and centre crop with Pillow."""
+        """Apply the processor's resize and center crop with Pillow."""
         crop_size = self._settings["crop_size"] if self._settings.get("do_center_crop") else None
         if self._settings.get("do_resize"):
             size, edge = self._settings["size"], self._settings["size"].get("shortest_edge")
@@ -258,7 +258,7 @@ class EvalTransform(ImageTransform):
 
 
 def _by_processor(processor: BaseImageProcessor, image: Image.Image) -> torch.Tensor:
-    """Let a processor resize and crop, and leave the values of the pixels to `ImageCollator`."""
+    """Resize and crop with the processor; `ImageCollator` rescales and normalizes."""
     off: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
     off |= dict.fromkeys({"do_flip_channel_order", "include_top", "rescale_offset"} & set(processor.to_dict()), False)
     pixels = np.asarray(processor(image, return_tensors="np", **off)["pixel_values"][0])
@@ -277,7 +277,7 @@ def _with_shortest_edge(image: Image.Image, edge: int) -> tuple[int, int]:
 
 
 def image_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    """Find the size of the images that a processor hands to the model.
+    """Return the size of the images that a processor passes to the model.
 
     Args:
         processor (`BaseImageProcessor`): image processor of transformers.

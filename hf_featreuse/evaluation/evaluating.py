@@ -211,7 +211,6 @@ def _scikit_learn() -> Any:
         from sklearn import metrics
     except ImportError as error:
         raise ConfigurationError(
-            "Scores of each class need scikit-learn, which is not installed. Run "
-            '`pip install "hf_featreuse[plot]"`.'
+            'Scores of each class need scikit-learn, which is not installed. Run `pip install "hf_featreuse[plot]"`.'
         ) from error
     return metrics

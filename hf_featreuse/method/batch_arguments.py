@@ -142,7 +142,7 @@ def _put(values: list[torch.Tensor], split: Split) -> torch.Tensor:
 
 
 def _is_split(values: list[Any], example: Any, split: Split) -> bool:
-    """Whether the values of an output are tensors of as many samples as each group has."""
+    """Return whether the values of an output are tensors of as many samples as each group has."""
     sizes = [*map(len, split.rows), *[split.num_samples] * split.rest]
     return isinstance(example, torch.Tensor) and all(
         value is None or value.shape[:1] == (size,) for value, size in zip(values, sizes, strict=True)

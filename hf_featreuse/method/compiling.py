@@ -1,18 +1,18 @@
 """Compile residual blocks one by one, so that every set of dropped blocks runs the same few graphs.
 
-A graph of the whole model would hold for one set D only. A block's graph depends on what needs a gradient: its weights
-and its input. Below the lowest block that trains no input does; two of the four cases fall away there by handing such
-a block a detached input that asks for its gradient:
+A graph of the whole model would be valid for one set D only. A block's graph depends on what requires gradients: its
+weights and its input. Below the lowest block that trains no input does; two of the four cases are avoided by passing
+such a block a detached input that requires gradients:
 
-- A block that rests runs the graph of a frozen block above it, and its output is detached. Nothing is added, as no
-  backward ever reaches it.
-- The lowest block that trains runs the graph of the ones above it. This adds the gradient of the input of its first
+- A frozen block below it runs the same graph as a frozen block above it, and its output is detached. This costs
+  nothing, as no backward reaches it.
+- The lowest block that trains runs the same graph as those above it. This adds the gradient of the input of its first
   layer: of a norm in transformers, of a depthwise convolution in ConvNeXt.
 
-What is left is two graphs of training and one of evaluation for blocks of the same shape. They take any batch size, so
-that with a set for every sample they also serve each group of samples; a single sample takes graphs of its own. If
-an activation follows the addition, stochastic-depth steps scale the branch inside the block and take one more graph,
-for all survival probabilities; other blocks are scaled outside of their graph.
+Two graphs for training and one for evaluation remain for blocks of the same shape. They take any batch size, so with
+one set per sample they also run each group of samples; a single sample needs separate graphs. If an activation follows
+the addition, stochastic-depth steps scale the branch inside the block and need one more graph for all survival
+probabilities; other blocks are scaled outside of their graph.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _GRAPHS_PER_SHAPE = 16
 def compile_blocks(blocks: Sequence[ResidualBlock], **options: Any) -> Iterator[None]:
     """Run residual blocks as compiled graphs, one block at a time, inside the context.
 
-    Blocks of the same class and shapes share their graphs, which are made when they are first needed. Enter it before
-    the model is wrapped for distributed training, and hold it as long as the model trains; steps, skipping and
-    freezing go inside. On exit the model is as before. A deep copy or pickle made inside is not compiled.
+    Blocks of the same class and shapes share their graphs, which are compiled at first use. Enter it before the model
+    is wrapped for distributed training, and keep it open as long as the model trains; use steps, skipping and freezing
+    inside. At exit the model is as before. A deep copy or pickle made inside is not compiled.
 
     Args:
-        blocks (`list[ResidualBlock]`): the blocks to compile; the rest of the model runs as it is.
+        blocks (`list[ResidualBlock]`): the blocks to compile; the rest of the model runs eagerly.
         options (`dict[str, Any]`): keyword arguments of `torch.compile`, such as `backend`, `mode` and `dynamic`.
 
     Raises:
-        BlockError: a block or a part of it is compiled already.
-        ConfigurationError: `mode` is one that records CUDA graphs.
+        BlockError: a block or a part of it is already compiled.
+        ConfigurationError: `mode` records CUDA graphs.
 
     Example:
         >>> import torch
@@ -77,7 +77,7 @@ def compile_blocks(blocks: Sequence[ResidualBlock], **options: Any) -> Iterator[
             shape = (type(block.module), tuple((name, p.shape) for name, p in block.module.named_parameters()))
             if shape not in shared:
                 shared[shape] = torch.compile(_entry(block.name), **options)
-            # `module.compile` sets this attribute too; torch leaves it out of copies and pickles.
+            # `module.compile` also sets this attribute; torch leaves it out of copies and pickles.
             block.module.__dict__[_COMPILED] = _call(block, shared[shape], any_batch_size)
         with settings:
             yield
@@ -89,51 +89,51 @@ def compile_blocks(blocks: Sequence[ResidualBlock], **options: Any) -> Iterator[
 def check_mode(mode: str | None) -> None:
     """Raise `ConfigurationError` for a mode of `torch.compile` that records CUDA graphs.
 
-    They are kept in a tree of the calls of an iteration, one branch for each order, and steps that drop random blocks
-    hardly ever have the same one.
+    They are stored in a tree of the calls of an iteration, one branch for each sequence, and steps that drop random
+    blocks rarely have the same sequence.
     """
     if mode in ("reduce-overhead", "max-autotune"):
         raise ConfigurationError(
-            f'`torch_compile_mode="{mode}"` records a CUDA graph for every sequence of blocks that a step runs, and '
+            f'`torch_compile_mode="{mode}"` records a CUDA graph for every sequence of blocks that a step runs, but '
             "random sets give a new one in nearly every step. Leave the mode unset, or set it to "
             '"max-autotune-no-cudagraphs".'
         )
 
 
 def _for_this_torch(options: dict[str, Any]) -> tuple[dict[str, Any], contextlib.AbstractContextManager]:
-    """Split the options of `torch.compile` from those that an older torch has for the whole process only."""
+    """Split off the options of `torch.compile` that older versions of torch have only as global settings."""
     settings: dict[str, Any] = {}
     # Compared as versions, not as text.
     if torch.__version__ < "2.12":
         settings["recompile_limit"] = options.pop("recompile_limit")
     if torch.__version__ < "2.13":
-        # Else a graph of a frozen block would run a block that trains, without its gradients (pytorch/pytorch#139476).
+        # Otherwise a graph of a frozen block would run a training block without gradients (pytorch/pytorch#139476).
         settings["skip_tensor_guards_with_matching_dict_tags"] = False
         settings["use_recursive_dict_tags_for_guards"] = False
     return options, torch._dynamo.config.patch(settings)
 
 
 def _run(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What is compiled: the block with its hooks."""
+    """Call a block with its hooks; this function is compiled."""
     return module._call_impl(*args, **kwargs)
 
 
 def _entry(name: str) -> Callable:
-    """A copy of `_run` under a name of its own.
+    """Return a copy of `_run` with another name.
 
-    torch keeps graphs, their limit and what it learns about changing sizes by code object. A copy keeps shapes apart,
-    and its graphs go when it goes.
+    torch stores graphs, their limit and what it knows about dynamic sizes per code object. A copy separates shapes,
+    and its graphs are freed with it.
     """
     return types.FunctionType(_run.__code__.replace(co_name=name), globals(), name)
 
 
 def _call(block: ResidualBlock, compiled: Callable, any_batch_size: bool) -> Callable:
-    """What a call of a compiled block does."""
+    """Return the function that a call of a compiled block runs."""
     module = block.module
 
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = type(module)
-        # A graph holds for one class, whether the block is being scaled or not.
+        # A graph is valid for one class, so use the plain class also if the block is scaled.
         module.__class__ = plain_class(module)
         try:
             stream = block.stream(args, kwargs)
@@ -152,7 +152,7 @@ def _call(block: ResidualBlock, compiled: Callable, any_batch_size: bool) -> Cal
 
 
 class _Alias(torch.autograd.Function):
-    """The same tensor without what else a graph could hold for: being a view or a leaf, strides of axes of size 1."""
+    """Return the same tensor without properties that cause recompilation: view or leaf, strides of axes of size 1."""
 
     @staticmethod
     def forward(_ctx: Any, tensor: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -166,7 +166,7 @@ class _Alias(torch.autograd.Function):
 
 
 def _requires_grad(value: Any) -> bool:
-    """Whether any tensor in a nested structure requires gradients."""
+    """Return whether any tensor in a nested structure requires gradients."""
     if isinstance(value, torch.Tensor):
         return value.requires_grad
     if isinstance(value, dict):
@@ -175,7 +175,7 @@ def _requires_grad(value: Any) -> bool:
 
 
 def _detached(output: Any) -> Any:
-    """The output of a block, a tensor or a tuple, without its graph."""
+    """Return the output of a block, a tensor or a tuple, detached."""
     if isinstance(output, torch.Tensor):
         return output.detach()
     return tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in output)

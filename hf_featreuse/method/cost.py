@@ -1,14 +1,14 @@
-"""What a step of each kind costs in arithmetic, as a share of a vanilla step.
+"""Arithmetic of each kind of step as a share of a vanilla step.
 
 Counted once with torch's `FlopCounterMode`: matrix products, convolutions and attention of a forward and backward of
-a batch of one. From the parts, the cost of any set D follows by addition:
+a batch of one. The cost for any set D is the sum of its parts:
 
 - stochastic depth: a dropped block costs nothing, forward and backward.
-- masked freeze: the whole forward; input gradients from the loss down to the lowest block that trains; weight
+- masked freeze: the whole forward pass; input gradients from the loss down to the lowest block that trains; weight
   gradients of the blocks that train.
 
-Recomputation by activation checkpointing is not counted, nor is the fused attention of the CPU, which torch's counter
-does not see.
+Not counted are recomputation by activation checkpointing and the fused attention of the CPU, which torch's counter
+does not support.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class BlockCost:
     """Floating-point operations, forward and backward, of one residual block on the measured batch.
 
     Args:
-        trained (`int`): when it trains and the gradient goes on below it.
-        lowest (`int`): when it trains and nothing below it does.
-        frozen (`int`): when only the gradient of its input is needed.
-        resting (`int`): when nothing in it or below it trains: its forward alone.
+        trained (`int`): if it trains and the gradient continues below it.
+        lowest (`int`): if it trains and nothing below it does.
+        frozen (`int`): if only the gradient of its input is needed.
+        resting (`int`): if nothing in it or below it trains: only its forward.
 
     Example:
         >>> from hf_featreuse import BlockCost
@@ -63,8 +63,8 @@ class StepCosts:
         vanilla (`int`): floating-point operations of forward and backward of a plain step.
         blocks (`tuple[BlockCost, ...]`): of the residual blocks in forward order.
         trunk (`tuple[int, ...]`): forward operations of the parts of the trunk: before, between and after the blocks.
-        trunk_trains (`tuple[bool, ...]`): whether each of these parts holds parameters that train.
-        train_trunk (`"all"`, `"head"` or `"none"`): what of the trunk trains in masked-freeze steps.
+        trunk_trains (`tuple[bool, ...]`): whether each of these parts has parameters that train.
+        train_trunk (`"all"`, `"head"` or `"none"`): which part of the trunk trains in masked-freeze steps.
 
     Example:
         >>> from hf_featreuse import BlockCost, StepCosts, StepKind, StepPlan
@@ -81,10 +81,10 @@ class StepCosts:
     train_trunk: TrainTrunk | bool = "none"
 
     def share(self, plan: StepPlan) -> float:
-        """Arithmetic of a step as a share of a vanilla step's, from 0 to 1.
+        """Return the arithmetic of a step as a share of a vanilla step, from 0 to 1.
 
         Args:
-            plan (`StepPlan`): of the step.
+            plan (`StepPlan`): the plan of the step.
 
         Example:
             >>> from hf_featreuse import BlockCost, StepCosts, StepKind, StepPlan
@@ -99,7 +99,7 @@ class StepCosts:
         freezing = plan.kind is StepKind.MASKED_FREEZE
         trunk = trunk_option(self.train_trunk) if freezing else "all"
         if frozen:
-            # Only what follows the last block trains of the trunk.
+            # Of the trunk, only what follows the last block trains.
             trunk = "head" if trunk == "all" else trunk
             return self._sum(self._of_unfreezing(plan), 1, trunk) / self.vanilla
         if (masks := plan.sample_masks) is None:
@@ -117,7 +117,7 @@ class StepCosts:
     def _of_one_set(
         self, dropped: Sequence[int], freezing: bool, gradient_everywhere: bool
     ) -> list[tuple[int, int, int]]:
-        """What `sample_groups` comes to for one set, without arrays: this runs in every step of sets per batch."""
+        """Return the same as `sample_groups` for one set, without arrays, because it runs in every step."""
         if not freezing:
             return [(int(index not in dropped), 0, 0) for index in range(len(self.blocks))]
         lowest = -1 if gradient_everywhere else min(dropped, default=len(self.blocks))
@@ -127,26 +127,26 @@ class StepCosts:
         ]
 
     def _of_unfreezing(self, plan: StepPlan) -> list[tuple[int, int, int]]:
-        """Give the same for a step in which the lowest blocks are frozen."""
+        """Return the same for a step in which the lowest blocks are frozen."""
         if plan.kind is StepKind.MASKED_FREEZE:
             return self._of_one_set(plan.dropped, True, False)
         groups = self._of_one_set(plan.dropped, False, False)
         return [(0, 0, count[0]) if index < plan.frozen_below else count for index, count in enumerate(groups)]
 
     def _sum(self, groups: Sequence[Sequence[int]], samples: int, trunk: TrainTrunk) -> int:
-        """Operations of a step, from the input upwards: below the lowest part that trains there is no backward.
+        """Return the operations of a step, summed from the input up, without backward below the lowest trained part.
 
         Args:
-            groups: of each block, how many samples train it, are frozen in it and rest in it.
-            samples: in the batch.
-            trunk: what of the trunk trains.
+            groups: for each block, how many samples train it, are frozen in it, and need only its forward.
+            samples: samples in the batch.
+            trunk: which part of the trunk trains.
         """
         count, gradient_goes_on = 0, False
         for index, forward in enumerate(self.trunk):
             is_trained_part = trunk == "all" or (trunk == "head" and index == len(self.blocks))
             trains = is_trained_part and self.trunk_trains[index]
-            # Linear or convolutional: the gradients of input and of weights cost as much as the forward each. Between
-            # and after the blocks a norm comes first, whose weights need the gradient of the layer above it.
+            # For linear layers and convolutions, the gradients of input and weights each cost as much as the forward.
+            # Between and after the blocks a norm comes first, whose weights need the gradient of the layer above it.
             count += samples * forward * (1 + (gradient_goes_on or (trains and index > 0)) + trains)
             gradient_goes_on |= trains
             if index == len(self.blocks):
@@ -159,7 +159,7 @@ class StepCosts:
 
     @cached_property
     def _stem_rest(self) -> int:
-        """What a plain step costs beyond the sum: gradients inside a first part of the trunk of several layers."""
+        """Cost of a plain step beyond the sum: gradients inside a first part of the trunk with several layers."""
         if not self.trunk_trains[0]:
             return 0
         return self.vanilla - self._sum([(1, 0, 0)] * len(self.blocks), 1, "all")
@@ -172,18 +172,18 @@ def measure_step_costs(
     *,
     train_trunk: TrainTrunk | bool = "all",
 ) -> StepCosts:
-    """Count the arithmetic of a forward and backward of a small batch, block by block.
+    """Count the arithmetic of forward and backward of a small batch, block by block.
 
-    Costs about one forward and backward of the batch, and four of each block that does not count as one before it. The
-    model stays as it is, gradients included; a model on the meta device is counted without any arithmetic.
+    This takes about one forward and backward of the batch, and four of each block that is not equal to an earlier one.
+    The model, including gradients, is not changed; on the meta device a model is counted without any arithmetic.
 
     Args:
         model (`torch.nn.Module`): the model, not wrapped yet.
         blocks (`list[ResidualBlock]`): its blocks in forward order.
         inputs (`dict[str, torch.Tensor]` or `torch.Tensor`, *optional*): a small batch without labels; by default a
             batch of one is made from `model.config`.
-        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): what of the trunk trains in masked-freeze
-            steps.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): which part of the trunk trains in
+            masked-freeze steps.
 
     Raises:
         BlockError: no batch can be made, or the model returns no output to run backward from.
@@ -218,9 +218,9 @@ def measure_step_costs(
 
 
 def flop_counter() -> FlopCounterMode:
-    """Make the counter of operations that all costs here are counted with.
+    """Create the counter of operations for all costs.
 
-    It is torch's, with one formula of its own: torch 2.13 counts the weight gradient of a grouped convolution as if it
+    It is torch's with one corrected formula: torch 2.13 counts the weight gradient of a grouped convolution as if it
     were dense, `groups` times too much. Each gradient of a convolution costs as much as its forward.
 
     Example:
@@ -238,12 +238,12 @@ def flop_counter() -> FlopCounterMode:
 def _convolution_backward(
     grad_shape, x_shape, w_shape, _bias, _stride, _padding, _dilation, transposed, _out_padding, _groups, wanted, **_
 ) -> int:
-    """Operations of the gradients of a convolution's input and weight, where they are wanted."""
+    """Return the operations of the required gradients of a convolution's input and weight."""
     return conv_flop_count(x_shape, w_shape, grad_shape, transposed=transposed) * (wanted[0] + wanted[1])
 
 
 class _Recorder:
-    """Hooks that split the forward's operations by block and keep each block's arguments."""
+    """Hooks that count the forward's operations per block and record each block's arguments."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
         self.blocks = blocks
@@ -254,7 +254,7 @@ class _Recorder:
         self.counter = flop_counter()
         self.before = [0] * len(blocks)
         self.calls: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
-        # Operations of each call in this forward, and when the last call ended.
+        # Operations of each call in this forward, and the count at the end of the last call.
         self.counted: list[list[int]] = [[] for _ in blocks]
         self.ended = 0
 
@@ -287,13 +287,13 @@ class _Recorder:
         return hook
 
     def replay_all(self, model: nn.Module) -> list[BlockCost]:
-        """The costs of all blocks; those of one class and shape whose operations count the same are run once."""
+        """Return the costs of all blocks; those of one class and shape with equal operations are run once."""
         known: dict[Any, list[int]] = {}
         by_module = self.counter.get_flop_counts()
         costs = []
         for block, calls, counted in zip(self.blocks, self.calls, self.counted, strict=True):
             totals = [0] * 4
-            # Of forward and backward: a block may do other things with weights of the same shapes, or not train some.
+            # Of forward and backward: blocks with weights of the same shapes may compute different functions.
             operations = str(by_module.get(f"{type(model).__name__}.{block.name}"))
             for (args, kwargs), forward in zip(calls, counted, strict=True):
                 stream = block.stream(args, kwargs)
@@ -306,21 +306,21 @@ class _Recorder:
         return costs
 
 
-# (the block trains, the gradient goes on below it), in the order of BlockCost's fields.
+# (the block trains, the gradient continues below it), in the order of BlockCost's fields.
 STATES = ((True, True), (True, False), (False, True), (False, False))
 
 
 def replay(
     block: ResidualBlock, args: tuple, kwargs: dict[str, Any], trains: bool, goes_on: bool
 ) -> Callable[[], None]:
-    """A function that runs forward and backward of one call of a block, with its arguments of then.
+    """Return a function that repeats forward and backward of one call of a block, with the recorded arguments.
 
-    Attention kernels differ with what needs gradients, so each state is run.
+    Attention kernels depend on what requires gradients, so each state is run.
 
     Args:
         block (`ResidualBlock`): the block.
-        args (`tuple`): of the call.
-        kwargs (`dict[str, Any]`): of the call.
+        args (`tuple`): arguments of the call.
+        kwargs (`dict[str, Any]`): keyword arguments of the call.
         trains (`bool`): whether the block trains.
         goes_on (`bool`): whether its input gets a gradient.
     """
@@ -335,7 +335,7 @@ def replay(
 
         def replace(value: Any) -> Any:
             if isinstance(value, Cache):
-                # It holds the keys and values of the forward already, and each replay would lengthen it.
+                # It already has the keys and values of the forward, and each replay would extend it.
                 return None
             return stream if value is original else value.detach() if isinstance(value, torch.Tensor) else value
 
@@ -348,7 +348,7 @@ def replay(
 
 
 def _count(run: Callable[[], None]) -> int:
-    """The operations of a function."""
+    """Return the operations of a function."""
     counter = flop_counter()
     with counter:
         run()
@@ -356,7 +356,7 @@ def _count(run: Callable[[], None]) -> int:
 
 
 def scalar_of(output: Any) -> torch.Tensor:
-    """A scalar to run backward from: the sum of the first output that has a graph."""
+    """Return a scalar to run backward from: the sum of the first output that has a graph."""
     values = [output] if isinstance(output, torch.Tensor) else output
     values = values.values() if isinstance(values, Mapping) else values
     for value in values:

@@ -1,7 +1,7 @@
-"""Random sets of residual blocks, from a counter: any cycle, and any sample of it, can be drawn by itself.
+"""Draw random sets of residual blocks from a counter, so that any cycle and any sample can be drawn independently.
 
-Source: the counter-based generator Philox 4x64, Salmon et al. 2011, from numpy, whose raw words are the same on every
-platform. The third counter word tells the draws apart: 0 is a set per batch, 2 a set per sample (1 was the first
+Source: the counter-based generator Philox 4x64, Salmon et al. 2011, of NumPy, whose raw words are the same on every
+platform. The third counter word identifies the kind of draw: 0 is a set per batch, 2 a set per sample (1 was the first
 version of the latter).
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Of the draws per sample; a run that was started with another one cannot be resumed.
+# Version of the draws per sample; a run that was started with another version cannot be resumed.
 SAMPLE_DRAW_VERSION = 2
 # Consecutive samples that share a draw, in which each block has a fixed number of drops.
 GROUP = 16
@@ -28,7 +28,7 @@ def draw_batch(seed: int, cycle: int, rates: Sequence[float]) -> tuple[int, ...]
 
 
 def sixteenths(rate: float) -> int:
-    """How many samples of a group drop a block: the nearest number, but neither none nor all unless the rate is 0."""
+    """Return how many samples of a group drop a block: the nearest number, from 1 to 15 unless the rate is 0."""
     return 0 if rate == 0 else min(max(int(GROUP * rate + 0.5), 1), GROUP - 1)
 
 
@@ -43,7 +43,7 @@ def draw_samples(seed: int, cycle: int, rates: Sequence[float], count: int, posi
         cycle (`int`): number of the cycle.
         rates (`Sequence[float]`): drop probability of each of L blocks.
         count (`int`): number of samples.
-        position (`int`): of the first sample in the global batch.
+        position (`int`): position of the first sample in the global batch.
 
     Returns:
         `numpy.ndarray`: booleans of shape (count, L), `True` where a sample drops a block.

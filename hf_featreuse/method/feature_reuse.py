@@ -36,24 +36,25 @@ logger = logging.get_logger(__name__)
 
 
 class FeatureReuse:
-    """Run each optimizer step of a training loop as its schedule says.
+    """Run each optimizer step of a training loop according to a schedule.
 
     Args:
-        model (`torch.nn.Module`): the model that trains. It may be wrapped afterwards, not replaced.
+        model (`torch.nn.Module`): the model that trains. It may be wrapped later, but not replaced.
         blocks (`list[ResidualBlock]`): b0..b(L-1), as from `trainable_blocks(model, find_residual_blocks(model))`.
             `plan.dropped` indexes this list; every other part of the model is the trunk.
         schedule (`FeatureReuseSchedule`): for L blocks.
         scale_kept (`bool`, defaults to `True`): in stochastic-depth steps, divide the residual increment of each kept
             block by its survival probability, `plan.survival`.
-        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): in masked-freeze steps, train the whole trunk
-            too, only what follows the last block, or nothing but D. `True` means `"all"`, `False` means `"none"`.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): which part of the trunk trains in
+            masked-freeze steps: all, only what follows the last block, or none. `True` means `"all"`, `False` means
+            `"none"`.
         frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
-            layers normalise in masked-freeze steps; their running statistics do not change either way. Other buffers
+            layers normalize in masked-freeze steps; their running statistics do not change either way. Other buffers
             of frozen modules, such as those of InstanceNorm and spectral norm, are restored at the end of the step.
-        allow_inexact_skip (`bool`, defaults to `False`): take blocks too whose shortcut is not a bitwise identity.
+        allow_inexact_skip (`bool`, defaults to `False`): also accept blocks whose shortcut is not a bitwise identity.
 
     Attributes:
-        current_plan (`StepPlan`, *optional*): the plan of the step that is open now.
+        current_plan (`StepPlan`, *optional*): the plan of the current step.
         trunk_trains (`bool`): whether any parameter outside the blocks requires gradients now; inside a step, when it
             was entered.
 
@@ -115,12 +116,12 @@ class FeatureReuse:
         self.allow_inexact_skip = allow_inexact_skip
         self.current_plan: StepPlan | None = None
         self._warned = False
-        # The last step that was left, and the versions that one weight of each part had then.
+        # The last finished step, and the versions of one weight of each part at its end.
         self._left: tuple[int, list[int]] | None = None
         self._read_parameters()
 
     def _read_parameters(self) -> None:
-        """Walk the modules once, which keeps the work of a step to a few attribute writes a parameter."""
+        """Walk the modules once, so that a step costs only a few attribute writes per parameter."""
         parts = [list(block.module.modules()) for block in self.blocks]
         parts += trunk_modules(self.model, self.blocks)
         self._sharded = sharded_modules(self.model)
@@ -149,18 +150,18 @@ class FeatureReuse:
 
     @property
     def _head_trains(self) -> bool:
-        """Whether any parameter that follows the last block requires gradients; no step freezes them all for good."""
+        """Whether any parameter after the last block requires gradients outside of steps."""
         return any(id(parameter) in self._trainable for parameter in self._parameters[-1])
 
     def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
-        """Give the plan of an optimizer step: the schedule's, except where it would leave nothing to train.
+        """Return the plan of an optimizer step: the schedule's, unless it would leave nothing to train.
 
         If the user froze the whole trunk, as with adapters only in the blocks, a cycle that drops every block is
         vanilla, and the survival probabilities are those given that some block is kept. If what follows the last block
         is frozen, gradual unfreezing begins with that block. Takes the arguments of
         [`FeatureReuseSchedule.plan`].
         """
-        # A schedule of the user's own that draws per batch need not know of samples.
+        # Custom schedules that draw per batch need no arguments for samples.
         samples = {} if self.schedule.drop_granularity == "batch" else {"batch_size": batch_size, "position": position}
         plan = self.schedule.plan(global_step, **samples)
         if plan.frozen_below and not self._head_trains:
@@ -175,7 +176,7 @@ class FeatureReuse:
         return replace(plan, survival=tuple(min(probability / some_kept, 1.0) for probability in plan.survival))
 
     def _with_a_block(self, plan: StepPlan) -> StepPlan:
-        """Let the last block train from the start if nothing after it does, and leave it out in no step until then."""
+        """Train the last block from the start if nothing after it trains, and never drop all blocks that train."""
         frozen = min(plan.frozen_below, len(self.blocks) - 1)
         trains = set(range(frozen, len(self.blocks)))
         if plan.kind is StepKind.STOCHASTIC_DEPTH and trains <= set(plan.dropped):
@@ -225,7 +226,7 @@ class FeatureReuse:
                 self._left = global_step, self._versions()
 
     def _follow_shards(self) -> None:
-        """Take up the parameters that the model holds now: sharding it replaces them."""
+        """Read the parameters again if sharding the model has replaced them."""
         ready_shards(self._sharded)
         if self._witness is not None:
             module, name, parameter = self._witness
@@ -234,11 +235,11 @@ class FeatureReuse:
                 ready_shards(self._sharded)
 
     def _versions(self) -> list[int]:
-        """A version number of one weight of each part, which an optimizer step changes."""
+        """Return a version number of one weight of each part, which an optimizer step changes."""
         return [parameters[-1]._version for parameters in self._parameters if parameters]
 
     def _contexts(self, plan: StepPlan, global_step: int) -> Iterator[contextlib.AbstractContextManager[None]]:
-        """What is open during a step."""
+        """Yield the contexts that are open during a step."""
         if plan.sample_masks is not None and self._is_distributed:
             self._check_some_sample_trains(plan, global_step)
         if plan.kind is not StepKind.VANILLA or plan.frozen_below:
@@ -268,16 +269,16 @@ class FeatureReuse:
                 )
 
     def _check_some_sample_trains(self, plan: StepPlan, global_step: int) -> None:
-        """Raise `StepError` if nothing here gets a gradient, for which the other processes would wait."""
+        """Raise `StepError` if nothing in this process gets a gradient; the other processes would wait for it."""
         assert plan.sample_masks is not None
         body = len(self.blocks)
         trunk = [p for index in self._active_parts(plan) if index >= body for p in self._parameters[index]]
         trains = plan.sample_masks if plan.kind is StepKind.MASKED_FREEZE else ~plan.sample_masks
         if not trains.any() and not any(parameter.requires_grad for parameter in trunk):
             raise StepError(
-                f"No sample of this process trains a block in step {global_step}, and no trunk trains, so the other "
-                "processes would wait for its gradients. Use a multiple of 16 samples per micro-batch, which always "
-                'train some, set `train_trunk="head"` or `"all"`, or set `drop_granularity="batch"`.'
+                f"No sample of this process trains a block in step {global_step}, and the trunk does not train, so "
+                "the other processes would wait for its gradients. Use a multiple of 16 samples per micro-batch, of "
+                'which some always train, set `train_trunk="head"` or `"all"`, or set `drop_granularity="batch"`.'
             )
 
     def _skip(self, plan: StepPlan) -> contextlib.AbstractContextManager[None]:
@@ -287,7 +288,7 @@ class FeatureReuse:
         if survival is not None and len(survival) != len(self.blocks):
             raise ConfigurationError(
                 f"`survival` of the step's plan has {len(survival)} entries for {len(self.blocks)} blocks. Pass one "
-                "probability for each, those of dropped blocks included."
+                "probability for each, including dropped blocks."
             )
         if plan.sample_masks is not None:
             device = self._parameters[0][0].device
@@ -302,20 +303,20 @@ class FeatureReuse:
         )
 
     def _warn_unscaled(self) -> None:
-        """Warn once that the plans of a schedule say nothing of survival."""
+        """Warn once that the plans of a schedule have no survival probabilities."""
         if not self._warned:
             self._warned = True
             logger.warning(
                 f"The plans of {type(self.schedule).__name__} have no `survival`, so stochastic-depth steps do not "
-                "scale the blocks that they keep, and the whole network differs from those that train. Give each plan "
-                "the survival probability of every block, or set `scale_kept=False`."
+                "scale the blocks that they keep, and the whole network differs from those that train. Add the "
+                "survival probability of every block to each plan, or set `scale_kept=False`."
             )
 
     def active_parameters(self, plan: StepPlan) -> list[nn.Parameter]:
-        """Give the parameters that a step may move: those of the parts that are computed and train.
+        """Return the parameters that a step may change: those of the parts that are computed and train.
 
-        Known before the forward, and the same on every rank that has the same plan. Where every sample has its own
-        set, a block may train on any sample, so all blocks are active.
+        They are known before the forward pass, and the same on every rank with the same plan. If every sample has its
+        own set, a block may train on any sample, so all blocks are active.
 
         Args:
             plan (`StepPlan`): of the step, as [`step`] yields it.
@@ -324,7 +325,7 @@ class FeatureReuse:
         return [parameter for parameter in active.values() if id(parameter) in self._trainable]
 
     def _active_parts(self, plan: StepPlan) -> set[int]:
-        """Indices of the parts that are computed and train in a step: blocks, then trunk up to the head, and head."""
+        """Return the indices of the parts that are computed and train: blocks, then trunk up to the head, and head."""
         body = len(self.blocks)
         everything, dropped = set(range(body + 2)), set(plan.dropped)
         frozen = {body, *range(plan.frozen_below)} if plan.frozen_below else set()
@@ -334,11 +335,11 @@ class FeatureReuse:
         return (blocks | {"all": {body, body + 1}, "head": {body + 1}, "none": set()}[self.train_trunk]) - frozen
 
     def _frozen_parameters(self, frozen: list[int]) -> list[nn.Parameter]:
-        """The parameters that are frozen in a masked-freeze step: of the frozen parts, which no other part shares."""
+        """Return the parameters to freeze: those of the frozen parts that no other part shares."""
         parameters = [p for index in frozen for p in self._parameters[index] if p.requires_grad]
         if not self._has_shared:
             return parameters
-        # A parameter shared with a part that trains, trains.
+        # A parameter that is shared with a training part trains.
         active = {id(p) for index, part in enumerate(self._parameters) if index not in frozen for p in part}
         return [parameter for parameter in parameters if id(parameter) not in active]
 
@@ -352,9 +353,9 @@ class FeatureReuse:
             cause = (
                 f"No weight has changed since `step({self._left[0]})`. If {global_step} is the index of a "
                 "micro-batch, pass the number of optimizer steps taken, as in `step(index // accumulation_steps)`; "
-                "else call `optimizer.step()` first. "
+                "otherwise call `optimizer.step()` first. "
             )
         raise StepError(
-            f"`{name}` must not move in this {plan.kind.value} step but holds a gradient from before, which the "
+            f"`{name}` must not change in this {plan.kind.value} step but has an earlier gradient, which the "
             f"optimizer would apply. {cause}Call `optimizer.zero_grad(set_to_none=True)` after every optimizer step."
         )

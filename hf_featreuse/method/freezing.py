@@ -1,7 +1,7 @@
-"""Train only some blocks for a while: everything else is frozen, to the bit.
+"""Train only some blocks inside a context: everything else is frozen, bitwise.
 
-A frozen parameter gets no gradient at all, not a zero one: with `grad=None` an optimizer leaves the weight and its
-moments alone, while a zero gradient would still move it by momentum and weight decay.
+A frozen parameter gets no gradient instead of a zero gradient: with `grad=None` an optimizer changes neither the
+weight nor its moments, while with a zero gradient momentum and weight decay would still change it.
 
 Sources: masked freeze, arXiv 2411.09475 (abstract); the closest precedent is freeze-drop-path, Smith and Topin 2016
 (arXiv 1611.00847).
@@ -37,18 +37,19 @@ def train_only(
     all_blocks: Sequence[ResidualBlock] = (),
     frozen_batch_norm: FrozenBatchNorm = "batch",
 ) -> Iterator[None]:
-    """Let only some blocks train in every backward inside the context.
+    """Train only some blocks in every backward pass inside the context.
 
-    Parameters that required no gradient before never thaw. The running statistics of frozen BatchNorm layers do not
-    change, whether `model.train()` is called inside or not; other buffers of frozen modules are restored at the exit.
-    On exit every `requires_grad` and every layer is as before.
+    Parameters that did not require gradients before stay frozen. The running statistics of frozen BatchNorm layers do
+    not change, even if `model.train()` is called inside; other buffers of frozen modules are restored at exit. At exit
+    every `requires_grad` and every layer is as before.
 
     Args:
         model (`torch.nn.Module`): the model.
         blocks (`list[ResidualBlock]`): the blocks that train.
-        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"none"`): of what lies outside `all_blocks`, train all
-            too, only the modules that are first called after the last block, or nothing.
-        all_blocks (`list[ResidualBlock]`): all blocks of the model in forward order; needed to know the trunk.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"none"`): modules outside `all_blocks` that also
+            train: all, only those that are first called after the last block, or none.
+        all_blocks (`list[ResidualBlock]`): all blocks of the model in forward order; required unless `train_trunk` is
+            `"none"`.
         frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): whether frozen BatchNorm layers use the
             statistics of the batch, as in a plain step, or their running ones, as in evaluation.
 
@@ -81,10 +82,10 @@ def train_only(
     active = {id(p) for p in own_parameters(m for m in model.modules() if id(m) in training) if p.requires_grad}
     if not active:
         raise BlockError(
-            f"None of the blocks {[block.name for block in blocks]} holds a parameter that requires gradients, so "
-            "nothing would train. Pass blocks that hold one."
+            f"None of the blocks {[block.name for block in blocks]} has a parameter that requires gradients, so "
+            "nothing would train. Pass blocks with such parameters."
         )
-    # A parameter shared with a block that trains, trains.
+    # A parameter that is shared with a training block trains.
     parameters = [p for p in own_parameters(frozen) if p.requires_grad and id(p) not in active]
     buffers = FrozenBuffers([frozen])
     with freeze(parameters, changing_layers(frozen), frozen_batch_norm), buffers.kept([0]):
@@ -97,7 +98,7 @@ def freeze(
     layers: Sequence[_BatchNorm | _ConvNd],
     frozen_batch_norm: FrozenBatchNorm = "batch",
 ) -> Iterator[None]:
-    """Freeze parameters that require gradients now, and layers of `changing_layers`, until the exit."""
+    """Freeze parameters that require gradients, and layers of `changing_layers`, inside the context."""
     classes = [type(layer) for layer in layers]
     try:
         for parameter in parameters:
@@ -115,11 +116,11 @@ def freeze(
 
 @functools.cache
 def _frozen_class(plain: type[nn.Module], frozen_batch_norm: FrozenBatchNorm) -> type[nn.Module]:
-    """The class of a frozen BatchNorm layer.
+    """Return the class of a frozen BatchNorm layer.
 
-    In training only `track_running_stats` decides whether the statistics move; with `training` off they are used. The
-    layer's own attributes stay what they are, so that `model.train()`, which Trainer calls in every step, and copies
-    made meanwhile change nothing.
+    In training only `track_running_stats` decides whether the statistics change; with `training` off they are used.
+    The attributes of the layer itself do not change, so `model.train()`, which Trainer calls in every step, and copies
+    inside the context are safe.
     """
     name = "track_running_stats" if frozen_batch_norm == "batch" else "training"
 
@@ -133,9 +134,9 @@ def _frozen_class(plain: type[nn.Module], frozen_batch_norm: FrozenBatchNorm) ->
 
 
 def changing_layers(modules: Iterable[nn.Module]) -> list[_BatchNorm | _ConvNd]:
-    """The layers that do more than stop training when they are frozen.
+    """Return the layers that need another class while they are frozen.
 
-    These are BatchNorm layers whose running statistics move in training, and convolutions, which save their input.
+    These are BatchNorm layers, whose running statistics change in training, and convolutions, which save their input.
     """
     modules = list(modules)
     norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
@@ -143,17 +144,17 @@ def changing_layers(modules: Iterable[nn.Module]) -> list[_BatchNorm | _ConvNd]:
 
 
 def trunk_modules(model: nn.Module, all_blocks: Sequence[ResidualBlock]) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The modules that belong to no block: those of the head, which follows the last block, come second."""
+    """Return the modules outside all blocks, in two lists: the head, which follows the last block, is the second."""
     in_blocks = {id(module) for block in all_blocks for module in block.module.modules()}
     after = {id(module) for module in all_blocks[-1].followers} if all_blocks else set()
     trunk = [module for module in model.modules() if id(module) not in in_blocks]
-    # A weight that the head shares with what comes before the blocks, as a language model's with its embeddings,
-    # would train there too, and the gradient would have to go all the way down.
+    # A weight that the head shares with modules before the blocks, such as the embeddings of a language model, would
+    # also train there, and the gradient would have to reach the input.
     below = {id(parameter) for parameter in own_parameters(module for module in trunk if id(module) not in after)}
     after -= {id(module) for module in trunk if any(id(parameter) in below for parameter in own_parameters([module]))}
     return [module for module in trunk if id(module) not in after], [m for m in trunk if id(m) in after]
 
 
 def own_parameters(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
-    """The parameters that the modules hold themselves, not through their children."""
+    """Return the parameters of the modules themselves, without those of their children."""
     return (parameter for module in modules for parameter in module.parameters(recurse=False))

@@ -48,7 +48,7 @@ def set_memory_format(model: nn.Module, channels_last: bool | None, device: torc
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether many of the layers of a model are two-dimensional convolutions."""
+    """Return whether many of the layers of a model are two-dimensional convolutions."""
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     others = sum(isinstance(module, nn.Linear) for module in model.modules())
     return convolutions > _CONVOLUTIONAL * (convolutions + others)

@@ -1,12 +1,12 @@
 """Drop path per sample: every sample of a batch has its own set D of residual blocks.
 
-Inside a block the batch is sorted into groups of samples, the block runs on each group as the step asks, and the
-outputs are put back in order. In stochastic depth a block is computed on the samples that keep it, and no others. In
-masked freeze it trains on the samples that dropped it and is frozen for the rest, which take one path whatever they
-train elsewhere: a kernel library plans again for each new number of samples, so a block should see few.
+Inside a block the batch is divided into groups of samples, the block runs on each group as the step requires, and the
+outputs are put back in order. In stochastic depth a block is computed only on the samples that keep it. In masked
+freeze it trains on the samples that dropped it and is frozen for the rest, which form one group whatever they train
+elsewhere: kernel libraries select kernels again for each new number of samples, so a block should see few.
 
 Sources: drop path per sample is timm's `drop_path` and torchvision's `stochastic_depth` in mode "row", which compute
-every sample and mask some; computing only the samples that are kept, DINOv2 (arXiv 2304.07193, section 5).
+every sample and mask some; computing only the kept samples is from DINOv2 (arXiv 2304.07193, section 5).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from hf_featreuse.method.frozen_buffers import copied_buffers
 from hf_featreuse.method.samples_apart import check_apart, check_samples
 from hf_featreuse.method.skipping import Scaling, shortcut
 
-# What a block does for a sample.
+# The states of a block for a sample.
 TRAINS, FROZEN, RESTS = 0, 1, 2
 
 
 def sample_groups(masks: np.ndarray, *, freezing: bool, gradient_everywhere: bool) -> np.ndarray:
-    """The group of each sample at each block, of the shape of the masks, (samples, L); two groups per block at most.
+    """Return the group of each sample at each block, in the shape of the masks; at most two groups per block.
 
     Args:
-        masks (`numpy.ndarray`): `True` where the sample drops the block.
-        freezing (`bool`): masked freeze, not stochastic depth. In stochastic depth a sample that dropped the block
-            rests and the others train; in masked freeze it trains, and the others are frozen if any sample trains a
-            block before this one, else they rest.
-        gradient_everywhere (`bool`): in masked freeze, give every sample its gradient down to the input.
+        masks (`numpy.ndarray`): of shape (samples, L), `True` where the sample drops the block.
+        freezing (`bool`): masked freeze, not stochastic depth. In stochastic depth samples that dropped the block are
+            in `RESTS` and the others in `TRAINS`; in masked freeze they are in `TRAINS`, and the others in `FROZEN` if
+            any sample trains an earlier block, else in `RESTS`, without backward.
+        gradient_everywhere (`bool`): in masked freeze, compute gradients of every sample down to the input.
     """
     if not freezing:
         return np.where(masks, RESTS, TRAINS).astype(np.int8)
@@ -60,21 +60,22 @@ def skip_samples(
     allow_inexact: bool = False,
     checked: bool = False,
 ) -> Iterator[None]:
-    """Compute each block only on the samples that keep it, in every forward and backward inside the context.
+    """Compute each block only on the samples that keep it, in every forward and backward pass inside the context.
 
     Args:
         blocks (`list[ResidualBlock]`): L blocks in forward order.
         masks (`numpy.ndarray`): of shape (samples, L), `True` where a sample drops a block.
-        device (`torch.device`): of the batch.
+        device (`torch.device`): device of the batch.
         survival (`list[float]`, *optional*): survival probability of each block, by which the increments of the
             samples that keep it are divided; by default they are not.
-        allow_inexact (`bool`, defaults to `False`): skip blocks too whose shortcut is not a bitwise identity.
-        checked (`bool`, defaults to `False`): leave out the checks of the blocks and masks, which were made before.
+        allow_inexact (`bool`, defaults to `False`): also skip blocks whose shortcut is not a bitwise identity.
+        checked (`bool`, defaults to `False`): skip the checks of blocks and masks, which were done before.
 
     Raises:
-        BlockError: a block is inexact, normalises over the batch, or its stream does not begin with the batch.
+        BlockError: a block is inexact, normalizes over the batch, or the first dimension of its stream is not the
+            batch.
         StepError: when called, a batch has another number of samples.
-        ConfigurationError: `masks` or `survival` does not fit `blocks`, or what a block adds cannot be scaled.
+        ConfigurationError: `masks` or `survival` does not fit `blocks`, or the increment of a block cannot be scaled.
     """
     if not checked:
         check_outputs(blocks)
@@ -101,26 +102,26 @@ def train_samples(
     gradient_everywhere: bool = False,
     checked: bool = False,
 ) -> Iterator[None]:
-    """Train each block only on the samples that dropped it, in every forward and backward inside the context.
+    """Train each block only on the samples that dropped it, in every forward and backward pass inside the context.
 
-    What lies outside the blocks is not touched; freeze it yourself.
+    Parameters outside the blocks are not frozen.
 
     Args:
         blocks (`list[ResidualBlock]`): L blocks in forward order.
         masks (`numpy.ndarray`): of shape (samples, L), `True` where a sample dropped a block.
-        device (`torch.device`): of the batch.
-        gradient_everywhere (`bool`, defaults to `False`): give every sample its gradient down to the input, for a
+        device (`torch.device`): device of the batch.
+        gradient_everywhere (`bool`, defaults to `False`): compute gradients of every sample down to the input, for a
             trunk that trains.
-        checked (`bool`, defaults to `False`): leave out the checks of the blocks and masks, which were made before.
+        checked (`bool`, defaults to `False`): skip the checks of blocks and masks, which were done before.
 
     Raises:
-        BlockError: a block normalises over the batch, or its stream does not begin with the batch.
+        BlockError: a block normalizes over the batch, or the first dimension of its stream is not the batch.
         StepError: when called, a batch has another number of samples.
         ConfigurationError: `masks` does not fit `blocks`.
     """
     if not checked:
         check_samples(blocks, masks)
-    # Blocks that are called again, as with shared weights, have no place in one order.
+    # Blocks that are called several times, as with shared weights, have no single place in the order.
     everywhere = gradient_everywhere or any(block.num_calls > 1 for block in blocks)
     rests = (sample_groups(masks, freezing=True, gradient_everywhere=everywhere) == RESTS).any(0)
     rules = [
@@ -132,9 +133,9 @@ def train_samples(
 
 
 def _bound(rules: list[tuple[ResidualBlock, Rule]]) -> contextlib.AbstractContextManager[None]:
-    """The rules at forward: module hooks see the whole batch, and activation checkpointing runs the groups again.
+    """Bind the rules at `forward`: module hooks get the whole batch, and activation checkpointing repeats the groups.
 
-    Those of compiled blocks are at the call: graphs are of one group, and hooks and checkpointing are inside of them.
+    For compiled blocks bind them at the call: each group runs a graph, with hooks and checkpointing inside.
     """
     block, last = rules[-1]
     rules = [*rules[:-1], (block, _with_graph(last))]
@@ -143,8 +144,8 @@ def _bound(rules: list[tuple[ResidualBlock, Rule]]) -> contextlib.AbstractContex
     checkpointed = next((block for block, _ in rules if _is_checkpointed_outside(block.module)), None)
     if checkpointed is not None:
         raise ConfigurationError(
-            f'Block {checkpointed.name} is compiled and checkpointed, which `drop_granularity="sample"` takes from '
-            "transformers 5.23 on: before, backward would run frozen samples again as ones that train. Set "
+            f'Block {checkpointed.name} is compiled and checkpointed, which `drop_granularity="sample"` supports from '
+            "transformers 5.23 on: before, backward would recompute frozen samples as ones that train. Set "
             '`torch_compile=False` or `gradient_checkpointing=False`, or `drop_granularity="batch"`.'
         )
     return bind_rules(rules, "__call__")
@@ -155,26 +156,26 @@ def _is_compiled(block: ResidualBlock) -> bool:
 
 
 def _is_checkpointed_outside(module: nn.Module) -> bool:
-    """Whether activation checkpointing is around the call of a module, as before transformers 5.23."""
+    """Return whether activation checkpointing is around the call of a module, as before transformers 5.23."""
     layer = GradientCheckpointingLayer
     return "__call__" in vars(layer) and isinstance(module, layer) and module.gradient_checkpointing
 
 
 def _splits(trains: np.ndarray, device: torch.device, *, rest: bool) -> list[Split]:
-    """One split per block: the samples that it trains on, and the others, in no group if they are the rest."""
+    """Return one split per block: the samples that it trains on and, without `rest`, the others."""
     return [Split(len(trains), rows[: 2 - rest], rest) for rows in index_rows(trains, device)]
 
 
 def index_rows(chosen: np.ndarray, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The samples that are chosen and those that are not, for each block; all go to the device in one copy.
+    """Return the chosen and the other samples of each block, copied to the device at once.
 
     Args:
         chosen (`numpy.ndarray`): of shape (samples, L).
-        device (`torch.device`): of the batch.
+        device (`torch.device`): device of the batch.
     """
     order = torch.from_numpy(np.ascontiguousarray(np.argsort(~chosen.T, axis=1, kind="stable")))
     if device.type == "cuda":
-        # Else the host would wait for the copy.
+        # Otherwise the host would wait for the copy.
         order = order.pin_memory()
     samples, counts = len(chosen), chosen.sum(0).tolist()
     sizes = [size for count in counts for size in (count, samples - count)]
@@ -183,7 +184,7 @@ def index_rows(chosen: np.ndarray, device: torch.device) -> list[tuple[torch.Ten
 
 
 def _in_groups(block: ResidualBlock, split: Split, trains: Rule, other: Rule) -> Rule:
-    """What a block does when called: the samples that it trains on by one rule, the others by another."""
+    """Return the rule of a block: one rule for the samples that it trains on, another for the others."""
     training = len(split.rows[0])
 
     def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -191,13 +192,13 @@ def _in_groups(block: ResidualBlock, split: Split, trains: Rule, other: Rule) ->
         if count != split.num_samples:
             raise StepError(
                 f"Block {block.name} was called with {count} samples in a step that was planned for "
-                f"{split.num_samples}. Pass the number of samples of the micro-batch as `batch_size`; where the model "
+                f"{split.num_samples}. Pass the number of samples of the micro-batch as `batch_size`; if the model "
                 'runs on another number, use `drop_granularity="batch"`.'
             )
         if training in (0, count):
             return (trains if training else other)(call, args, kwargs)
         if block.module.training and torch.is_grad_enabled():
-            # Not as compiled, which would make graphs for two samples.
+            # Checked eagerly: a compiled block would compile graphs for two samples.
             check_apart(block, block.module.forward if _is_compiled(block) else call, args, kwargs)
         first, second = take_apart(block.unbatched, args, kwargs, split)
         return put_together([trains(call, *first), other(call, *second)], split)
@@ -210,7 +211,7 @@ def _plain(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _frozen(block: ResidualBlock) -> Rule:
-    """Run the block with its parameters frozen; the gradient of its input goes on."""
+    """Run the block with frozen parameters; the gradient of its input is still computed."""
 
     def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         trained = [parameter for parameter in block.module.parameters() if parameter.requires_grad]
@@ -221,9 +222,9 @@ def _frozen(block: ResidualBlock) -> Rule:
 
 
 def _resting(block: ResidualBlock) -> Rule:
-    """Run the block for samples that need no gradient of it or of anything before it."""
+    """Run the block for samples that need no gradient of it or of earlier parts."""
     if _is_compiled(block):
-        # Without gradients it would need a graph of its own; what is returned of a frozen one is detached.
+        # Without gradients it would need another graph; the output of a frozen one is detached instead.
         return _frozen(block)
 
     def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -234,7 +235,7 @@ def _resting(block: ResidualBlock) -> Rule:
 
 
 def _with_graph(rule: Rule) -> Rule:
-    """The same with an output that backward can start from, where no sample of the batch trains anything."""
+    """Return the rule with an output from which backward can start even if no sample of the batch trains anything."""
 
     def anchored(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         output = rule(call, args, kwargs)

@@ -1,7 +1,7 @@
 """Take rows out of a batch and put them back, with a backward that moves rows the other way.
 
-Each row belongs to one group, so a gradient has one place to go and is copied there. PyTorch's own backward of
-`index_select` adds into zeros, by slow atomic additions on a GPU. Nothing here makes the host wait for a device.
+Each row belongs to one group, so backward can copy each gradient to its only place. PyTorch's backward of
+`index_select` adds to zeros, with slow atomic additions on a GPU. Nothing here synchronizes host and device.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.autograd.function import once_differentiable
 
 
 def take_rows(tensor: torch.Tensor, rows: Sequence[torch.Tensor], *, rest: bool = False) -> list[torch.Tensor]:
-    """Give a copy of the rows of each group, in the memory format of the tensor.
+    """Return a copy of the rows of each group, in the memory format of the tensor.
 
     Args:
         tensor (`torch.Tensor`): of any shape.
         rows (`list[torch.Tensor]`): indices of the rows of each group; no row is in two groups.
-        rest (`bool`, defaults to `False`): give the tensor itself in the last place, as the `base` of `put_rows` with
-            the same rows. Nothing else may use it: what backward brings it for these rows is left out.
+        rest (`bool`, defaults to `False`): return the tensor itself as the last item, as the `base` of `put_rows` with
+            the same rows. Nothing else may use it: its gradients for these rows are ignored.
 
     Example:
         >>> import torch
@@ -41,13 +41,13 @@ def take_rows(tensor: torch.Tensor, rows: Sequence[torch.Tensor], *, rest: bool 
 def put_rows(
     values: Sequence[torch.Tensor], rows: Sequence[torch.Tensor], base: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Give one batch that holds the values of each group in its rows.
+    """Return one batch with the values of each group in its rows.
 
     Args:
-        values (`list[torch.Tensor]`): of each group.
+        values (`list[torch.Tensor]`): the values of each group.
         rows (`list[torch.Tensor]`): indices of the rows of each group; no row is in two groups.
-        base (`torch.Tensor`, *optional*): what the other rows hold, the last tensor of `take_rows`; by default there
-            are no other rows.
+        base (`torch.Tensor`, *optional*): the values of the other rows: the last tensor of `take_rows`; by default the
+            groups cover all rows.
     """
     held = values if base is None else (base, *values)
     if len({value.dtype for value in held}) > 1:
@@ -63,7 +63,7 @@ def put_rows(
 
 
 class _Take(torch.autograd.Function):
-    """Copies of rows, and the tensor itself on demand."""
+    """Return copies of rows, and the tensor itself with `rest`."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
@@ -88,7 +88,7 @@ class _Take(torch.autograd.Function):
             found = torch.empty(ctx.shape, dtype=example.dtype, device=example.device, memory_format=ctx.format)
             if ctx.rest:
                 found.zero_()
-        # Without the rest, the groups hold every row.
+        # Without the rest, the groups cover all rows.
         for of_group, gradient in zip(rows, grad_outputs, strict=False):
             if gradient is None:
                 found.index_fill_(0, of_group, 0)
@@ -98,7 +98,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Put(torch.autograd.Function):
-    """The groups in their rows; backward takes them out."""
+    """Put the groups in their rows; backward takes them out."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
@@ -128,7 +128,7 @@ class _Put(torch.autograd.Function):
 
 
 def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    """Channels last or contiguous: kernels differ by it, some in speed by several times."""
+    """Return channels last or contiguous, because the speed of some kernels differs several times between them."""
     is_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last and not tensor.is_contiguous() else torch.contiguous_format
 
@@ -138,7 +138,7 @@ def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
 
 
 def _gathered(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of a tensor, which has no graph here, in its memory format."""
+    """Return rows of a tensor without autograd, in its memory format."""
     if _memory_format(tensor) is torch.contiguous_format:
         return tensor.index_select(0, rows)
     return torch.index_select(tensor, 0, rows, out=_empty((len(rows), *tensor.shape[1:]), tensor))

@@ -1,4 +1,4 @@
-"""Refuse blocks in which samples depend on others of the batch: norms over the batch, whatever their class."""
+"""Raise for blocks in which samples depend on others of the batch, such as normalization over the batch."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from hf_featreuse.method.batch_arguments import Split, take_apart
 from hf_featreuse.method.blocks import ResidualBlock
 from hf_featreuse.method.frozen_buffers import copied_buffers
 
-# Blocks that were seen to compute each sample by itself.
+# Blocks that passed the check that each sample is computed independently.
 _apart: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def check_per_sample(model: nn.Module, blocks: Sequence[ResidualBlock]) -> None:
-    """Raise `BlockError` unless the samples of a batch can be computed apart."""
+    """Raise `BlockError` unless the samples of a batch can be computed separately."""
     found = next(((name, module) for name, module in model.named_modules() if _is_batch_norm(module)), None)
     if found is not None:
         raise _not_apart(f"train {type(model).__name__}: `{found[0]}` is a {type(found[1]).__name__}")
     wrong = next((block for block in blocks if not block.has_batch_first), None)
     if wrong is not None:
         raise BlockError(
-            f'`drop_granularity="sample"` cannot take apart the samples in block {wrong.name}: the first dimension of '
-            'its residual stream is not the batch. Set `drop_granularity="batch"`, or leave it out with '
+            f'`drop_granularity="sample"` cannot separate the samples in block {wrong.name}: the first dimension of '
+            'its residual stream is not the batch. Set `drop_granularity="batch"`, or exclude the block with '
             "`target_blocks`."
         )
 
 
 def _not_apart(what: str) -> BlockError:
     return BlockError(
-        f'`drop_granularity="sample"` cannot {what}, which normalises over the batch or mixes its samples, so what a '
-        'sample gives would depend on which others are computed with it. Set `drop_granularity="batch"`.'
+        f'`drop_granularity="sample"` cannot {what}, which normalizes over the batch or mixes its samples, so the '
+        'output for a sample would depend on the others in its group. Set `drop_granularity="batch"`.'
     )
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is BatchNorm, or another norm by name or with running statistics, and not a frozen one."""
+    """Return whether a module is BatchNorm, or by its name or running statistics a similar norm that is not frozen."""
     if isinstance(module, _NormBase):
         return isinstance(module, _BatchNorm)
     name = type(module).__name__.lower()
@@ -51,7 +51,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def check_samples(blocks: Sequence[ResidualBlock], masks: np.ndarray) -> None:
-    """What `FeatureReuse` checks at its construction, for a call without it."""
+    """Check what `FeatureReuse` checks at construction, for calls without it."""
     if masks.ndim != 2 or masks.shape[1] != len(blocks):
         raise ConfigurationError(
             f"`masks` has the shape {masks.shape} for {len(blocks)} blocks. Pass one row per sample and one column "
@@ -62,11 +62,11 @@ def check_samples(blocks: Sequence[ResidualBlock], masks: np.ndarray) -> None:
 
 
 def check_apart(block: ResidualBlock, call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Raise `BlockError` if an output of one sample has a gradient for another; looked at once per block."""
+    """Raise `BlockError` if the output for one sample depends on another; each block is checked once."""
     stream = block.stream(args, kwargs)
     if block.module in _apart or type(stream) is not torch.Tensor:
         return
-    # Activation checkpointing counts what is saved.
+    # Activation checkpointing counts saved tensors, and must not count those of this check.
     unseen = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     random_state = torch.random.fork_rng([stream.device] if stream.is_cuda else [])
     with unseen, random_state, copied_buffers(block.module), torch.enable_grad():
@@ -74,13 +74,13 @@ def check_apart(block: ResidualBlock, call: Callable, args: tuple, kwargs: Mappi
         (args, kwargs), *_ = take_apart(block.unbatched, args, kwargs, Split(len(stream), [rows], rest=False))
         pair = block.stream(args, kwargs)
         leaf = pair.detach().requires_grad_()
-        # Not the leaf itself, which could not be changed in place.
+        # Not the leaf itself, because blocks may change their input in place.
         watched = leaf.clone()
         args = tuple(watched if value is pair else value for value in args)
         kwargs = {key: watched if value is pair else value for key, value in kwargs.items()}
         output = call(*args, **kwargs)
         first = (output if isinstance(output, torch.Tensor) else output[0])[0]
-        # Weights that differ: the sum of what was normalised does not depend on its input.
+        # Different weights, because the plain sum of a normalized tensor does not depend on its input.
         weights = torch.linspace(0.5, 1.5, first.numel(), device=first.device).view(first.shape)
         (gradient,) = torch.autograd.grad((first * weights).sum(), leaf)
     if bool((gradient[1] != 0).any() & gradient.isfinite().all()):

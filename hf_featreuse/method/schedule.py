@@ -1,7 +1,7 @@
-"""Which kind of step comes when, and which residual blocks it drops or trains.
+"""Plan the kind of each step, and which residual blocks it drops or trains.
 
-The schedule is a pure function of (seed, optimizer step). Nothing is saved and nothing is communicated: a resumed
-run, every micro-batch of an accumulated step and every rank compute the same plan.
+The schedule is a pure function of (seed, optimizer step). Nothing is saved or communicated: a resumed run, every
+micro-batch of an accumulated step and every rank compute the same plan.
 
 Sources: the two kinds of step, arXiv 2411.09475 (abstract); linear survival probabilities, Huang et al. 2016
 (arXiv 1603.09382, section 3); rates that fall or rise over training, Liu et al. 2023 (arXiv 2303.01500) and
@@ -42,13 +42,13 @@ class StepKind(enum.StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """What one optimizer step does.
+    """The plan of one optimizer step.
 
     Args:
         kind (`StepKind`): plain training, stochastic depth or masked freeze.
-        dropped (`tuple[int, ...]`): the set D in rising order, as indices into the list of blocks. A stochastic-depth
-            step leaves these blocks out, a masked-freeze step trains only these. Empty in a vanilla step, in a
-            stochastic-depth step that drops nothing, and if every sample has its own set.
+        dropped (`tuple[int, ...]`): the set D in ascending order, as indices into the list of blocks. A
+            stochastic-depth step skips these blocks, a masked-freeze step trains only these. Empty in a vanilla step,
+            in a stochastic-depth step that drops nothing, and if every sample has its own set.
         sample_masks (`numpy.ndarray`, *optional*): the set D of each sample of a micro-batch, of shape (samples, L),
             `True` where the sample drops the block; `None` if all samples share `dropped`.
         survival (`tuple[float, ...]`, *optional*): survival probability of each of the L blocks, by which a
@@ -120,17 +120,17 @@ class FeatureReuseSchedule:
             the window are vanilla.
         drop_granularity (`"batch"` or `"sample"`, defaults to `"batch"`): whether all samples of a step share one set
             D, or each has its own. The set of a sample follows from its position in the global batch of the optimizer
-            step: how this is cut into micro-batches and ranks changes nothing. Rates are rounded to sixteenths, and
-            of 16 consecutive samples exactly that many drop a block.
+            step, so it does not depend on how this is divided into micro-batches and ranks. Rates are rounded to
+            sixteenths, and of 16 consecutive samples exactly that many drop a block.
         drop_rate_over_time (`"constant"`, `"falling"` or `"rising"`, defaults to `"constant"`): within the window, the
-            rates stay, fall linearly to 0 at `last_step`, or rise linearly from 0 at `first_step`. All steps of a
-            cycle have the rates of its first step.
-        unfreeze_steps (`int`, defaults to 0): gradual unfreezing: only what follows the last block trains at first,
-            the blocks join from the last one down at even distances, and from this step on all trains. Of the set D
-            only blocks that have joined train in masked-freeze steps. 0 is none.
+            rates are constant, fall linearly to 0 at `last_step`, or rise linearly from 0 at `first_step`. All steps
+            of a cycle have the rates of its first step.
+        unfreeze_steps (`int`, defaults to 0): gradual unfreezing: at first only what follows the last block trains,
+            then the blocks from the last one down at even intervals, and from this step on everything. In
+            masked-freeze steps only those blocks of D train that are already unfrozen. 0 turns it off.
 
     Attributes:
-        rates (`tuple[float, ...]`): drop probability of each block, shape (L,), where it is highest over time.
+        rates (`tuple[float, ...]`): highest drop probability of each block over time, shape (L,).
 
     Raises:
         ConfigurationError: an argument is out of range, rates fall or rise in a window without an end, or blocks are
@@ -149,7 +149,7 @@ class FeatureReuseSchedule:
         True
     """
 
-    # Of subclasses that do not call `__init__`.
+    # For subclasses that do not call `__init__`.
     unfreeze_steps: int = 0
 
     def __init__(
@@ -212,7 +212,7 @@ class FeatureReuseSchedule:
         return self.unfreeze_steps > 0 and self.num_blocks > 0
 
     def frozen_below(self, global_step: int) -> int:
-        """Give the index of the lowest block that trains in an optimizer step; L if none does yet.
+        """Return the index of the lowest block that trains in an optimizer step; L if none does yet.
 
         Args:
             global_step (`int`): number of optimizer steps taken before this one.
@@ -233,7 +233,7 @@ class FeatureReuseSchedule:
         return self.vanilla_steps + self.stochastic_depth_steps + self.masked_freeze_steps
 
     def rates_at(self, global_step: int) -> tuple[float, ...]:
-        """Give the drop probability of each block in the cycle that holds an optimizer step of the window.
+        """Return the drop probability of each block in the cycle of an optimizer step in the window.
 
         Args:
             global_step (`int`): from `first_step` to `last_step`.
@@ -253,7 +253,7 @@ class FeatureReuseSchedule:
         return self._rates(1 - passed if self.drop_rate_over_time == "falling" else passed)
 
     def _rates(self, factor: float) -> tuple[float, ...]:
-        """The drop probability of each block at a fraction of the drop rate."""
+        """Return the drop probability of each block at a fraction of the drop rate."""
         rate = self.drop_rate * factor
         if self.drop_rate_schedule == "uniform":
             rates = (rate,) * self.num_blocks
@@ -262,13 +262,13 @@ class FeatureReuseSchedule:
         return tuple(sixteenths(rate) / GROUP for rate in rates) if self.drop_granularity == "sample" else rates
 
     def plan(self, global_step: int, *, batch_size: int | None = None, position: int = 0) -> StepPlan:
-        """Give the plan of an optimizer step or, with sets drawn by sample, of one micro-batch of it.
+        """Return the plan of an optimizer step or, with one set per sample, of one micro-batch of it.
 
         Args:
             global_step (`int`): number of optimizer steps taken before this one, as `TrainerState.global_step`.
-            batch_size (`int`, *optional*): samples in the micro-batch; needed, and used, if every sample has its own
-                set.
-            position (`int`, defaults to 0): of the first of them in the global batch of the optimizer step.
+            batch_size (`int`, *optional*): samples in the micro-batch; required, and used, only if every sample has
+                its own set.
+            position (`int`, defaults to 0): position of the first sample in the global batch of the optimizer step.
 
         Returns:
             `StepPlan`: the kind of step and the set D.
@@ -294,7 +294,7 @@ class FeatureReuseSchedule:
         return StepPlan(kind, dropped, frozen_below=frozen)
 
     def _cycle_plan(self, global_step: int, batch_size: int | None, position: int) -> StepPlan:
-        """Give the plan without regard to unfreezing."""
+        """Return the plan without unfreezing."""
         after_end = self.last_step is not None and global_step > self.last_step
         if not self.alternates or global_step < self.first_step or after_end:
             return VANILLA_PLAN
@@ -313,14 +313,15 @@ class FeatureReuseSchedule:
     def _draw_samples(self, cycle: int, rates: tuple[float, ...], batch_size: int | None, position: int) -> np.ndarray:
         if batch_size is None:
             raise ConfigurationError(
-                '`drop_granularity="sample"` draws a set for every sample and needs their number. Pass '
-                "`batch_size=...`, the samples of this micro-batch, and `position=...`, that of the first of them."
+                '`drop_granularity="sample"` draws one set per sample and needs the number of samples. Pass '
+                "`batch_size`, the samples in this micro-batch, and `position`, that of the first sample in the "
+                "global batch."
             )
         count, first = _whole_number("batch_size", batch_size), _whole_number("position", position)
         return _draw_samples(self.seed, cycle, rates, count, first).copy()
 
     def settings(self) -> dict[str, object]:
-        """Give the arguments that make the same schedule again."""
+        """Return the arguments that create an equal schedule."""
         return {name: value for name, value in vars(self).items() if name != "rates"}
 
     def __repr__(self) -> str:
@@ -331,16 +332,16 @@ class FeatureReuseSchedule:
 def sample_position(
     micro_batch: int, rank: int, num_ranks: int, samples: int, *, dispatched: int | None = None
 ) -> int:
-    """Give the position of the first sample of a micro-batch in the global batch of its optimizer step.
+    """Return the position of the first sample of a micro-batch in the global batch of its optimizer step.
 
     Args:
         micro_batch (`int`): index of the micro-batch in the optimizer step.
-        rank (`int`): of this process.
+        rank (`int`): rank of this process.
         num_ranks (`int`): number of processes.
-        samples (`int`): in a full micro-batch of one rank, whatever this one holds. The last one of an epoch may be
-            smaller.
-        dispatched (`int`, *optional*): samples that this rank holds now, if one process loads a batch for all and cuts
-            it evenly, as accelerate's `dispatch_batches` does: then a smaller batch gives smaller slices.
+        samples (`int`): samples in a full micro-batch of one rank, also if this one is smaller, as the last one of an
+            epoch may be.
+        dispatched (`int`, *optional*): samples on this rank now, if one process loads a batch for all and divides it
+            evenly, as accelerate's `dispatch_batches` does: a smaller batch then gives smaller slices.
 
     Example:
         >>> from hf_featreuse.method.schedule import sample_position
@@ -351,7 +352,7 @@ def sample_position(
 
 
 def check_options(*, drop_rate: object, **options: object) -> None:
-    """Raise `ConfigurationError` unless the options that need no model are usable; they go by the schedule's names."""
+    """Raise `ConfigurationError` for invalid options that can be checked without a model."""
     if isinstance(drop_rate, bool) or not isinstance(drop_rate, (int, float)) or not 0 <= drop_rate < 1:
         raise ConfigurationError(
             f"`drop_rate={drop_rate!r}` is not a probability. Pass a value in [0, 1), such as 0.5; 0 is plain "
@@ -365,7 +366,7 @@ def check_options(*, drop_rate: object, **options: object) -> None:
 
 
 def check_unfreezing(unfreezes: object, alternates: bool, drop_granularity: str) -> None:
-    """Raise `ConfigurationError` if blocks are unfrozen while every sample has its own set."""
+    """Raise `ConfigurationError` for gradual unfreezing with one set per sample."""
     if unfreezes and alternates and drop_granularity == "sample":
         raise ConfigurationError(
             'Gradual unfreezing does not work with `drop_granularity="sample"`, which freezes each block for a part '
@@ -374,7 +375,7 @@ def check_unfreezing(unfreezes: object, alternates: bool, drop_granularity: str)
 
 
 def trunk_option(train_trunk: object) -> TrainTrunk:
-    """The option `train_trunk` as a word; `True` is `"all"` and `False` is `"none"`."""
+    """Return the option `train_trunk` as a string; `True` is `"all"` and `False` is `"none"`."""
     if isinstance(train_trunk, bool):
         return "all" if train_trunk else "none"
     for word in get_args(TrainTrunk):
@@ -384,7 +385,7 @@ def trunk_option(train_trunk: object) -> TrainTrunk:
 
 
 def check_seed(name: str, seed: object) -> int:
-    """The seed as an int that fits one key word of Philox, or `ConfigurationError`."""
+    """Return the seed as an int that fits a key word of Philox, or raise `ConfigurationError`."""
     value = _whole_number(name, seed)
     if value >= 2**64:
         raise ConfigurationError(f"`{name}={seed!r}` does not fit 64 bits. Pass a whole number from 0 to 2**64 - 1.")
@@ -393,5 +394,7 @@ def check_seed(name: str, seed: object) -> int:
 
 def _whole_number(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise ConfigurationError(f"`{name}={value!r}` is not a whole number from 0 up. Pass for instance `{name}=1`.")
+        raise ConfigurationError(
+            f"`{name}={value!r}` is not an integer of at least 0. Pass a value such as `{name}=1`."
+        )
     return int(value)

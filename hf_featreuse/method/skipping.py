@@ -1,8 +1,8 @@
-"""Skip residual blocks for a while: they are not computed and act as their shortcut.
+"""Skip residual blocks inside a context: they are not computed and act as their shortcut.
 
-A skipped block gets a subclass of its own class, of the same name, whose `__call__` returns the residual stream. The
-call is the outermost place there is: the block's own module hooks, activation checkpointing and a sharded engine's
-communication all stay inside it and are skipped too.
+A skipped block gets a subclass of its class, with the same name, whose `__call__` returns the residual stream. Module
+hooks, activation checkpointing and the communication of sharded engines are all inside the call, so they are skipped
+too.
 
 Source: stochastic depth, Huang et al. 2016 (arXiv 1603.09382). Dividing the increment of a kept block by its survival
 probability is the convention of timm's `drop_path` and torchvision's `stochastic_depth`.
@@ -32,24 +32,24 @@ def skip_blocks(
     survival: Sequence[float] | None = None,
     allow_inexact: bool = False,
 ) -> Iterator[None]:
-    """Leave out residual blocks in every forward and backward inside the context.
+    """Skip residual blocks in every forward and backward pass inside the context.
 
-    Hold it through backward: activation checkpointing runs the forward again there. On exit the model is as before:
-    classes, attributes, hooks and `state_dict` keys. A deep copy or pickle made inside holds plain classes.
+    Keep it open through backward: activation checkpointing repeats the forward there. At exit the model is as before:
+    classes, attributes, hooks and `state_dict` keys. A deep copy or pickle made inside has plain classes.
 
     Args:
-        dropped (`list[ResidualBlock]`): blocks that return their residual stream at once.
+        dropped (`list[ResidualBlock]`): blocks that return their residual stream without computing anything.
         kept (`list[ResidualBlock]`, defaults to none): blocks whose residual increment is scaled.
         survival (`list[float]`, *optional*): survival probability, above 0 and up to 1, of each block of `kept`; a
             block's output becomes `x + (block(x) - x) / survival` or, if an activation follows its addition,
             `activation(x + f(x) / survival)`.
-        allow_inexact (`bool`, defaults to `False`): skip blocks too whose shortcut is not a bitwise identity. They
-            return their input as it is, without the activation that follows the addition.
+        allow_inexact (`bool`, defaults to `False`): also skip blocks whose shortcut is not a bitwise identity. They
+            return their input unchanged, without the activation that follows the addition.
 
     Raises:
-        BlockError: a block is inexact or stands in both lists; when called, a scaled block changes its input in place.
-        ConfigurationError: `survival` does not fit `kept`, or what a block in `kept` adds cannot be scaled.
-        StepError: a block is being skipped already.
+        BlockError: a block is inexact or in both lists; when called, a scaled block changes its input in place.
+        ConfigurationError: `survival` does not fit `kept`, or the increment of a block in `kept` cannot be scaled.
+        StepError: a block is already skipped.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ def skip_blocks(
     both = {id(block.module) for block in dropped} & {id(block.module) for block in kept}
     if both:
         name = next(block.name for block in dropped if id(block.module) in both)
-        raise BlockError(f"Block {name} is in `dropped` and in `kept`; pass it in one of them.")
+        raise BlockError(f"Block {name} is in `dropped` and in `kept`. Pass it in only one of them.")
     rules: list[tuple[ResidualBlock, Rule]] = [(block, shortcut(block)) for block in dropped]
     scaling = Scaling(kept, list(survival or ()))
     rules += [(block, rule) for block, rule in scaling.rules if rule is not None]
@@ -78,17 +78,17 @@ def skip_blocks(
 
 
 class Scaling:
-    """How kept blocks are scaled: a block as a whole by a rule, one that ends in an activation by its branch.
+    """Scale kept blocks: the branch of a block that ends in an activation, and the increment of any other block.
 
     Args:
         blocks (`list[ResidualBlock]`): the blocks.
         survival (`list[float]`): the survival probability of each.
 
     Attributes:
-        rules (`list[tuple[ResidualBlock, Rule]]`): what each block does when called; `None` for its own call.
+        rules (`list[tuple[ResidualBlock, Rule]]`): the rule for calls of each block; `None` for the plain call.
 
     Raises:
-        ConfigurationError: the probabilities do not fit the blocks, or what a block adds cannot be scaled.
+        ConfigurationError: the probabilities do not fit the blocks, or the increment of a block cannot be scaled.
     """
 
     def __init__(self, blocks: Sequence[ResidualBlock], survival: Sequence[float]) -> None:
@@ -98,10 +98,12 @@ class Scaling:
             )
         wrong = next((p for p in survival if not 0 < p <= 1), None)
         if wrong is not None:
-            raise ConfigurationError(f"`survival` holds {wrong!r}. A survival probability is above 0 and at most 1.")
+            raise ConfigurationError(
+                f"`survival` contains {wrong!r}, which is not a survival probability. Pass values above 0 and up to 1."
+            )
         divided = [(block, p) for block, p in zip(blocks, survival, strict=True) if p != 1]
         check_scalable([block for block, _ in divided])
-        # In a dry run under FakeTensorMode they have to be fake ones, which hold for no other step.
+        # Under FakeTensorMode they must be fake tensors, which cannot be cached for other steps.
         scalar = _scalar if active_fake_mode() is None else _scalar.__wrapped__
         self._branches = [(block.branch, scalar(p)) for block, p in divided if block.branch is not None]
         self.rules: list[tuple[ResidualBlock, Rule | None]] = [
@@ -110,29 +112,29 @@ class Scaling:
         ]
 
     def branches(self) -> contextlib.AbstractContextManager[None]:
-        """Scale the branches of the blocks that end in an activation until the exit."""
+        """Scale the branches of the blocks that end in an activation inside the context."""
         return divide_outputs(self._branches) if self._branches else contextlib.nullcontext()
 
 
 @functools.lru_cache(maxsize=1024)
 def _scalar(value: float) -> torch.Tensor:
-    """A probability as a tensor without dimensions, which keeps the dtype and the device of what it divides.
+    """Return a probability as a 0-dimensional tensor, which does not change dtype and device of what it divides.
 
     Unlike a number, autograd saves it: if backward runs after the step was left, activation checkpointing then raises
-    an error instead of giving wrong gradients. And compiled blocks take a new one without a new graph.
+    an error instead of computing wrong gradients. Compiled blocks also take a new value without a new graph.
     """
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def shortcut(block: ResidualBlock) -> Rule:
-    """What a dropped block does when called: the residual stream, in the shape of the block's own output."""
+    """Return the rule of a dropped block: it returns the residual stream, structured like the block's output."""
 
     def rule(_call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         stream = block.stream(args, kwargs)
         if block.num_outputs is None:
             return stream
-        # Asked for attentions, a block returns them second, and its caller takes them from there.
+        # With `output_attentions`, the caller expects attentions as the second output.
         count = max(block.num_outputs, 2) if _asks_for_attentions(block, args, kwargs) else block.num_outputs
         others = [
             None if key is None else args[key] if isinstance(key, int) else kwargs[key] for key in block.passed_on
@@ -143,7 +145,7 @@ def shortcut(block: ResidualBlock) -> Rule:
 
 
 def _asks_for_attentions(block: ResidualBlock, args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call passes a true `output_attentions`, by keyword or by position."""
+    """Return whether a call passes a true `output_attentions`, by keyword or by position."""
     if "output_attentions" in kwargs:
         return bool(kwargs["output_attentions"])
     names = _parameter_names(type(block.module).forward)
@@ -153,12 +155,12 @@ def _asks_for_attentions(block: ResidualBlock, args: tuple, kwargs: Mapping[str,
 
 @functools.cache
 def _parameter_names(forward: Callable) -> list[str]:
-    """Names of the parameters of a forward after `self`."""
+    """Return the names of the parameters of a forward after `self`."""
     return list(inspect.signature(forward).parameters)[1:]
 
 
 def _scaled(block: ResidualBlock, survival: torch.Tensor) -> Rule:
-    """What a kept block does when called: its increment divided by its survival probability."""
+    """Return the rule of a kept block: its increment is divided by its survival probability."""
 
     def rule(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         stream = block.stream(args, kwargs)
@@ -166,7 +168,7 @@ def _scaled(block: ResidualBlock, survival: torch.Tensor) -> Rule:
         output = call(*args, **kwargs)
         if version is not None and stream._version != version:
             raise BlockError(
-                f"Block {block.name} changes its input in place, so what it adds cannot be scaled. Set "
+                f"Block {block.name} changes its input in place, so its increment cannot be scaled. Set "
                 "`scale_kept=False`."
             )
         first = output if isinstance(output, torch.Tensor) else output[0]

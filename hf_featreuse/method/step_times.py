@@ -1,8 +1,7 @@
-"""Measure the time of a plain step and of each block, from which the time of every kind of step follows.
+"""Measure the time of a plain step and of each block, and predict the time of every kind of step.
 
-`measure_step_costs` counts operations. On a GPU a matrix product and an addition of as many numbers take different
-times per operation, so the share of the arithmetic is not the share of the time. Here each block is timed in each
-state that a step can put it in.
+`measure_step_costs` counts operations. On a GPU the time per operation differs between kernels, so the share of the
+arithmetic is not the share of the time. Here each block is timed in each state that it can have in a step.
 """
 
 from __future__ import annotations
@@ -46,24 +45,23 @@ def measure_step_times(
 ) -> StepCosts:
     """Time the forward and backward of the model and of each block, without an optimizer step.
 
-    The model is in training mode meanwhile, on its device; modes, buffers, gradients and torch's random state are as
-    before afterwards. Each time is the median of several runs, after runs that warm up. Blocks of one class with the
-    same operations are timed once; compiled blocks are timed compiled. Time that the device waits for the host is part
-    of what is measured.
+    The model is timed in training mode on its device; afterwards modes, buffers, gradients and torch's random state
+    are restored. Each time is the median of several runs after a warm-up. Blocks of one class with the same operations
+    are timed once; compiled blocks are timed compiled. The times include waits of the device for the host.
 
     Args:
         model (`torch.nn.Module`): the model, not wrapped yet.
         blocks (`list[ResidualBlock]`): its blocks in forward order.
-        inputs (`dict[str, torch.Tensor]`): a batch of the size that will train, on the model's device, with `labels`
-            or without.
-        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): what of the trunk trains in masked-freeze
-            steps.
-        autocast (`torch.dtype`, *optional*): of mixed precision, such as `torch.bfloat16`; by default none.
-        repeats (`int`, defaults to 5): runs that are measured, of each.
+        inputs (`dict[str, torch.Tensor]`): a batch of the size used in training, on the model's device, with or
+            without `labels`.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): which part of the trunk trains in
+            masked-freeze steps.
+        autocast (`torch.dtype`, *optional*): dtype of mixed precision, such as `torch.bfloat16`; by default none.
+        repeats (`int`, defaults to 5): measured runs of each.
 
     Returns:
-        `StepCosts`: in nanoseconds instead of operations. `share(plan)` is the expected time of a step as a share of a
-            plain step's.
+        `StepCosts`: in nanoseconds instead of operations. `share(plan)` is the expected time of a step as a share of
+            that of a plain step.
 
     Example:
         >>> import torch
@@ -94,7 +92,7 @@ def measure_step_times(
             model(*args, **kwargs)
 
     precision = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
-    # Running statistics that a kernel moves do not count as changed buffers.
+    # Buffers are copied, because kernels change running statistics.
     with undisturbed(model), copied_buffers(model), precision:
         model.train()
         with _recorded_calls(blocks) as calls, torch.no_grad():
@@ -118,7 +116,7 @@ def measure_step_times(
 
 @contextlib.contextmanager
 def _recorded_calls(blocks: Sequence[ResidualBlock]) -> Iterator[list[list[tuple[tuple, dict[str, Any]]]]]:
-    """The arguments of the calls of each block in forwards inside the context."""
+    """Record the arguments of each block's calls in forward passes inside the context."""
     calls: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
     handles = [
         block.module.register_forward_pre_hook(
@@ -140,7 +138,7 @@ class _Stopwatch:
         self.device, self.repeats = device, repeats
 
     def time(self, function: Callable[[], Any]) -> int:
-        """The median of several runs, after runs until two in a row take about as long."""
+        """Return the median of several runs, after a warm-up until two in a row take about as long."""
         last = self._once(function)
         for _ in range(_MOST_WARM_UPS):
             before, last = last, self._once(function)

@@ -1,1 +1,1 @@
-"""What a training recipe adds to any method: Mixup, CutMix, and an exponential moving average of the weights."""
+"""Parts of a training recipe for any method: losses, Mixup, CutMix, and a moving average of the weights."""

@@ -1,8 +1,8 @@
 """Losses of image classifiers: cross-entropy, binary cross-entropy and focal loss with class weights; squared error.
 
-All are sums over the items of a batch, divided by a number of items. So an optimizer step has the same loss however
-its batch is cut into micro-batches and processes. transformers' own binary cross-entropy and squared error are means
-over the micro-batch instead, which Trainer sums over the micro-batches of a step (transformers 5.24).
+All are sums over the items of a batch, divided by a number of items, so the loss of an optimizer step does not depend
+on how its batch is divided into micro-batches and processes. The binary cross-entropy and squared error of
+transformers are means over the micro-batch, which Trainer sums over the micro-batches of a step (transformers 5.24).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ImageLoss:
             `"mse"` is the squared error of a regression.
         class_weights (`Sequence[float]`, *optional*): one weight per class, of the images of that class; in binary
             cross-entropy, of its positive labels.
-        focal_gamma (`float`, defaults to 2.0): 0 or more; 0 is no focus.
+        focal_gamma (`float`, defaults to 2.0): 0 or more; with 0 all images count equally.
         label_smoothing (`float`, defaults to 0.0): share of the target that is spread over all classes; only for class
             ids.
 
@@ -84,7 +84,7 @@ class ImageLoss:
             total = self._of_several_labels(logits, labels, weights)
         else:
             total = self._of_one_label(logits, labels, weights)
-        # Kept on the device: counting on the host would wait for it.
+        # Counted on the device: reading the count on the host would synchronize.
         return total / ((labels != IGNORED).sum() if num_items is None else num_items)
 
     def _of_one_label(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -124,9 +124,9 @@ def balanced_weights(counts: Sequence[int], total: int | None = None) -> list[fl
 
     Args:
         counts (`Sequence[int]`): images of each class.
-        total (`int`, *optional*): images in all, with several labels per image: the weight is then that of positive
-            labels, `(total - count) / count`. By default the weight is `images / (classes * count)`, as in
-            scikit-learn's `class_weight="balanced"`, classes without images not counted.
+        total (`int`, *optional*): total number of images, with several labels per image: the weight is then that of
+            positive labels, `(total - count) / count`. By default the weight is `images / (classes * count)`, as in
+            scikit-learn's `class_weight="balanced"`; classes without images are not counted.
 
     Returns:
         `list[float]`: one for each class; 1 for a class without images.
@@ -143,15 +143,17 @@ def balanced_weights(counts: Sequence[int], total: int | None = None) -> list[fl
 
 
 def check_loss(kind: object, focal_gamma: object = None) -> None:
-    """Raise `ConfigurationError` unless there is such a loss, and it has a gamma if one is given."""
+    """Raise `ConfigurationError` for an unknown loss, or for a gamma that is invalid or has no effect."""
     if kind not in get_args(LossKind):
         raise ConfigurationError(f"`loss={kind!r}` is unknown. Pass one of {get_args(LossKind)}.")
     if focal_gamma is None:
         return
     if kind != "focal":
         raise ConfigurationError(
-            f'`focal_gamma={focal_gamma!r}` belongs to `loss="focal"`, and `loss` is {kind!r}. Leave it unset, or set '
-            '`loss="focal"`.'
+            f'`focal_gamma={focal_gamma!r}` has an effect only with `loss="focal"`, but `loss` is {kind!r}. Leave it '
+            'unset, or set `loss="focal"`.'
         )
     if isinstance(focal_gamma, bool) or not isinstance(focal_gamma, (int, float)) or not 0 <= focal_gamma < 100:
-        raise ConfigurationError(f"`focal_gamma={focal_gamma!r}` is not an exponent. Pass a number from 0 up, like 2.")
+        raise ConfigurationError(
+            f"`focal_gamma={focal_gamma!r}` is not an exponent. Pass a number of at least 0, such as 2."
+        )

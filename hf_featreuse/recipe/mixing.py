@@ -1,13 +1,13 @@
 """Mixup and CutMix on the device, and their loss.
 
-A mixed image has two labels. Its loss is that of each label, weighted by the share of the image that label owns, which
-is cross-entropy against soft labels. Soft labels are not handed to the model: an image classifier of transformers
-takes labels that are no integers for several labels an image, and trains with binary cross-entropy, silently.
+A mixed image has two labels. Its loss is the mean of the losses of both labels, weighted by their shares of the image,
+which is cross-entropy with soft labels. Soft labels are not passed to the model: an image classifier of transformers
+interprets labels that are not integers as several labels per image, and silently trains with binary cross-entropy.
 
-What is drawn is a function of (seed, optimizer step, micro-batch), through NumPy's counter-based Philox: a resumed run
-draws the same, and no global random state is touched.
+Draws are a function of (seed, optimizer step, micro-batch), through NumPy's counter-based Philox: a resumed run draws
+the same, and no global random state is used.
 
-Own code, as the two well-kept implementations, in timm and torchvision, both need torchvision.
+This package has its own implementation because those of timm and torchvision both need torchvision.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from hf_featreuse.errors import ConfigurationError
 
 __all__ = ["BatchMixer", "classification_loss", "mix_losses"]
 
-# Second word of the key; the schedule and the transforms use others, so that equal seeds draw apart.
+# Second word of the key; the schedule and the transforms use others, so equal seeds give independent draws.
 _STREAM = 0x6D6978
 
 
 class BatchMixer:
-    """Mix each image of a batch with the one before it, by Mixup, by CutMix, or by one of the two drawn for a batch.
+    """Mix each image of a batch with the one before it, by Mixup, CutMix, or one of the two drawn per batch.
 
-    The partner of an image is its neighbour, as a training batch is in random order already. One share is drawn for a
-    whole batch.
+    The partner of an image is its neighbor, as a training batch is already in random order. One share is drawn per
+    batch.
 
     Args:
-        mixup_alpha (`float`, defaults to 0.0): the share of Mixup is drawn from Beta(alpha, alpha); 0 is no Mixup.
+        mixup_alpha (`float`, defaults to 0.0): the share of Mixup is drawn from Beta(alpha, alpha); 0 turns it off.
         cutmix_alpha (`float`, defaults to 0.0): the same for CutMix. With both above 0, each batch takes either with
             equal probability.
         seed (`int`, defaults to 0): from 0 to 2**64 - 1.
 
     Raises:
-        ConfigurationError: an alpha is negative or no number.
+        ConfigurationError: an alpha is negative or not a number.
 
     Source: Mixup, Zhang et al. 2018 (arXiv 1710.09412); CutMix, Yun et al. 2019 (arXiv 1905.04899).
 
@@ -66,11 +66,11 @@ class BatchMixer:
             position (`int`, defaults to 0): number of the micro-batch among those of the optimizer step on all ranks.
 
         Returns:
-            `tuple[torch.Tensor, float]`: the mixed images, and the share, from 0 to 1, of each that is its own.
+            `tuple[torch.Tensor, float]`: the mixed images, and the share, from 0 to 1, of the original image in each.
         """
         generator = self._generator(global_step, position)
         alphas = (self.mixup_alpha, self.cutmix_alpha)
-        # Always drawn, so that turning one of the two off leaves the shares of the other as they were.
+        # Always drawn, so that turning one of the two off does not change the shares of the other.
         second = generator.random() < 0.5
         cut = bool(alphas[1]) and (not alphas[0] or second)
         if not alphas[cut]:
@@ -86,7 +86,7 @@ class BatchMixer:
 
 
 def _cut(images: torch.Tensor, share: float, generator: np.random.Generator) -> tuple[torch.Tensor, float]:
-    """Paste a rectangle of the partner; it may stick out at the edges, and the share is that of what is left."""
+    """Paste a rectangle of the partner, clipped at the edges; the share is that of the remaining area."""
     height, width = images.shape[-2:]
     half = (1 - share) ** 0.5 / 2
     row, column = int(generator.integers(height)), int(generator.integers(width))
@@ -99,12 +99,12 @@ def _cut(images: torch.Tensor, share: float, generator: np.random.Generator) -> 
 
 
 def mix_losses(loss: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, share: float) -> torch.Tensor:
-    """Weigh the loss of a mixed batch: that of its own labels, and that of its partners'.
+    """Weigh the losses of a mixed batch for its own labels and for those of the partners.
 
     Args:
         loss (`Callable`): from labels, of the shape of `labels`, to a loss that is linear in the target.
         labels (`torch.Tensor`): of shape (batch,), before mixing.
-        share (`float`): as [`BatchMixer`] gave it; 1 is `loss(labels)` itself.
+        share (`float`): as returned by [`BatchMixer`]; 1 is `loss(labels)` itself.
 
     Example:
         >>> import torch
@@ -126,13 +126,13 @@ def classification_loss(
     num_items: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Cross-entropy as the image classifiers of transformers compute it, with torch's label smoothing.
+    """Compute cross-entropy as the image classifiers of transformers, with torch's label smoothing.
 
     Args:
         logits (`torch.Tensor`): of shape (batch, classes).
-        labels (`torch.Tensor`): of shape (batch,); -100 leaves an image out.
+        labels (`torch.Tensor`): of shape (batch,); -100 ignores an image.
         num_items (`int` or `torch.Tensor`, *optional*): images of the whole optimizer step, by which the sum is
-            divided; the mean over the batch by default.
+            divided; by default the mean over the batch.
         label_smoothing (`float`, defaults to 0.0): share of the target that is spread over all classes.
 
     Example:
@@ -147,6 +147,9 @@ def classification_loss(
 
 
 def check_alpha(name: str, value: object) -> None:
-    """Raise `ConfigurationError` unless a value is a parameter of a Beta distribution, or 0 for off."""
+    """Raise `ConfigurationError` unless a value is a parameter of a Beta distribution, or 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ConfigurationError(f"`{name}={value!r}` is no Beta parameter. Pass 0 for off, or a number above it.")
+        raise ConfigurationError(
+            f"`{name}={value!r}` is not a parameter of a Beta distribution. Pass a positive number, or 0 to turn it "
+            "off."
+        )

@@ -1,7 +1,7 @@
-"""An exponential moving average (EMA) of the weights, in which the model can be evaluated.
+"""An exponential moving average (EMA) of the weights, with which the model can be evaluated.
 
-The update is torch's (`torch.optim.swa_utils.get_ema_multi_avg_fn`). torch's `AveragedModel` around it copies the
-whole module, with hooks, wrapped forwards and the frozen base of adapters; here the tensors that move alone are kept.
+The update is torch's (`torch.optim.swa_utils.get_ema_multi_avg_fn`). torch's `AveragedModel` copies the whole module,
+with hooks, wrapped forwards and the frozen base of adapters; here only the tensors that change are copied.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ AVERAGE_FILE = "averaged.safetensors"
 
 
 class WeightAverage:
-    """Follow the weights of a model by their exponential moving average.
+    """Keep an exponential moving average of the weights of a model.
 
-    After each optimizer step: average = decay * average + (1 - decay) * weights. Of parameters, those that require
-    gradients at construction; of buffers, the floating-point ones, such as the statistics of BatchNorm. It starts at
-    the weights that the model has at construction.
+    After each optimizer step: average = decay * average + (1 - decay) * weights. It covers the parameters that require
+    gradients at construction, and the floating-point buffers, such as the statistics of BatchNorm. It starts at the
+    weights that the model has at construction.
 
-    A weight that rests in a step, because its block is dropped or frozen, does not move, but its average still does:
-    towards it.
+    A weight whose block is dropped or frozen in a step does not change, but its average still moves toward it.
 
     Args:
         model (`torch.nn.Module`): the model that trains, outside of any step of feature reuse.
-        decay (`float`): above 0 and below 1; the average remembers about the last 1 / (1 - decay) steps.
+        decay (`float`): above 0 and below 1; the average covers about the last 1 / (1 - decay) steps.
 
     Raises:
         ConfigurationError: `decay` is out of range.
@@ -58,26 +57,26 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         check_decay(decay)
         self.model, self.decay = model, decay
-        # Between steps, as in masked-freeze steps some parameters require no gradient.
+        # Outside of steps, because in masked-freeze steps some parameters require no gradient.
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         names += [name for name, tensor in model.named_buffers() if tensor.is_floating_point()]
-        # Where each lies: a model that is moved replaces buffers, and a walk over all modules in every step is slow.
+        # Where each is stored: moving a model replaces its buffers, and a walk over all modules per step is slow.
         self._places = {name: _place(model, name) for name in names}
         self._average = {name: tensor.clone() for name, tensor in self._tensors().items()}
         self._update = get_ema_multi_avg_fn(decay)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """What is averaged, as the model has it now."""
+        """Return the tensors that are averaged, with their current values."""
         return {name: holder[key].detach() for name, (holder, key) in self._places.items()}
 
     def update(self) -> None:
-        """Move the average; call it once after every optimizer step."""
+        """Update the average; call it once after every optimizer step."""
         current = self._tensors()
         self._update(list(self._average.values()), [current[name] for name in self._average], 0)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have the averaged weights for a while; its own come back to the bit."""
+        """Return the model the averaged weights inside the context; its own are restored bitwise at exit."""
         own = {name: tensor.clone() for name, tensor in self._tensors().items()}
         self.copy_to_model()
         try:
@@ -86,7 +85,7 @@ class WeightAverage:
             self._copy(own)
 
     def copy_to_model(self) -> None:
-        """Give the model the averaged weights for good, at the end of training."""
+        """Copy the averaged weights into the model, at the end of training."""
         self._copy(self._average)
 
     def _copy(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -95,22 +94,23 @@ class WeightAverage:
                 tensor.copy_(values[name])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The average by the names of the model, so that `accelerator.register_for_checkpointing` takes it."""
+        """Return the average by the names of the model; `accelerator.register_for_checkpointing` uses it."""
         return dict(self._average)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], source: str = "this state") -> None:
-        """Take up an average that `state_dict` gave, bit by bit.
+        """Load an average that `state_dict` returned.
 
         Raises:
-            CheckpointError: a tensor is missing, unexpected or of another shape; nothing is changed then.
+            CheckpointError: a tensor is missing, unexpected or of another shape; then nothing is changed.
         """
         shapes = {name: tensor.shape for name, tensor in self._average.items()}
         found = {name: tensor.shape for name, tensor in state.items()}
         if shapes != found:
             wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
             raise CheckpointError(
-                f"The weight average in {source} is of another model: {wrong[:4]} ({len(wrong)} in all) are missing, "
-                "unexpected or of another shape. Resume with the model that wrote it, or leave `ema_decay` unset."
+                f"The weight average in {source} is of another model: {wrong[:4]} ({len(wrong)} in total) are "
+                "missing, unexpected or of another shape. Resume with the model that wrote it, or leave `ema_decay` "
+                "unset."
             )
         for name, tensor in self._average.items():
             tensor.copy_(state[name])
@@ -121,7 +121,7 @@ class WeightAverage:
         safetensors.torch.save_file(state, Path(folder) / AVERAGE_FILE)
 
     def load(self, folder: str | Path) -> bool:
-        """Take up the average of a checkpoint folder; `False` where it has none."""
+        """Load the average of a checkpoint folder; return `False` if it has none."""
         path = Path(folder) / AVERAGE_FILE
         if not path.is_file():
             return False
@@ -130,7 +130,7 @@ class WeightAverage:
 
 
 def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The dictionary that holds a parameter or buffer, and its key there."""
+    """Return the dictionary that holds a parameter or buffer, and its key there."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     return (module._parameters if key in module._parameters else module._buffers), key
@@ -140,5 +140,6 @@ def check_decay(value: object) -> None:
     """Raise `ConfigurationError` unless a value is a decay."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
         raise ConfigurationError(
-            f"`ema_decay={value!r}` is no decay. Pass a number above 0 and below 1, such as 0.999, or None for no EMA."
+            f"`ema_decay={value!r}` is not a decay. Pass a number above 0 and below 1, such as 0.999, or None for no "
+            "EMA."
         )

@@ -1,4 +1,4 @@
-"""Options of the method, beside TrainingArguments and on the command line."""
+"""Options of the method, in addition to TrainingArguments, in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_featreuse.method.schedule import (
 )
 from hf_featreuse.trainer.recipe_arguments import OneOrMany, RecipeArguments
 
-# Options that go to the schedule as they are.
+# Options that are passed to the schedule unchanged.
 _OF_SCHEDULE = (
     *("drop_rate", "drop_rate_schedule", "drop_rate_over_time", "drop_granularity"),
     *("vanilla_steps", "stochastic_depth_steps", "masked_freeze_steps"),
@@ -44,11 +44,11 @@ class FeatureReuseArguments:
         default=0.5,
         metadata={"help": "Probability, in [0, 1), of dropping a residual block in a cycle. 0 is plain training."},
     )
-    # A plain string, not a Literal: the error then names the option as it is named in Python.
+    # A plain string, not a Literal, so that errors name the option as in Python.
     drop_rate_schedule: str = field(
         default="linear",
         metadata={
-            "help": "'linear': rising with depth up to drop_rate at the last block; 'uniform': drop_rate for all."
+            "help": "'linear': increasing with depth up to drop_rate at the last block; 'uniform': drop_rate for all."
         },
     )
     drop_rate_over_time: str = field(
@@ -62,19 +62,17 @@ class FeatureReuseArguments:
         default="batch",
         metadata={
             "help": "'batch': all samples of a step share one drawn set of blocks; 'sample': each has its own, as in "
-            "drop path, and rates are rounded to sixteenths. Models with BatchNorm take 'batch' only."
+            "drop path, and rates are rounded to sixteenths. Models with BatchNorm support only 'batch'."
         },
     )
     vanilla_steps: int = field(default=0, metadata={"help": "Plain optimizer steps at the start of each cycle."})
     stochastic_depth_steps: int = field(
         default=1,
-        metadata={"help": "Optimizer steps of a cycle in which the drawn blocks are left out; 0 for none."},
+        metadata={"help": "Optimizer steps per cycle in which the drawn blocks are skipped; 0 for none."},
     )
     masked_freeze_steps: int = field(
         default=1,
-        metadata={
-            "help": "Optimizer steps of a cycle in which, of the blocks, only the drawn ones train; 0 for none."
-        },
+        metadata={"help": "Optimizer steps per cycle in which, of the blocks, only the drawn ones train; 0 for none."},
     )
     scale_kept: bool = field(
         default=True,
@@ -86,8 +84,8 @@ class FeatureReuseArguments:
     train_trunk: str = field(
         default="all",
         metadata={
-            "help": "In masked-freeze steps, train 'all' that lies outside the residual blocks (stem, norms, head) as "
-            "well, only the 'head' after the last block, or 'none' of it."
+            "help": "Parameters outside the residual blocks that train in masked-freeze steps: 'all' (stem, norms, "
+            "head), only the 'head' after the last block, or 'none'."
         },
     )
     frozen_batch_norm: str = field(
@@ -99,13 +97,13 @@ class FeatureReuseArguments:
     )
     allow_inexact_skip: bool = field(
         default=False,
-        metadata={"help": "Drop blocks too whose shortcut is not an identity, as with GELU after the addition."},
+        metadata={"help": "Also drop blocks whose shortcut is not an identity, as with GELU after the addition."},
     )
     target_blocks: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Which residual blocks take part; by default all. One value is a regular expression that must "
-            "match a block's whole name, several values are names or dotted endings of names.",
+            "help": "Which residual blocks to use; by default all. One value is a regular expression that must match "
+            "a block's whole name; several values are names or dotted suffixes of names.",
             "nargs": "+",
             "action": OneOrMany,
         },
@@ -119,8 +117,8 @@ class FeatureReuseArguments:
     unfreeze_at: float | None = field(
         default=None,
         metadata={
-            "help": "Gradual unfreezing: at first only what follows the last block trains, the blocks join from the "
-            "last one down, and by this fraction of training, above 0 and up to 1, all trains. Off by default."
+            "help": "Gradual unfreezing: at first only what follows the last block trains, then the blocks from the "
+            "last one down, and from this fraction of training on, above 0 and up to 1, everything. Off by default."
         },
     )
     reuse_seed: int | None = field(
@@ -131,7 +129,7 @@ class FeatureReuseArguments:
         self.check()
 
     def check(self) -> None:
-        """Raise `ConfigurationError` unless every option is usable."""
+        """Raise `ConfigurationError` for an invalid option."""
         check_options(**{name: getattr(self, name) for name in _OF_SCHEDULE})
         self.train_trunk = trunk_option(self.train_trunk)
         if self.reuse_seed is not None:
@@ -217,45 +215,45 @@ class FeatureReuseArguments:
         )
 
     def settings(self) -> dict[str, Any]:
-        """The options by name."""
+        """Return the options by name."""
         return {option.name: getattr(self, option.name) for option in fields(FeatureReuseArguments)}
 
 
 @dataclass
 class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArguments):
-    """`TrainingArguments` with the options of feature reuse and of a recipe. None of its own defaults changes.
+    """`TrainingArguments` with the options of feature reuse and of a recipe, and with unchanged defaults.
 
     Args:
         drop_rate (`float`, defaults to 0.5): probability, in [0, 1), of dropping a block in a cycle. 0 is plain
             training, for which the model needs no residual block.
-        drop_rate_schedule (`"linear"` or `"uniform"`, defaults to `"linear"`): drop probability rising linearly over
-            depth up to `drop_rate` at the last block (Huang et al. 2016), or the same for every block.
+        drop_rate_schedule (`"linear"` or `"uniform"`, defaults to `"linear"`): drop probability that increases
+            linearly with depth up to `drop_rate` at the last block (Huang et al. 2016), or the same for every block.
         drop_rate_over_time (`"constant"`, `"falling"` or `"rising"`, defaults to `"constant"`): from `reuse_start` to
-            `reuse_end`, drop rates stay, fall linearly to 0, or rise linearly from 0.
+            `reuse_end`, drop rates are constant, fall linearly to 0, or rise linearly from 0.
         drop_granularity (`"batch"` or `"sample"`, defaults to `"batch"`): whether all samples of a step share one set
             of blocks, or each has its own, as in drop path: a block is computed on the samples that keep it, and
-            trains on those that dropped it. Rates are then rounded to sixteenths. Refused for models with BatchNorm.
+            trains on those that dropped it. Rates are then rounded to sixteenths. Not for models with BatchNorm.
         vanilla_steps (`int`, defaults to 0): plain optimizer steps at the start of each cycle.
         stochastic_depth_steps (`int`, defaults to 1): optimizer steps of the first kind in a cycle.
         masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle. 1 and 0 is only
             stochastic depth, 0 and 1 only masked freeze, 0 and 0 plain training, as with `drop_rate=0`.
         scale_kept (`bool`, defaults to `True`): in stochastic-depth steps, divide the residual increment of each kept
             block by its survival probability, so that it has the same mean as in the whole network.
-        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): in masked-freeze steps, train all that lies
-            outside the blocks (stem, norms, head) too, only what follows the last block, or nothing of it. `True` and
-            `False` mean `"all"` and `"none"`.
+        train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): parameters outside the blocks that train in
+            masked-freeze steps: all (stem, norms, head), only those after the last block, or none. `True` and `False`
+            mean `"all"` and `"none"`.
         frozen_batch_norm (`"batch"` or `"inference"`, defaults to `"batch"`): statistics with which frozen BatchNorm
-            layers normalise in masked-freeze steps; their running statistics do not change either way.
-        allow_inexact_skip (`bool`, defaults to `False`): drop blocks too whose shortcut is not a bitwise identity,
-            such as those with GELU after the addition, or named ones that nothing shows to be residual.
-        target_blocks (`str` or `list[str]`, *optional*): which residual blocks take part: a regular expression that
-            matches the whole name, or a list of names or dotted endings of names. The others belong to the trunk. An
+            layers normalize in masked-freeze steps; their running statistics do not change either way.
+        allow_inexact_skip (`bool`, defaults to `False`): also drop blocks whose shortcut is not a bitwise identity,
+            such as those with GELU after the addition, or named ones that cannot be shown to be residual.
+        target_blocks (`str` or `list[str]`, *optional*): which residual blocks to use: a regular expression that
+            matches the whole name, or a list of names or dotted suffixes of names. The others belong to the trunk. An
             entry that matches none of the blocks found may name another module, as in [`find_residual_blocks`].
         reuse_start (`float`, defaults to 0.0): fraction of training before which steps are vanilla.
         reuse_end (`float`, defaults to 1.0): fraction of training after which steps are vanilla.
         unfreeze_at (`float`, *optional*): gradual unfreezing, with or without the other kinds of step: only what
-            follows the last block trains at first, the blocks join from the last one down, and by this fraction of
-            training, above 0 and up to 1, all trains. Refused with `drop_granularity="sample"`.
+            follows the last block trains at first, then the blocks from the last one down, and from this fraction of
+            training on, above 0 and up to 1, everything. Not with `drop_granularity="sample"`.
         reuse_seed (`int`, *optional*): seed of the schedule, unchanged; `None` takes `seed`.
         mixup_alpha (`float`, defaults to 0.0): Mixup, in training only, with shares drawn from Beta(alpha, alpha); 0
             is off.
@@ -264,16 +262,16 @@ class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArgumen
         ema_decay (`float`, *optional*): above 0 and below 1: evaluate, and save at the end, an exponential moving
             average of the weights.
         loss (`"cross_entropy"`, `"bce"`, `"focal"` or `"mse"`, *optional*): as in [`ImageLoss`], in training and in
-            evaluation; by default the model's own, which is cross-entropy for one label per image.
+            evaluation; by default that of the model, which is cross-entropy for one label per image.
         focal_gamma (`float`, *optional*): exponent of the focal loss; by default 2. Only with `loss="focal"`.
         class_weights (`str` or `list[float]`, *optional*): `"balanced"` by the training labels, a JSON file, or one
-            number per class. Without `loss`, that of cross-entropy, or of `"bce"` for several labels per image.
+            number per class. Without `loss`, the loss is cross-entropy, or `"bce"` for several labels per image.
         layer_decay (`float`, *optional*): above 0 and at most 1: factor of the learning rate from each layer to the
             one below it, as in [`layer_decay_groups`]. The layers are all residual blocks of the model.
         head_lr_multiplier (`float`, defaults to 1.0): factor of the learning rate of what follows the last block.
-        channels_last (`bool`, *optional*): keep the model and its activations in the memory format channels last, in
-            which convolutions on a GPU are fast; by default on CUDA, for models of which more than a quarter of the
-            layers with weights are two-dimensional convolutions. Numbers differ by rounding.
+        channels_last (`bool`, *optional*): use the memory format channels last, in which convolutions on a GPU are
+            fast; by default on CUDA for models of which more than a quarter of the layers with weights are
+            two-dimensional convolutions. Results differ by rounding.
 
     Raises:
         ConfigurationError: an option has a value that cannot be used.
@@ -295,11 +293,11 @@ class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArgumen
 
 
 def window_steps(start: float, end: float, max_steps: int) -> tuple[int, int | None]:
-    """First and last optimizer step of the window [start, end], given as fractions of `max_steps`.
+    """Return the first and last optimizer step of the window [start, end], given as fractions of `max_steps`.
 
-    A step s lies in the window when `start <= s / max_steps <= end`. An end of 1 has no last step, so that training
-    can be extended.
+    A step s is in the window if `start <= s / max_steps <= end`. An end of 1 has no last step, so that training can be
+    extended.
     """
-    # A whole number of steps can come out a rounding error off: 0.07 * 100 is 7.000000000000001.
+    # A whole number of steps can have a rounding error: 0.07 * 100 is 7.000000000000001.
     first = math.ceil(round(start * max_steps, 6))
     return first, None if end == 1 else math.floor(round(end * max_steps, 6))

@@ -1,4 +1,4 @@
-"""The loss that the options of a run choose, if it suits the model."""
+"""Choose the loss of a run from its options, and check that it fits the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_featreuse.trainer.class_weights import BALANCED, class_weights, labels_o
 from hf_featreuse.trainer.recipe_arguments import RecipeArguments
 
 _SEVERAL, _REGRESSION = "multi_label_classification", "regression"
-# Of a model without a config.
+# The task of a model without a config.
 _UNKNOWN = "unknown"
 
 
@@ -26,20 +26,20 @@ def chosen_loss(
     label_smoothing: float = 0.0,
     train_dataset: Any = None,
 ) -> Callable[[], ImageLoss] | None:
-    """Choose the loss of a run; `None` if the options leave it to the model and to Trainer.
+    """Choose the loss of a run; `None` if the options leave it to the model and Trainer.
 
     Args:
         options (`RecipeArguments`): of the run.
         model (`torch.nn.Module`, *optional*): the model that trains.
-        own (`Callable`, *optional*): a loss function of the user.
+        own (`Callable`, *optional*): your own loss function.
         label_smoothing (`float`, defaults to 0.0): as in `TrainingArguments`.
         train_dataset (`Any`, *optional*): whose labels `class_weights="balanced"` counts when the loss is first used.
 
     Returns:
-        `Callable`: gives the loss.
+        `Callable`: returns the loss.
 
     Raises:
-        ConfigurationError: the options do not suit the model or each other.
+        ConfigurationError: the options do not fit the model or each other.
     """
     if options.loss is None and options.class_weights is None:
         return None
@@ -65,30 +65,30 @@ def chosen_loss(
 def _check(kind: str, problem: str | None, own: Callable | None, label_smoothing: float, weighted: bool) -> None:
     if own is not None:
         raise ConfigurationError(
-            "`compute_loss_func` was passed together with `loss` or `class_weights`, which choose another loss. Leave "
-            "one of the two out."
+            "`compute_loss_func` was passed together with `loss` or `class_weights`, which choose another loss. Pass "
+            "only one of them."
         )
     named = f"this model has `problem_type={problem!r}`"
     if (kind == "mse") != (problem == _REGRESSION) and problem != _UNKNOWN:
         fix = '"cross_entropy", "bce" or "focal"' if kind == "mse" else '"mse", without `class_weights`'
         raise ConfigurationError(
-            f'`loss="{kind}"` is for {"regression" if kind == "mse" else "classes"}, and {named}. Pass {fix}.'
+            f'`loss="{kind}"` is for {"regression" if kind == "mse" else "classes"}, but {named}. Pass {fix}.'
         )
     if kind == "cross_entropy" and problem == _SEVERAL:
         raise ConfigurationError(
-            f'`loss="cross_entropy"` is for one label per image, and {named}. Pass "bce" or "focal".'
+            f'`loss="cross_entropy"` is for one label per image, but {named}. Pass "bce" or "focal".'
         )
     if label_smoothing and (kind == "mse" or problem == _SEVERAL):
         raise ConfigurationError(
-            f"`label_smoothing_factor={label_smoothing}` spreads the one label of an image over all classes, and "
+            f"`label_smoothing_factor={label_smoothing}` spreads the one label of an image over all classes, but "
             f"{named}. Set it to 0."
         )
     if weighted and problem == _REGRESSION:
-        raise ConfigurationError(f"`class_weights` weighs classes, and {named}. Leave it unset.")
+        raise ConfigurationError(f"`class_weights` weighs classes, but {named}. Leave it unset.")
 
 
 def _problem(model: nn.Module | None) -> str | None:
-    """Name the task of a model as its config does; one output is a regression, as transformers takes it."""
+    """Return the problem type of a model; one output means regression, as in transformers."""
     config = getattr(model, "config", None)
     if config is None:
         return _UNKNOWN

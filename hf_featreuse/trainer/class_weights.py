@@ -1,4 +1,4 @@
-"""Class weights as the option gives them: balanced by the training labels, from a JSON file, or numbers."""
+"""Read the option for class weights: balanced by the training labels, from a JSON file, or numbers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _FIX = 'Pass "balanced", a JSON file with a list of numbers or an object from cl
 
 
 def check_class_weights(option: object) -> None:
-    """Raise `ConfigurationError` unless the option can be read; a file is not opened yet."""
+    """Raise `ConfigurationError` unless the option is valid; a file is not opened yet."""
     if option is None or option == BALANCED:
         return
     if isinstance(option, str) and _number(option) is None:
         if not Path(option).is_file():
-            raise ConfigurationError(f"`class_weights={option!r}` is neither a file nor a word that is known. {_FIX}")
+            raise ConfigurationError(f'`class_weights={option!r}` is neither a file nor "balanced". {_FIX}')
         return
     values = [option] if isinstance(option, str) else option
     if not isinstance(values, Sequence) or not values or None in [_number(value) for value in values]:
-        raise ConfigurationError(f"`class_weights={option!r}` is not a list of numbers from 0 up. {_FIX}")
+        raise ConfigurationError(f"`class_weights={option!r}` is not a list of numbers of at least 0. {_FIX}")
 
 
 def _number(value: Any) -> float | None:
@@ -47,16 +47,16 @@ def _number(value: Any) -> float | None:
 def class_weights(
     option: str | Sequence[Any] | None, label_names: Sequence[str] | None, train_labels: Any, *, several: bool
 ) -> list[float] | None:
-    """Give the weight of each class.
+    """Return the weight of each class.
 
     Args:
         option (`str` or `list`, *optional*): as the user passed it.
-        label_names (`Sequence[str]`, *optional*): of the classes, in the order of their ids, if they are known.
-        train_labels (`Callable`): gives the training labels, as an array; `None` if there is no training data.
+        label_names (`Sequence[str]`, *optional*): names of the classes in the order of their ids, if known.
+        train_labels (`Callable`): returns the training labels as an array; `None` if there is no training data.
         several (`bool`): whether an image has several labels.
 
     Raises:
-        ConfigurationError: there is not one weight for each class, or a file cannot be read.
+        ConfigurationError: the number of weights is not the number of classes, or a file cannot be read.
     """
     if option is None:
         return None
@@ -64,7 +64,7 @@ def class_weights(
         labels = train_labels()
         if labels is None:
             logger.warning_once(
-                '`class_weights="balanced"` has no training data to count, so the loss of evaluation is not weighted.'
+                '`class_weights="balanced"` has no training data to count, so the evaluation loss is not weighted.'
             )
             return None
         return _balanced(np.asarray(labels), len(label_names or ()), several)
@@ -81,14 +81,14 @@ def class_weights(
     classes = len(numbers) if label_names is None else len(label_names)
     if None in numbers or len(numbers) != classes:
         raise ConfigurationError(
-            f"`class_weights={option!r}` has {len(numbers)} entries, and the model has {classes} classes: one number "
-            f"from 0 up is needed for each. {_FIX}"
+            f"`class_weights={option!r}` has {len(numbers)} entries, but the model has {classes} classes; each needs "
+            f"one number of at least 0. {_FIX}"
         )
     return [number for number in numbers if number is not None]
 
 
 def _by_name(values: Mapping[str, Any], names: Sequence[str], file: str) -> list[Any]:
-    """Put the weights of an object into the order of the classes; a class it does not name has weight 1."""
+    """Return the weights of a JSON object in the order of the classes; a class without entry has weight 1."""
     unknown = sorted(values.keys() - set(names))
     if unknown:
         raise ConfigurationError(
@@ -103,13 +103,13 @@ def _balanced(labels: np.ndarray, classes: int, several: bool) -> list[float]:
         return balanced_weights((labels == 1).sum(0).tolist(), len(labels))
     if not np.issubdtype(labels.dtype, np.integer):
         raise ConfigurationError(
-            f'`class_weights="balanced"` counts class ids, and the training labels are {labels.dtype}. Leave it unset.'
+            f'`class_weights="balanced"` counts class ids, but the training labels are {labels.dtype}. Leave it unset.'
         )
     return balanced_weights(np.bincount(labels[labels != IGNORED], minlength=classes).tolist())
 
 
 def labels_of(dataset: Any) -> Any:
-    """Find the labels of a data set: as its attribute, as its column, else by reading every example.
+    """Find the labels of a data set: in an attribute, in a column, or else by reading every example.
 
     Raises:
         ConfigurationError: it is a stream, or its examples have no `labels`.
@@ -118,15 +118,15 @@ def labels_of(dataset: Any) -> Any:
         return None
     if not isinstance(dataset, Sized):
         raise ConfigurationError(
-            '`class_weights="balanced"` counts the training labels, and a stream cannot be counted beforehand. Pass '
-            "the weights as numbers or a JSON file."
+            '`class_weights="balanced"` counts the training labels, but those of a stream cannot be counted in '
+            "advance. Pass the weights as numbers or a JSON file."
         )
     if isinstance(labels := getattr(dataset, "labels", None), (np.ndarray, Sequence)):
         return labels
     for name in ("labels", "label"):
         if isinstance(dataset, Dataset) and name in dataset.column_names:
             return dataset.with_format("numpy", columns=[name])[:][name]
-    logger.info("Reads all training examples once, to count their classes.")
+    logger.info("Reading all training examples once to count their classes.")
     examples: Any = dataset
     found = [example.get("labels", example.get("label")) for example in (examples[i] for i in range(len(dataset)))]
     if any(label is None for label in found):

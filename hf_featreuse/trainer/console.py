@@ -1,8 +1,8 @@
-"""What a person sees in a terminal: a summary before training and one after it, and the kind of step in the bar.
+"""Console output: a summary before training and one after it, and the kind of step in the progress bar.
 
-The rule of when it is quiet: the summaries are printed where Trainer shows its progress bar, in the main process and
-at a log level (`log_level`) of warning or below. With `disable_tqdm` they are messages of level info of the logger
-`hf_featreuse`, which Python's own settings decide about.
+The summaries are printed if Trainer shows its progress bar, in the main process and at a log level (`log_level`) of
+warning or below. With `disable_tqdm` they are messages of level info of the logger `hf_featreuse`, subject to Python's
+logging configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run(Protocol):
-    """What the callbacks look at of a trainer."""
+    """The attributes of a trainer that the callbacks read."""
 
     feature_reuse: FeatureReuse | None
     step_costs: StepCosts | None
@@ -53,18 +53,18 @@ def opening_summary(
     batch_size: int | None = None,
     micro_batches: int = 1,
 ) -> str:
-    """Say what will be trained: model, blocks found, rates, steps, expected cost, sizes and engine.
+    """Return the summary before training: model, blocks found, rates, steps, expected cost, sizes and engine.
 
     Args:
         reuse (`FeatureReuse`): blocks and schedule, bound to the model.
-        costs (`StepCosts`, *optional*): arithmetic of the kinds of step; left out without.
+        costs (`StepCosts`, *optional*): arithmetic of the kinds of step; by default left out.
         max_steps (`int`): optimizer steps of the run.
         processes (`int`, defaults to 1): number of processes.
         precision (`str`, defaults to `"no"`): mixed precision, as accelerate names it.
         engine (`str`, *optional*): what several processes train with, such as `"FSDP2"`.
-        batch_size (`int`, *optional*): samples in a micro-batch of one process. With a set for every sample, the
-            summary says in how many ways a block divides them.
-        micro_batches (`int`, defaults to 1): of an optimizer step on all processes.
+        batch_size (`int`, *optional*): samples in a micro-batch of one process. With one set per sample, the summary
+            includes in how many ways a block divides them.
+        micro_batches (`int`, defaults to 1): micro-batches of an optimizer step on all processes.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -111,7 +111,7 @@ def opening_summary(
 
 
 def _sizes(schedule: FeatureReuseSchedule, batch_size: int, micro_batches: int, max_steps: int) -> str:
-    """Say how many numbers of samples a block sees in 200 steps, as a GPU plans kernels again for each new one."""
+    """Return how many numbers of samples a block sees in 200 steps; a GPU selects kernels again for each new one."""
     found: list[set[int]] = [set() for _ in range(schedule.num_blocks)]
     for step in range(schedule.first_step, schedule.first_step + min(200, max_steps)):
         plan = schedule.plan(step, batch_size=batch_size, position=step % micro_batches * batch_size)
@@ -124,7 +124,7 @@ def _sizes(schedule: FeatureReuseSchedule, batch_size: int, micro_batches: int, 
 
 
 def _mean_costs(reuse: FeatureReuse, costs: StepCosts, max_steps: int) -> dict[str, float]:
-    """Expected arithmetic by kind of step and of the run's mean step; of sets per sample, that of 64 samples."""
+    """Return expected arithmetic by kind of step and on average over the run; for sets per sample, with 64 samples."""
     schedule = reuse.schedule
     if schedule.drop_granularity == "batch":
         found = expected_costs(costs, schedule, reuse.trunk_trains)
@@ -141,7 +141,7 @@ def _mean_costs(reuse: FeatureReuse, costs: StepCosts, max_steps: int) -> dict[s
 
 
 def _some_cycles(schedule: FeatureReuseSchedule, max_steps: int) -> list[int]:
-    """The steps of four whole cycles, in the middle of each quarter of the window: rates may change over time."""
+    """Return the steps of four whole cycles, one in the middle of each quarter of the window, as rates may change."""
     last = max_steps - 1 if schedule.last_step is None else min(schedule.last_step, max_steps - 1)
     cycles = max((last - schedule.first_step + 1) // schedule.steps_per_cycle, 1)
     starts = sorted({cycles * (2 * quarter + 1) // 8 for quarter in range(4)})
@@ -157,11 +157,11 @@ def closing_summary(
     output_dir: str | None = None,
     compare_losses: bool = True,
 ) -> str:
-    """Say what came of a run: time, arithmetic saved, accuracy, how far it overfits, and where things are.
+    """Return the summary after training: time, arithmetic saved, accuracy, how far it overfits, and the folder.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`, with `compute_share`, and
-            `eval_accuracy` or `eval_loss`; what it lacks, or is no number, is left out.
+            `eval_accuracy` or `eval_loss`; missing values and values that are not numbers are left out.
         steps (`int`): optimizer steps taken.
         seconds (`float`): how long training took, in seconds.
         output_dir (`str`, *optional*): folder of the run.
@@ -191,17 +191,17 @@ def closing_summary(
         lines.append(f"  losses      {line}")
     if output_dir is not None:
         lines.append(f"  files       {output_dir}")
-    # Python writes 70.0%; the house style is that of the SI.
+    # Python writes 70.0%; the SI has a space.
     return "\n".join(lines).replace("%", " %")
 
 
 def _numbers(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, int]]:
-    """Each (value, step) of a key of the log; metrics of the user's own may give anything."""
+    """Return each (value, step) of a key of the log; your own metrics may return other types."""
     return [(float(entry[key]), entry["step"]) for entry in log_history if isinstance(entry.get(key), Real)]
 
 
 def mean_compute_share(log_history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean arithmetic of a step as a share of a plain one's, over all logged steps; `None` where none was logged."""
+    """Return the mean arithmetic of all logged steps as a share of a plain step; `None` if none was logged."""
     total, before = 0.0, 0
     for entry in log_history:
         if "compute_share" in entry:
@@ -211,11 +211,11 @@ def mean_compute_share(log_history: Sequence[Mapping[str, Any]]) -> float | None
 
 
 class ConsoleCallback(TrainerCallback):
-    """Prints both summaries, and shows the kind of the step in Trainer's bar, of a terminal or notebook; main process.
+    """Prints both summaries, and shows the kind of step in Trainer's progress bar (terminal or notebook).
 
     Args:
         run (`FeatureReuseTrainer`): the trainer; it adds this callback itself. `trainer.remove_callback(
-            ConsoleCallback)` takes it out.
+            ConsoleCallback)` removes it.
     """
 
     def __init__(self, run: Run) -> None:
@@ -243,7 +243,7 @@ class ConsoleCallback(TrainerCallback):
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Name the kind of this step, which the bar shows when it moves on."""
+        """Set the kind of this step, which the bar shows at its next update."""
         kind = self.run.step_kind
         if kind is None:
             return
@@ -268,8 +268,8 @@ class ConsoleCallback(TrainerCallback):
 
 
 def _show_kind(callback: Any, text: str) -> None:
-    """Put a text into the bar of a callback of Trainer, if it has one."""
-    # Imported by Trainer in a notebook alone: it needs IPython.
+    """Show a text in the progress bar of a callback of Trainer, if it has one."""
+    # Trainer imports it only in a notebook: it needs IPython.
     notebook: Any = sys.modules.get("transformers.utils.notebook")
     if isinstance(callback, ProgressCallback):
         if callback.training_bar is not None:
@@ -280,7 +280,7 @@ def _show_kind(callback: Any, text: str) -> None:
 
 
 def _engine(accelerator: Any) -> str | None:
-    """The engine of several processes by the name that its users know."""
+    """Return the common name of the engine of several processes."""
     kind = str(accelerator.distributed_type.value)
     if kind == "FSDP":
         return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
@@ -288,29 +288,29 @@ def _engine(accelerator: Any) -> str | None:
 
 
 def describe_kind(kind: StepKind) -> str:
-    """The kind of a step in words, padded so that the bar keeps its width."""
+    """Return the kind of a step in words, padded to a constant width."""
     return kind.value.replace("_", " ").ljust(len(StepKind.STOCHASTIC_DEPTH.value))
 
 
 def _say(make: Callable[[], str], args: Any, state: Any) -> None:
-    """Print or log a text, made only where it is shown; a run never stops for it."""
+    """Print or log a text, created only if it is shown; a failure does not stop the run."""
     shown = logger.isEnabledFor(logging.INFO) if args.disable_tqdm else args.get_process_log_level() <= logging.WARNING
     if not shown or not state.is_world_process_zero:
         return
     try:
         text = make()
     except Exception:
-        logger.warning("The summary of the run could not be made; training is not concerned.", exc_info=True)
+        logger.warning("The summary of the run could not be created; training continues.", exc_info=True)
         return
     if args.disable_tqdm:
         logger.info(text)
     else:
-        # Above a bar that is open, not into it.
+        # Above an open progress bar, not into it.
         tqdm.write(text)
 
 
 def _count(model: nn.Module) -> str:
-    """Number of parameters, to three digits."""
+    """Return the number of parameters, to three digits."""
     number = float(sum(parameter.numel() for parameter in model.parameters()))
     for unit in ("", " k", " M"):
         if number < 1000:

@@ -1,6 +1,6 @@
-"""Learning rates that fall from the head down to the stem, by layer-wise decay, and a factor of its own for the head.
+"""Layer-wise learning-rate decay from the head down to the stem, and a separate factor for the head.
 
-The layers follow from the residual blocks that were found, so the rule is the same for every architecture.
+Layers are numbered by the residual blocks of the model, so the rule is the same for every architecture.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ def layer_decay_groups(
     layer_decay: float | None = None,
     head_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Split parameter groups by layer and give each layer its learning rate.
+    """Split parameter groups by layer and set the learning rate of each layer.
 
-    The stem is layer 0, the blocks are layers 1 to n in forward order, and the head is layer n + 1. What lies between
-    two blocks, such as the downsampling between stages, belongs to the block after it, and the final norm of the base
-    model to the last block. Layer l gets `learning_rate * layer_decay ** (n + 1 - l)`, the head `head_lr_multiplier`
-    times as much. If the base model and its head are one module, as in timm's models, what follows the last block is
-    the head.
+    The stem is layer 0, the blocks are layers 1 to n in forward order, and the head is layer n + 1. Modules between
+    two blocks, such as the downsampling between stages, belong to the block after them, and the final norm of the base
+    model to the last block. Layer l has `learning_rate * layer_decay ** (n + 1 - l)`, the head `head_lr_multiplier`
+    times as much. If base model and head are one module, as in timm's models, everything after the last block is the
+    head.
 
     Args:
         model (`torch.nn.Module`): the model that trains.
         blocks (`list[ResidualBlock]`): all of its blocks, from [`find_residual_blocks`].
-        groups (`list[dict]`, *optional*): parameter groups as an optimizer takes them, for instance one with weight
-            decay and one without; options of each are kept. By default one group of all parameters that train.
-        learning_rate (`float`): of the head, and base of all others; a group with its own `"lr"` keeps that as base.
+        groups (`list[dict]`, *optional*): parameter groups for an optimizer, for instance one with weight decay and
+            one without; the options of each are kept. By default one group of all parameters that train.
+        learning_rate (`float`): learning rate of the head, and base of all others; an `"lr"` of a group replaces it.
         layer_decay (`float`, *optional*): above 0 and at most 1; by default 1, no decay.
         head_lr_multiplier (`float`, defaults to 1.0): above 0.
 
@@ -86,8 +86,8 @@ def layer_numbers(model: nn.Module, blocks: Sequence[ResidualBlock]) -> dict[str
     """
     if not blocks:
         raise ConfigurationError(
-            f"`layer_decay` and `head_lr_multiplier` number the layers by the residual blocks, and "
-            f"{type(model).__name__} has none that was found. Leave both unset, or name blocks with `target_blocks`."
+            f"`layer_decay` and `head_lr_multiplier` number the layers by the residual blocks, but none were found in "
+            f"{type(model).__name__}. Leave both unset, or name blocks with `target_blocks`."
         )
     followed: dict[int, int] = {}
     for block in blocks:
@@ -102,14 +102,14 @@ def layer_numbers(model: nn.Module, blocks: Sequence[ResidualBlock]) -> dict[str
     layers: dict[int, int] = {}
     for module in model.modules():
         for parameter in own_parameters([module]):
-            # One that several layers share has the lowest.
+            # A parameter that several layers share belongs to the lowest.
             number = numbers.get(id(module), 0)
             layers[id(parameter)] = min(number, layers.get(id(parameter), number))
     return {name: layers[id(parameter)] for name, parameter in model.named_parameters()}
 
 
 def _backbone(model: nn.Module) -> set[nn.Module]:
-    """The modules of the base model, without the head; none if there is no base model."""
+    """Return the modules of the base model, without the head; an empty set if there is no base model."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             base = getattr(module, module.base_model_prefix, None)
@@ -118,7 +118,7 @@ def _backbone(model: nn.Module) -> set[nn.Module]:
 
 
 def _numbered(model: nn.Module, numbers: Mapping[int, int]) -> list[tuple[nn.Module, int]]:
-    """The modules that hold parameters themselves, with their layers."""
+    """Return the modules that directly hold parameters, and their layers."""
     found = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     return [(module, numbers.get(id(module), 0)) for module in found]
 
@@ -147,7 +147,7 @@ def split_by_layer(
         base = group.get("lr", learning_rate)
         if base is None:
             raise ConfigurationError(
-                "`layer_decay` and `head_lr_multiplier` scale the learning rate, and this optimizer chooses its own. "
+                "`layer_decay` and `head_lr_multiplier` scale the learning rate, but this optimizer computes its own. "
                 "Leave both unset, or set another `optim`."
             )
         for parameter in group["params"]:
@@ -167,14 +167,14 @@ def check_own_optimizer(layer_decay: float | None, head_lr_multiplier: float, op
     """Raise `ConfigurationError` if the options would change groups that the user made."""
     if optimizer is not None and (layer_decay is not None or head_lr_multiplier != 1):
         raise ConfigurationError(
-            "`layer_decay` and `head_lr_multiplier` set learning rates of the optimizer that the trainer makes, and "
-            "one was passed. Leave both unset and make its groups with `hf_featreuse.layer_decay_groups`, or pass "
+            "`layer_decay` and `head_lr_multiplier` set learning rates of the optimizer that the trainer creates, but "
+            "one was passed. Leave both unset and create its groups with `hf_featreuse.layer_decay_groups`, or pass "
             "`optimizer_cls_and_kwargs` instead."
         )
 
 
 def _scaled(base: Any, scale: float) -> Any:
-    # A learning rate that is a tensor, as compiled optimizers take it, is one for each group.
+    # Compiled optimizers take the learning rate as a tensor, which groups must not share.
     return base.clone() * scale if isinstance(base, torch.Tensor) else base * scale
 
 

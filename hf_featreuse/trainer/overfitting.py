@@ -1,4 +1,4 @@
-"""How far a run overfits, which decides whether feature reuse gains: the rule of docs/results.md, in one line."""
+"""Report how far a run overfits, which decides whether feature reuse gains: the rule of docs/results.md."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-# Training loss as a share of evaluation loss: up to the first, plain training overfits and the method gained in every
-# comparison of docs/results.md but those it names; from the second on, plain training still underfits, and it lost.
+# Training loss as a share of evaluation loss: up to the first value, plain training overfits and the method gained in
+# every comparison of docs/results.md except those it names; from the second on, plain training underfits, and it lost.
 OVERFITS, UNDERFITS = 1 / 3, 0.8
-# In these steps the whole network runs, so that their loss is comparable with that of the evaluation.
+# In these steps the whole network runs, so their loss is comparable with that of the evaluation.
 _WHOLE_NETWORK = ("loss/vanilla", "loss/masked_freeze")
 
 
@@ -38,13 +38,13 @@ def final_losses(log_history: Sequence[Mapping[str, Any]]) -> tuple[float, float
 
 
 def overfitting_line(log_history: Sequence[Mapping[str, Any]]) -> str | None:
-    """Compare the final losses of a run, and say what the study supports.
+    """Compare the final losses of a run, and return what the study supports.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
 
     Returns:
-        `None` where `final_losses` has none.
+        `str`, *optional*: one line; `None` if the losses cannot be compared or support no statement.
 
     Example:
         >>> from hf_featreuse.trainer.overfitting import overfitting_line

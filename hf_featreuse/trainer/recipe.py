@@ -1,4 +1,4 @@
-"""What a recipe adds to the training of any Trainer: mixed images, their loss, and an average of the weights."""
+"""The recipe of a Trainer: mixed images, their loss, and an average of the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CLASS_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Recipe:
-    """Mixup, CutMix and a weight average, as the options of a run ask for them.
+    """Mixup, CutMix and a weight average, according to the options of a run.
 
     Args:
         options (`RecipeArguments`): of the run.
@@ -32,7 +32,7 @@ class Recipe:
         label_smoothing (`float`, defaults to 0.0): in the loss of mixed images.
 
     Attributes:
-        average (`WeightAverage`, *optional*): with `ema_decay`, once `start_average` was called.
+        average (`WeightAverage`, *optional*): with `ema_decay`, after `start_average` was called.
 
     Raises:
         ConfigurationError: an option has a value that cannot be used.
@@ -54,16 +54,16 @@ class Recipe:
         options.check_recipe()
         self.options, self.label_smoothing = options, label_smoothing
         self.mixer = BatchMixer(options.mixup_alpha, options.cutmix_alpha, seed) if options.mixes else None
-        # Share of each mixed image that is its own, of the batch whose loss is computed now.
+        # Share of the original image in each mixed image of the current batch.
         self._share = 1.0
         self._has_mixed = False
-        # Whether the options choose the loss, and whether it was computed in the step that is open.
+        # Whether the options choose the loss, and whether it was computed in the current step.
         self._chooses_loss = self._has_loss = False
 
     def check(
         self, model: nn.Module | None, *, in_shards: bool, save_only_model: bool, load_best_model_at_end: bool
     ) -> None:
-        """Raise `ConfigurationError` if the options do not suit a model or how it is saved.
+        """Raise `ConfigurationError` if the options do not fit a model or how it is saved.
 
         Args:
             model (`torch.nn.Module`, *optional*): the model that trains.
@@ -74,27 +74,27 @@ class Recipe:
         kind = getattr(getattr(model, "config", None), "problem_type", None)
         if self.mixer is not None and kind not in (None, "single_label_classification"):
             raise ConfigurationError(
-                "`mixup_alpha` and `cutmix_alpha` mix images of one label each, and this model has `problem_type="
+                "`mixup_alpha` and `cutmix_alpha` mix images with one label each, but this model has `problem_type="
                 f"{kind!r}`. Set both to 0."
             )
         if self.options.ema_decay is None:
             return
         if in_shards:
             raise ConfigurationError(
-                "`ema_decay` averages whole weights, and this backend keeps them in shards. Leave `ema_decay` unset, "
-                "or train with DistributedDataParallel."
+                "`ema_decay` averages whole weights, but this backend shards them. Leave `ema_decay` unset, or train "
+                "with DistributedDataParallel."
             )
         if save_only_model and load_best_model_at_end:
             raise ConfigurationError(
-                "`load_best_model_at_end` would look for averaged weights, which checkpoints of `save_only_model` do "
-                "not hold. Set `save_only_model=False`, or leave `ema_decay` unset."
+                "`load_best_model_at_end` needs averaged weights, but checkpoints with `save_only_model` do not "
+                "contain them. Set `save_only_model=False`, or leave `ema_decay` unset."
             )
 
     # Mixing
 
     @contextlib.contextmanager
     def mixed(self, inputs: dict[str, Any], images: str, *, step: int, position: int) -> Iterator[dict[str, Any]]:
-        """Mix the images of a micro-batch, and weigh the loss accordingly inside the context.
+        """Mix the images of a micro-batch, and weigh its loss inside the context.
 
         Args:
             inputs (`dict[str, torch.Tensor]`): with the images and `"labels"`; not changed.
@@ -109,8 +109,8 @@ class Recipe:
         if images not in inputs or "labels" not in inputs:
             raise ConfigurationError(
                 f"`mixup_alpha` and `cutmix_alpha` mix `{images}`, the `main_input_name` of the model, and `labels`, "
-                f"but the batch has {sorted(inputs)}. Name them so in the data collator, set `main_input_name` on the "
-                "model if its images go by another name, or set both options to 0."
+                f"but the batch has {sorted(inputs)}. Use these names in the data collator, set `main_input_name` on "
+                "the model if its images have another name, or set both options to 0."
             )
         _check_labels(inputs["labels"], len(inputs[images]))
         mixed, self._share = self.mixer(inputs[images], step, position)
@@ -121,11 +121,11 @@ class Recipe:
             self._share = 1.0
 
     def loss_function(self, own: Callable | None, chosen: Callable[[], ImageLoss] | None = None) -> Callable | None:
-        """Give the `compute_loss_func` for a Trainer: with both labels if images are mixed.
+        """Return the `compute_loss_func` for a Trainer, with both labels if images are mixed.
 
         Args:
             own (`Callable`, *optional*): the user's own loss function.
-            chosen (`Callable`, *optional*): gives the loss that the options choose, from
+            chosen (`Callable`, *optional*): returns the loss that the options choose, from
                 [`hf_featreuse.trainer.chosen_loss.chosen_loss`].
         """
         self._chooses_loss = chosen is not None
@@ -148,10 +148,10 @@ class Recipe:
 
     @contextlib.contextmanager
     def expecting_mixed(self, trainer: str) -> Iterator[None]:
-        """Raise `ConfigurationError` if nothing was mixed, or the loss not used, as in a `compute_loss` of its own.
+        """Raise `ConfigurationError` if an overridden `compute_loss` did not mix images or use the chosen loss.
 
         Args:
-            trainer (`str`): class of the trainer, for the error.
+            trainer (`str`): class name of the trainer, for the error.
         """
         self._has_mixed = self._has_loss = False
         yield
@@ -170,33 +170,35 @@ class Recipe:
     # Averaging
 
     def start_average(self, model: nn.Module, checkpoint: str | None) -> None:
-        """Average the weights of the model from here on, or from where a checkpoint left off."""
+        """Start the average at the weights of the model, or at the average of a checkpoint."""
         decay, self.average = self.options.ema_decay, None
         if decay is None:
             return
         self.average = WeightAverage(model, decay)
         if checkpoint is not None and not self.average.load(checkpoint):
-            logger.warning(f"{checkpoint} holds no {AVERAGE_FILE}: the average starts at the weights it holds.")
+            logger.warning(
+                f"{checkpoint} has no {AVERAGE_FILE}, so the average starts at the weights of the checkpoint."
+            )
 
     def save_average(self, folder: str | Path) -> None:
-        """Write the average, if there is one, into a checkpoint folder."""
+        """Save the average, if there is one, in a checkpoint folder."""
         if self.average is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.average.save(folder)
 
     def load_best_average(self, folder: str | None) -> None:
-        """Take up the average of the best checkpoint; the model gets it when training ends."""
+        """Load the average of the best checkpoint; the model gets it when training ends."""
         average = self.average
         if average is None or folder is None or not Path(folder).is_dir() or average.load(folder):
             return
         logger.warning(
-            f"{folder}, the best checkpoint, holds no {AVERAGE_FILE}: it was written without `ema_decay`. The model "
-            "gets the weights that it holds."
+            f"The best checkpoint, {folder}, has no {AVERAGE_FILE}: it was written without `ema_decay`. The model "
+            "gets the weights of that checkpoint."
         )
         self.average = WeightAverage(average.model, average.decay)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Let the model have the averaged weights, if there are any, until the exit."""
+        """Return the model the averaged weights, if there are any, inside the context."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()
 
 
@@ -213,10 +215,10 @@ def _check_labels(labels: Any, images: int) -> None:
 
 
 class FollowWeights(TrainerCallback):
-    """Updates the average after every optimizer step, and gives it to the model when training ends.
+    """Updates the average after every optimizer step, and copies it to the model when training ends.
 
     Args:
-        recipe (`Callable`): gives the recipe of the run.
+        recipe (`Callable`): returns the recipe of the run.
     """
 
     def __init__(self, recipe: Callable[[], Recipe]) -> None:
@@ -228,6 +230,6 @@ class FollowWeights(TrainerCallback):
             average.update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the model the average for good."""
+        """Copy the average to the model."""
         if (average := self.recipe().average) is not None:
             average.copy_to_model()

@@ -1,4 +1,4 @@
-"""Options of the recipe: what goes with any method of training."""
+"""Options of the recipe, which work with any method of training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OneOrMany(argparse.Action):
 
 @dataclass
 class RecipeArguments:
-    """Options that go with any method of training; see [`FeatureReuseConfig`] for each.
+    """Options for any method of training; see [`FeatureReuseConfig`] for each.
 
     Raises:
         ConfigurationError: an option has a value that cannot be used.
@@ -101,7 +101,7 @@ class RecipeArguments:
 
     @property
     def scales_learning_rates(self) -> bool:
-        """Whether layers have learning rates of their own."""
+        """Whether layers have different learning rates."""
         return self.layer_decay is not None or self.head_lr_multiplier != 1
 
     @property

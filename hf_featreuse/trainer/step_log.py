@@ -12,15 +12,15 @@ _KINDS = tuple(StepKind)
 
 
 class StepLog:
-    """Sums since the last log. The losses stay on the device: nothing is synchronised until a log is drained.
+    """Sums since the last log. Losses stay on the device and are synchronized only when a log is drained.
 
     Args:
         device (`torch.device`): where the losses are.
-        skip_non_finite (`bool`, defaults to `False`): add, for a NaN or infinite loss, the sum of its kind so far
-            divided by the steps of its kind, this one included, as Trainer's `logging_nan_inf_filter`.
+        skip_non_finite (`bool`, defaults to `False`): replace a NaN or infinite loss by the sum of its kind so far
+            divided by the steps of its kind, including this one, as Trainer's `logging_nan_inf_filter`.
 
     Attributes:
-        not_finite (`float`): losses that were NaN or infinite before the last call of `drain`, a rank.
+        not_finite (`float`): losses per rank that were NaN or infinite before the last call of `drain`.
     """
 
     not_finite = 0.0
@@ -33,7 +33,7 @@ class StepLog:
         self._global_step: int | None = None
         self._micro_batches = 0
         self._not_finite = torch.zeros((), device=device)
-        # Of the step that is open: means over its micro-batches.
+        # Means over the micro-batches of the current step.
         self._open_dropped, self._open_share = 0.0, 0.0
 
     def add(self, global_step: int, plan: StepPlan, share: float, loss: torch.Tensor) -> None:
@@ -55,7 +55,7 @@ class StepLog:
         self._losses[kind] += loss
 
     def drain(self, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Means since the last call, by name of the log; kinds of step that did not occur are left out.
+        """Return means since the last call, by name of the log; kinds of step that did not occur are left out.
 
         Args:
             mean_over_ranks (`Callable`): averages a tensor of shape (4,) over all ranks.
@@ -71,7 +71,7 @@ class StepLog:
         }
         logs["dropped_blocks"] = self._dropped / steps
         logs["compute_share"] = self._share / steps
-        # The step that is open stays known: its further micro-batches are no new step.
+        # The current step is kept: further micro-batches of it are not a new step.
         self._losses.zero_()
         self._not_finite.zero_()
         self._steps = [0] * len(_KINDS)
@@ -79,7 +79,7 @@ class StepLog:
         return logs
 
     def state(self) -> dict[str, list[float]]:
-        """The sums between two optimizer steps, as JSON holds them exactly."""
+        """Return the sums between two optimizer steps, exactly representable in JSON."""
         return {
             "losses": self._losses.tolist(),
             "steps": list(self._steps),
@@ -88,7 +88,7 @@ class StepLog:
         }
 
     def restore(self, state: dict[str, list[float]]) -> None:
-        """Take up sums that `state` gave."""
+        """Load sums that `state` returned."""
         self._losses = torch.tensor(state["losses"], device=self._losses.device)
         self._steps = [int(steps) for steps in state["steps"]]
         self._dropped, self._share = state["dropped_and_share"]

@@ -1,4 +1,4 @@
-"""Seconds per step by kind, without making the host wait for a device."""
+"""Seconds per step by kind, without synchronizing host and device."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from transformers import TrainerCallback
 
 from hf_featreuse.method.schedule import StepKind
 
-# First steps of a process are slow: libraries plan, blocks are compiled, memory is allocated.
+# The first steps of a process are slow: libraries select kernels, blocks are compiled, memory is allocated.
 WARM_UP = 10
 # Steps of a process after which times are logged.
 FIRST_LOG = 50
 
 
 class StepTimer(TrainerCallback):
-    """Times optimizer steps, from the first micro-batch to the end of the optimizer's work; data loading is left out.
+    """Times optimizer steps, from the first micro-batch to the end of the optimizer step, without data loading.
 
-    On a GPU each step is enclosed in two events, which are read when they are complete: the time is the device's. On a
-    CPU it is that of the clock. On other devices nothing is timed.
+    On a GPU each step is enclosed in two events, which are read when they are complete, so the time is that of the
+    device. On a CPU the host's clock is used. On other devices nothing is timed.
 
     Args:
-        kind (`Callable[[], StepKind | None]`): gives the kind of the step that was taken last.
+        kind (`Callable[[], StepKind | None]`): returns the kind of the last step.
     """
 
     def __init__(self, kind: Callable[[], StepKind | None]) -> None:
@@ -49,7 +49,7 @@ class StepTimer(TrainerCallback):
         self._begun = None if self._clock is None else self._clock.mark()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark its end, and take up earlier steps that are complete."""
+        """Mark its end, and read earlier steps that are complete."""
         kind = self._kind()
         if self._clock is None or self._begun is None or kind is None:
             return
@@ -60,7 +60,7 @@ class StepTimer(TrainerCallback):
         self._read()
 
     def _read(self) -> None:
-        """Take up the steps that are complete, in order."""
+        """Read the steps that are complete, in order."""
         while self._clock is not None and self._pending:
             kind, begun, ended = self._pending[0]
             seconds = self._clock.seconds(begun, ended)
@@ -79,7 +79,7 @@ class StepTimer(TrainerCallback):
 
 
 class HostClock:
-    """The clock of the host, for a CPU, which does what it is told before the call returns."""
+    """The clock of the host, for a CPU, where calls are synchronous."""
 
     def mark(self) -> float:
         """Return the time now."""
@@ -101,11 +101,11 @@ class EventClock:
         self._make = make or (lambda: torch.cuda.Event(enable_timing=True))
 
     def mark(self) -> Any:
-        """Return an event that is queued now."""
+        """Record an event and return it."""
         event = self._make()
         event.record()
         return event
 
     def seconds(self, begun: Any, ended: Any) -> float | None:
-        """Return the time between two events; `None` if the device has not come to the second yet."""
+        """Return the time between two events; `None` if the device has not reached the second."""
         return begun.elapsed_time(ended) / 1e3 if ended.query() else None

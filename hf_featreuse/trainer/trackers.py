@@ -1,6 +1,6 @@
-"""A picture of the schedule in trackers that take pictures: tensorboard, Weights & Biases, trackio.
+"""Log a plot of the schedule to trackers that support images: tensorboard, Weights & Biases, trackio.
 
-Scalars reach every tracker of Trainer by `FeatureReuseTrainer.log`.
+Scalars reach every tracker of Trainer through `FeatureReuseTrainer.log`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _NAME = "feature_reuse/schedule"
 
 
 class SchedulePicture(TrainerCallback):
-    """Draws the whole schedule before the first step, when it is known, and hands it to the trackers.
+    """Plots the whole schedule before the first step, when it is known, and logs it to the trackers.
 
-    The file `schedule.png` in `output_dir` is written where a run of such a tracker is open. Without matplotlib there
-    is none. A picture that fails is a warning; training goes on.
+    `schedule.png` in `output_dir` is written only if a run of such a tracker is open and matplotlib is installed. If
+    plotting fails, a warning is logged and training continues.
 
     Args:
         run (`FeatureReuseTrainer`): the trainer; it adds this callback itself.
@@ -39,17 +39,17 @@ class SchedulePicture(TrainerCallback):
         self._is_due = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that a picture is due. Trackers that were added later in the list open their runs after this."""
+        """Schedule the plot for the first step: trackers later in the list of callbacks open their runs after this."""
         self._is_due = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw and log the picture, once a run."""
+        """Plot and log the schedule, once per run."""
         due, self._is_due = self._is_due, False
         if due and state.is_world_process_zero:
             try:
                 self._draw(args, state)
             except Exception as error:
-                logger.warning(f"The picture of the schedule failed, and training goes on: {error}", exc_info=True)
+                logger.warning(f"Plotting the schedule failed; training continues: {error}", exc_info=True)
 
     def _draw(self, args: Any, state: Any) -> None:
         trackers = [callback for callback in self.run.callback_handler.callbacks if _is_open(callback)]
@@ -57,21 +57,21 @@ class SchedulePicture(TrainerCallback):
         if not trackers or reuse is None or not reuse.blocks:
             return
         if type(reuse.schedule) is not FeatureReuseSchedule:
-            # One of the user's own may depend on what has been trained, and asking it ahead may change it.
+            # A schedule of the user may depend on past training, and planning ahead may change its state.
             return
         names = [block.name for block in reuse.blocks]
         path = Path(args.output_dir) / SCHEDULE_FILE
         try:
             plot_training([{"step": state.max_steps}], reuse.schedule, path, block_names=names)
         except ConfigurationError as error:
-            logger.info(f"No picture of the schedule: {error}")
+            logger.info(f"No plot of the schedule: {error}")
             return
         for tracker in trackers:
             _log_picture(tracker, path, state.global_step)
 
 
 def _is_open(callback: TrainerCallback) -> bool:
-    """Whether a callback is a tracker that takes pictures and has opened its run."""
+    """Return whether a callback is a tracker that supports images and has opened its run."""
     if isinstance(callback, TensorBoardCallback):
         return callback.tb_writer is not None
     if isinstance(callback, WandbCallback):

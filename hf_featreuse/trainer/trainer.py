@@ -1,4 +1,4 @@
-"""A Trainer that alternates stochastic depth and masked freeze: every hook that it needs, in the order of a run."""
+"""A Trainer that alternates stochastic depth and masked freeze; its hooks are in the order of a run."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ class FeatureReuseTrainer(ResumableTrainer):
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`, *optional*): the model that trains; or pass `model_init`.
         args (`FeatureReuseConfig` or `TrainingArguments`, *optional*): options.
-        data_collator (`Callable`, *optional*): makes a batch of a list of examples.
+        data_collator (`Callable`, *optional*): makes a batch from a list of examples.
         train_dataset (`torch.utils.data.Dataset` or `datasets.Dataset`, *optional*): to train on.
         eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*): to evaluate on.
-        processing_class (`BaseImageProcessor`, *optional*): saved and pushed with the model, whose users need it.
+        processing_class (`BaseImageProcessor`, *optional*): saved and pushed with the model.
         model_init (`Callable`, *optional*): makes a new model for each `train()`, as hyperparameter search needs.
         compute_loss_func (`Callable`, *optional*): your own loss of `(outputs, labels, num_items_in_batch)`.
         compute_metrics (`Callable`, *optional*): from an `EvalPrediction` to metrics by name.
@@ -87,13 +87,13 @@ class FeatureReuseTrainer(ResumableTrainer):
         preprocess_logits_for_metrics (`Callable`, *optional*): shrinks logits before they are gathered.
 
     Attributes:
-        card_details (`Mapping[str, Any]`): arguments of `create_model_card` that hold for every card of this trainer:
+        card_details (`Mapping[str, Any]`): arguments of `create_model_card` for every card of this trainer:
             `finetuned_from`, `dataset`, `license`, `tags`.
-        feature_reuse (`FeatureReuse`, *optional*): blocks and schedule, once `train()` knows the model that trains and
-            its number of steps.
+        feature_reuse (`FeatureReuse`, *optional*): blocks and schedule, after `train()` has determined the model and
+            the number of steps.
         step_costs (`StepCosts`, *optional*): arithmetic of each kind of step.
         step_kind (`StepKind`, *optional*): kind of the last step.
-        weight_average (`WeightAverage`, *optional*): with `ema_decay`, once `train()` has begun.
+        weight_average (`WeightAverage`, *optional*): with `ema_decay`, after `train()` has started.
 
     Raises:
         ConfigurationError: a backend, optimizer or recipe option does not work with the model or with feature reuse;
@@ -101,7 +101,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         BlockError: in `train()`, the model has no residual block that can be skipped and trained.
         CheckpointError: in `train()`, no checkpoint is complete, or none can be written.
         StepError: in `train()`, the weights became NaN or infinite.
-        HubError: with `push_to_hub=True`, the repository cannot be made; in `push_to_hub()`, the push failed.
+        HubError: with `push_to_hub=True`, the repository cannot be created; in `push_to_hub()`, the push failed.
 
     Example:
         >>> import torch
@@ -119,29 +119,29 @@ class FeatureReuseTrainer(ResumableTrainer):
         4
     """
 
-    # Not to be changed in place: it belongs to every trainer.
+    # Read-only, because it is shared by all trainers.
     card_details: Mapping[str, Any] = MappingProxyType({})
     feature_reuse: FeatureReuse | None = None
     step_costs: StepCosts | None = None
     step_kind: StepKind | None = None
     recipe: Recipe
     _step_log: StepLog | None = None
-    # Optimizer step that is open, and index of its micro-batch.
+    # The current optimizer step, and the index of its micro-batch.
     _micro_batch: tuple[int, int] = (-1, 0)
     # How to compile the blocks; `None` if nothing is compiled, or the whole model in plain training.
     _dynamo_plugin: TorchDynamoPlugin | None = None
-    # Whether every stochastic-depth step had the survival probabilities to scale kept blocks by.
+    # Whether every stochastic-depth step so far scaled the kept blocks.
     _scales = True
-    # Whether one process reads the data and sends the others theirs.
+    # Whether one process reads the data and sends it to the others.
     _dispatches = False
-    # The loader of the run while the model is looked at.
+    # The loader of the run while blocks are found.
     _loader: TrainLoader | None = None
-    # Parameters whose optimizer state in the last checkpoint is none of theirs.
+    # Parameters without optimizer state in the last checkpoint, which holds a placeholder for it.
     _without_state: Any = ()
     # The loss function that the recipe set, and the user's own under it.
     _recipe_loss: Callable | None = None
     _own_loss: Callable | None = None
-    # Layer of each parameter, by name, if layers have learning rates of their own.
+    # Layer of each parameter, by name, if layers have different learning rates.
     _layers: Mapping[str, int] = MappingProxyType({})
 
     # Set up
@@ -178,7 +178,7 @@ class FeatureReuseTrainer(ResumableTrainer):
             preprocess_logits_for_metrics,
         )
         self._take_up_recipe()
-        # Before all others: what a tracker logs at the end of training is the model that was evaluated.
+        # Before all others, so that a tracker that saves the model at the end of training saves the evaluated one.
         self.callback_handler.callbacks.insert(0, FollowWeights(lambda: self.recipe))
         self.callback_handler.callbacks.insert(
             0, InactiveParameters(lambda: self.step_kind, lambda: self.accelerator.optimizer_step_was_skipped)
@@ -204,7 +204,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         return self.recipe.average
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Refuse what cannot run feature reuse before there is an accelerator, then make it."""
+        """Raise for engines that cannot run feature reuse, then create the accelerator."""
         if self.reuse_args.uses_blocks:
             check_engine(self.args, self.model)
         super().create_accelerator_and_postprocess()
@@ -219,7 +219,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         return arguments
 
     def _validate_args(self) -> None:
-        # The optimizers passed are known only here.
+        # The optimizers that were passed are known only here.
         if self.reuse_args.uses_blocks:
             check_optimizer(self.optimizer)
             check_optimizer((self.optimizer_cls_and_kwargs or (None,))[0])
@@ -228,7 +228,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         super()._validate_args()
 
     def _take_up_recipe(self) -> None:
-        """Follow the options of the recipe as they are now; a search changes them between two runs."""
+        """Read the current options of the recipe; hyperparameter search changes them between two runs."""
         options, args = self.recipe_args, self.args
         self.recipe = Recipe(options, seed=args.seed, label_smoothing=args.label_smoothing_factor)
         self.recipe.check(
@@ -237,7 +237,7 @@ class FeatureReuseTrainer(ResumableTrainer):
             save_only_model=args.save_only_model,
             load_best_model_at_end=args.load_best_model_at_end,
         )
-        # One that was set since the last time is the user's.
+        # A function that was set since the last call is the user's.
         if self.compute_loss_func is None or self.compute_loss_func != self._recipe_loss:
             self._own_loss = self.compute_loss_func
         chosen = chosen_loss(
@@ -252,7 +252,7 @@ class FeatureReuseTrainer(ResumableTrainer):
     # Begin to train
 
     def get_residual_blocks(self, model: nn.Module) -> list[ResidualBlock]:
-        """Choose the blocks b0..b(L-1) of the model that trains; override to choose others.
+        """Choose the blocks b0..b(L-1) of the model; override to choose others.
 
         Args:
             model (`torch.nn.Module`): the model, on its device, not wrapped or compiled yet.
@@ -261,7 +261,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         return trainable_blocks(model, blocks)
 
     def get_schedule(self, num_blocks: int, max_steps: int) -> FeatureReuseSchedule:
-        """Build the schedule; override for another one.
+        """Build the schedule; override to use another one.
 
         Args:
             num_blocks (`int`): number of blocks.
@@ -284,7 +284,7 @@ class FeatureReuseTrainer(ResumableTrainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[Any, Any]:
-        # Here the model that trains and max_steps are both known, and the optimizer is not made yet.
+        # Here the model and max_steps are known, and the optimizer does not exist yet.
         self._take_up_recipe()
         model = self.model
         assert model is not None
@@ -311,7 +311,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         return prepared
 
     def _bind(self, model: nn.Module, max_steps: int) -> FeatureReuse:
-        """Bind blocks, schedule and costs to the model that trains now."""
+        """Bind blocks, schedule and costs to the model of this run."""
         options = self.reuse_args
         self._compiled.close()
         options.check()
@@ -333,9 +333,9 @@ class FeatureReuseTrainer(ResumableTrainer):
             )
             if (rate := own_drop_path_rate(model)) > 0:
                 logger.warning_once(
-                    f"{type(model).__name__} has drop path of its own (up to {rate:g} per sample), in addition to the "
-                    "blocks that feature reuse drops. Turn it off with `drop_path_rate=0` in the config, or ours with "
-                    "`stochastic_depth_steps=0`."
+                    f"{type(model).__name__} has its own drop path (up to {rate:g} per sample), in addition to the "
+                    "blocks that feature reuse drops. Turn it off with `drop_path_rate=0` in the config, or turn off "
+                    "that of feature reuse with `stochastic_depth_steps=0`."
                 )
         if blocks and self._dynamo_plugin is not None:
             self._compiled.enter_context(compile_blocks(blocks, **self._dynamo_plugin.to_kwargs()))
@@ -346,11 +346,11 @@ class FeatureReuseTrainer(ResumableTrainer):
         return reuse
 
     def _number_layers(self, model: nn.Module) -> dict[str, int]:
-        """Number the layers by all residual blocks, whichever of them take part in the method."""
+        """Number the layers by all residual blocks, including those that `target_blocks` excludes."""
         return layer_numbers(model, find_residual_blocks(model, self._probe_inputs(model)))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Make the optimizer as `Trainer.create_optimizer`, with a learning rate for each layer if asked for."""
+        """Create the optimizer as `Trainer.create_optimizer`, with learning rates per layer if options set them."""
         is_new, options, model = self.optimizer is None, self.recipe_args, self.model
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and options.scales_learning_rates:
@@ -367,7 +367,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         return optimizer
 
     def _probe_inputs(self, model: nn.Module) -> dict[str, Any] | None:
-        """A batch of one to look at the model with, from its config; the data's if the model does not run on that."""
+        """Return a small batch for finding blocks; `None` if one from the model's config works."""
         if takes_dummy_inputs(model):
             return None
         loader = self._loader
@@ -382,13 +382,13 @@ class FeatureReuseTrainer(ResumableTrainer):
         return small_batch(model, loader.first_batch())
 
     def _check_plans(self) -> None:
-        """Refuse settings under which a past step would have had another plan; warn of what else changed."""
+        """Raise for settings under which a past step would have had another plan; warn of other changes."""
         if self._resumed is None or (now := self._plan_source()) is None:
             return
         if (saved := self._resumed.get("plans")) is None:
             logger.warning(
-                "The checkpoint records no settings of feature reuse, so changed ones, such as `scale_kept`, which is "
-                "on by default now, go unnoticed."
+                "The checkpoint records no settings of feature reuse, so changes are not detected, such as that of "
+                "`scale_kept`, which is now on by default."
             )
             return
         said = check_plans(PlanSource.from_json(saved), now, self.state.global_step)
@@ -396,7 +396,7 @@ class FeatureReuseTrainer(ResumableTrainer):
             logger.warning(said)
 
     def _plan_source(self) -> PlanSource | None:
-        """What the plans follow from; `None` if the schedule is the user's own."""
+        """Return everything that determines the plans; `None` if the schedule is the user's own."""
         reuse, options = self.feature_reuse, self.reuse_args
         if reuse is None or type(reuse.schedule) is not FeatureReuseSchedule:
             return None
@@ -410,7 +410,7 @@ class FeatureReuseTrainer(ResumableTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run forward and backward of a micro-batch as the plan of its optimizer step says."""
+        """Run forward and backward of a micro-batch according to the plan of its optimizer step."""
         if self.feature_reuse is None or self._step_log is None:
             if not self.reuse_args.uses_blocks:
                 return super().training_step(model, inputs, num_items_in_batch)
@@ -432,14 +432,14 @@ class FeatureReuseTrainer(ResumableTrainer):
         return loss
 
     def _explain_frozen(self, plan: StepPlan, error: RuntimeError) -> None:
-        """Raise `StepError` if backward failed because what trains in a step was frozen since it was bound."""
+        """Raise `StepError` if backward failed because all parameters that train in the step were frozen later."""
         assert self.feature_reuse is not None
         active = self.feature_reuse.active_parameters(plan)
         if active and not any(parameter.requires_grad for parameter in active):
             raise StepError(
                 f"Nothing is left to train in this {plan.kind.value} step: all parameters that it trains were frozen "
                 "after `train()` began, for instance by a callback. Freeze parameters before `train()`, exclude their "
-                "blocks with `target_blocks`, or freeze in a run of its own."
+                "blocks with `target_blocks`, or freeze them in a separate run."
             ) from error
 
     def _count_micro_batch(self, step: int) -> None:
@@ -448,29 +448,29 @@ class FeatureReuseTrainer(ResumableTrainer):
 
     @property
     def _batch_of_step(self) -> int:
-        """Number of the open micro-batch among those of the optimizer step on all ranks."""
+        """Index of the current micro-batch among those of the optimizer step on all ranks."""
         return self._micro_batch[1] * self.accelerator.num_processes + self.accelerator.process_index
 
     @property
     def samples_per_process(self) -> int:
         """Number of samples in a whole micro-batch of one process."""
-        # accelerate deals the batches of the loader out in turn, or splits them.
+        # accelerate gives whole batches of the loader to the processes in turn, or splits them.
         return self._train_batch_size // (self.accelerator.num_processes if self.accelerator.split_batches else 1)
 
     def _samples(self, inputs: dict[str, Any]) -> dict[str, int]:
-        """Number of samples in a micro-batch, and the position of the first in the step's global batch."""
+        """Return the number of samples in a micro-batch, and the position of the first in the global batch."""
         assert self.feature_reuse is not None
         if self.feature_reuse.schedule.drop_granularity == "batch":
             return {}
         size = find_batch_size(inputs)
         assert size is not None
         ranks, share = self.accelerator.num_processes, self.samples_per_process
-        # One process that reads for all cuts what it read into equal parts, the rest at the end of the data, too.
+        # If one process reads for all, it divides each batch evenly, also a smaller one at the end of the data.
         before = self.accelerator.process_index * (size if self._dispatches else share)
         return {"batch_size": size, "position": self._micro_batch[1] * ranks * share + before}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss as `Trainer.compute_loss`; in training on mixed images, against both of their labels."""
+        """Compute the loss as `Trainer.compute_loss`; for mixed training images, with both of their labels."""
         if self.recipe.mixer is None or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         images = getattr(self.model, "main_input_name", "pixel_values")
@@ -478,9 +478,9 @@ class FeatureReuseTrainer(ResumableTrainer):
             return super().compute_loss(model, mixed, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what the steps since the last log did, then log as Trainer does."""
+        """Add the figures of the steps since the last log, then log as Trainer does."""
         if "learning_rate" in logs and self.recipe_args.scales_learning_rates:
-            # Trainer's is that of the first group.
+            # Trainer logs that of the first group.
             groups = backends.plain_optimizer(self.optimizer).param_groups
             logs["learning_rate"] /= groups[0].get("lr_scale", 1.0)
         if "loss" in logs and self._step_log is not None:
@@ -494,8 +494,8 @@ class FeatureReuseTrainer(ResumableTrainer):
         return self.accelerator.gather(values).view(-1, len(values)).mean(0)  # pyright: ignore
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate or predict as `Trainer.evaluation_loop`; while training, with the averaged weights if there are."""
-        # After training the model itself has them.
+        """Evaluate or predict as `Trainer.evaluation_loop`; during training with the averaged weights, if any."""
+        # After training the model itself has the averaged weights.
         with self.recipe.averaged() if self.is_in_train else contextlib.nullcontext():
             return super().evaluation_loop(*args, **kwargs)
 
@@ -516,7 +516,7 @@ class FeatureReuseTrainer(ResumableTrainer):
             forget_state(self.model, backends.plain_optimizer(self.optimizer), names)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # Before the files that close a checkpoint and name the ones it must have.
+        # Before the last files of a checkpoint, which list those that it must contain.
         if self.args.should_save:
             self.recipe.save_average(output_dir)
         super()._save_rng_state(output_dir)
@@ -533,7 +533,7 @@ class FeatureReuseTrainer(ResumableTrainer):
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
-        # A checkpoint of the base class has none.
+        # A checkpoint of the base class has no such entry.
         if self._step_log is not None and "by_kind" in state:
             self._step_log.restore(state["by_kind"])
 
@@ -542,7 +542,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         self.recipe.load_best_average(self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as `Trainer.save_model`, a sharded model whole.
+        """Save as `Trainer.save_model`; a sharded model is gathered first.
 
         With `push_to_hub=True` it pushes too; a push that fails is only logged.
         """
@@ -565,7 +565,7 @@ class FeatureReuseTrainer(ResumableTrainer):
     def init_hf_repo(
         self, token: str | None = None, private: bool | None = None, *, revision: str | None = None
     ) -> None:
-        """Make the repository and its branch unless they exist; raise `HubError` if the Hub refuses."""
+        """Create the repository and its branch unless they exist; raise `HubError` if that fails."""
         if self.is_world_process_zero():
             self.pusher.make_repository(self.pusher.target(token, revision, private))
             self.hub_model_id = self.pusher.repo_id
@@ -585,10 +585,10 @@ class FeatureReuseTrainer(ResumableTrainer):
     ) -> None:
         """Write the model card of the run to `output_dir/README.md`, and the training plot next to it.
 
-        Takes the arguments of `Trainer.create_model_card`; `language`, `tasks`, `dataset_tags` and `dataset_args` have
-        no place in the card of an image classifier. What is not given is taken from `card_details`; `finetuned_from`
-        then from the model, which knows the checkpoint or configuration it was made from. Without matplotlib there is
-        no plot.
+        Takes the arguments of `Trainer.create_model_card`; `language`, `tasks`, `dataset_tags` and `dataset_args` are
+        not used in the card of an image classifier. Missing arguments are taken from `card_details`, then
+        `finetuned_from` from the model, which knows its checkpoint or configuration. Without matplotlib there is no
+        plot.
         """
         if self.is_world_process_zero():
             given = {"license": license, "tags": tags, "model_name": model_name, "dataset": dataset}
@@ -602,7 +602,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         write_run_card(self._summary(details.pop("model_name", None)), folder, **details)
 
     def _summary(self, name: str | None = None) -> RunSummary:
-        """The run as its card and plot need it."""
+        """Return the facts of the run for its card and plot."""
         args, state, reuse = self.args, self.state, self.feature_reuse
         loads_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         return RunSummary(
@@ -611,7 +611,7 @@ class FeatureReuseTrainer(ResumableTrainer):
             settings={**self.reuse_args.settings(), "scale_kept": self.reuse_args.scale_kept and self._scales},
             schedule=None if reuse is None else reuse.schedule,
             block_names=[] if reuse is None else [block.name for block in reuse.blocks],
-            # Plain values for enums.
+            # `to_dict` replaces enums by plain values.
             arguments={**args.to_dict(), "mixed_precision": args.mixed_precision},
             processes=args.world_size,
             steps=state.global_step,
@@ -621,7 +621,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         )
 
     def _finish_folder(self, folder: Path) -> None:
-        """Write the card, and an adapter's base configuration, into a folder with the model."""
+        """Write the card and, for an adapter, the base configuration to a folder with the model."""
         write_base_config(self.accelerator.unwrap_model(self.model), folder)
         self._write_card(folder)
 
@@ -651,22 +651,22 @@ class FeatureReuseTrainer(ResumableTrainer):
         """Save model, image processor, plot and card, then push them.
 
         Args:
-            commit_message (`str`, defaults to `"End of training"`): of the commit.
-            blocking (`bool`, defaults to `True`): wait for the end of the push; else it continues in the background.
-            token (`str`, *optional*): by default `hub_token`, else the stored one.
-            revision (`str`, *optional*): branch, made if missing; by default `hub_revision`.
-            private (`bool`, *optional*): visibility of a repository that is made; by default `hub_private_repo`.
+            commit_message (`str`, defaults to `"End of training"`): commit message.
+            blocking (`bool`, defaults to `True`): wait until the push is finished; otherwise push in the background.
+            token (`str`, *optional*): by default `hub_token`, or the stored one.
+            revision (`str`, *optional*): branch, created if missing; by default `hub_revision`.
+            private (`bool`, *optional*): visibility of a new repository; by default `hub_private_repo`.
             kwargs: arguments of `create_model_card`.
 
         Returns:
             `CommitInfo`, or a `Future` of it with `blocking=False`; `None` on other processes than the first.
 
         Raises:
-            HubError: the push failed; all is saved, and the message has the command that pushes again. In the
-                background it is logged, and raised by the future's `result()`.
+            HubError: the push failed; everything is saved, and the message contains the command that pushes again. In
+                the background it is logged, and raised by the future's `result()`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # Saved before the Hub is asked for anything.
+        # Save before any request to the Hub.
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -676,7 +676,7 @@ class FeatureReuseTrainer(ResumableTrainer):
         self._finish_current_push()
         if self.pusher.repo_id is None or revision is not None:
             self.init_hf_repo(token=token, private=private, revision=revision)
-            self._write_card(folder, **card_arguments(kwargs))  # Which names the repository now.
+            self._write_card(folder, **card_arguments(kwargs))  # The card names the repository, which is now known.
         target = self.pusher.target(token, revision, private)
         pushed = self.pusher.push(target, commit_message or "End of training", blocking=blocking)
         self.push_in_progress = self.pusher.progress

@@ -339,13 +339,13 @@ def study(tmp_path_factory):
 @pytest.mark.slow
 def test_runs_are_resumed_and_equal_in_arithmetic(study):
     _, ((first_said, first), (second_said, both), _) = study
-    assert "3 runs to do, 0 done before" in first_said
+    assert "3 runs to do, 0 already done" in first_said
     assert {(run["arm"], run["budget"]) for run in first} == {
         ("vanilla", "steps"),
         ("stochastic_depth", "steps"),
         ("stochastic_depth", "arithmetic"),
     }
-    assert "5 runs to do, 1 done before" in second_said
+    assert "5 runs to do, 1 already done" in second_said
     assert both[:3] == first
     for run in both:
         assert 0 <= run["accuracy"] <= 1

@@ -216,7 +216,7 @@ def test_an_empty_split_that_was_saved_is_an_error(tmp_path):
         load_image_data(path)
 
 
-def test_trust_remote_code_is_said_to_do_nothing(caplog):
+def test_trust_remote_code_logs_that_it_has_no_effect(caplog):
     load_image_data(trust_remote_code=True)
     assert "trust_remote_code has no effect" in caplog.text
 
@@ -300,7 +300,7 @@ def test_columns_are_taken_as_passed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["image", "label"])
 def test_a_column_that_does_not_exist_is_named_with_the_flag(tmp_path, kind):
-    message = rf"{kind}_column_name='nope' \(--{kind}_column_name\) is no column .*\['image', 'label'\]"
+    message = rf"{kind}_column_name='nope' \(--{kind}_column_name\) is not a column .*\['image', 'label'\]"
     with pytest.raises(DataError, match=message):
         load_image_data(saved(tmp_path, train=table()), **{f"{kind}_column_name": "nope"})
 
@@ -356,7 +356,7 @@ def test_a_class_absent_from_training_is_named(tmp_path, caplog):
 def test_a_string_absent_from_training_is_an_error(tmp_path):
     text = datasets.Value("string")
     splits = {"train": table(2, labels=["a", "b"], feature=text), "dev": table(2, labels=["b", "z"], feature=text)}
-    with pytest.raises(DataError, match=r"Row 1 of split 'dev' of data set .* has the label 'z', which is none of"):
+    with pytest.raises(DataError, match=r"Row 1 of split 'dev' of data set .* has the label 'z', which is not one of"):
         load_image_data(saved(tmp_path, **splits))
 
 

@@ -100,7 +100,7 @@ def test_labels_that_cannot_be_used_are_named(tmp_path, labels, feature, match):
 @pytest.mark.parametrize(
     ("train", "validation", "feature", "match"),
     [
-        ([["x"], ["y"]], [["x"], ["w"]], List(Value("string")), "'w', which is none of the training labels"),
+        ([["x"], ["y"]], [["x"], ["w"]], List(Value("string")), "'w', which is not one of the training labels"),
         ([[1, 0], [0, 1]], [[1, 0], [0, 1, 1]], List(Value("int64")), "2 zeros and ones per image"),
     ],
 )

@@ -29,7 +29,7 @@ def example() -> ModuleType:
 
 @pytest.fixture
 def arguments(tmp_path: Path, request: pytest.FixtureRequest) -> list[str]:
-    # A checkpoint for three classes: the head is made anew.
+    # A checkpoint for three classes: the head is replaced.
     base = tiny_checkpoints.save(tmp_path / "base", labels=["a", "b", "c"], model_type=request.param)
     return ["--model_name_or_path", base, "--output_dir", str(tmp_path / "out"), *SHORT, *FEW]
 

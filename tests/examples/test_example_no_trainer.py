@@ -78,7 +78,7 @@ def test_it_is_at_most_250_lines():
     ],
     ids=["everything", "accumulation and sets per sample", "plain", "cycle", "convnext"],
 )
-def test_masks_losses_and_weights_are_those_of_the_trainer_to_the_bit(with_trainer, without, tmp_path, flags):
+def test_masks_losses_and_weights_are_bit_identical_to_the_trainer(with_trainer, without, tmp_path, flags):
     with_trainer.run(["--output_dir", str(tmp_path / "a"), *FLAGS, *flags])
     without.run(["--output_dir", str(tmp_path / "b"), *FLAGS, *flags])
     names = ("loss", "loss/stochastic_depth", "loss/masked_freeze", "loss/vanilla", "dropped_blocks", "compute_share")
@@ -223,12 +223,12 @@ def test_a_run_that_starts_anew_keeps_its_own_checkpoints_alone(without, with_tr
     out = tmp_path / "out"
     for folder in ("checkpoint-40", "unfinished-41"):
         (out / folder).mkdir(parents=True)
-    anew = ["--output_dir", str(out), *SHORT, "--overwrite_output_dir"]
+    again = ["--output_dir", str(out), *SHORT, "--overwrite_output_dir"]
     with pytest.raises(ConfigurationError, match="resumes the run in"):
-        without.run([*anew, "--resume_from_checkpoint", f"{out}/checkpoint-40"])
+        without.run([*again, "--resume_from_checkpoint", f"{out}/checkpoint-40"])
     for example in (without, with_trainer):
         (out / "checkpoint-41").mkdir()
-        example.run([*anew, "--save_total_limit", "1"])
+        example.run([*again, "--save_total_limit", "1"])
         assert sorted(path.name for path in out.glob("*-*")) == ["checkpoint-3"]
 
 

@@ -136,7 +136,7 @@ def test_prediction_alone_writes_its_own_results(example, tmp_path, image_folder
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_from_its_checkpoint(example, tmp_path):
+def test_an_interrupted_run_resumes_from_its_checkpoint(example, tmp_path):
     # Three steps an epoch: the run is cut inside the first epoch, at its end, and inside the second.
     flags = [*TINY, "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "steps", "--save_steps", "1"]
     flags += [
@@ -156,7 +156,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(example, tmp_path):
     for step in (2, 3, 4):
         resumed = tmp_path / str(step)
         shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
-        with pytest.raises(ConfigurationError, match=r"holds checkpoints.*last`.*--overwrite_output_dir.*another"):
+        with pytest.raises(ConfigurationError, match=r"contains checkpoints.*last`.*--overwrite_output_dir.*another"):
             example.run(["--output_dir", str(resumed), *flags])
         example.run(["--output_dir", str(resumed), *flags, "--resume_from_checkpoint", "last"])
         second = AutoModelForImageClassification.from_pretrained(resumed).state_dict()
@@ -164,7 +164,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(example, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_folder_says_so_and_what_to_pass(example, tmp_path):
+def test_the_error_for_a_finished_run_says_what_to_pass(example, tmp_path):
     flags = ["--output_dir", str(tmp_path / "out"), *TINY, *SHORT]
     example.run(flags)
     with pytest.raises(ConfigurationError, match=r"finished run of 4 steps.*--overwrite_output_dir"):

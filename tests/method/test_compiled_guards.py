@@ -32,7 +32,7 @@ def test_a_graph_of_a_frozen_block_does_not_run_one_that_trains(steps):
     eager = copy.deepcopy(compiled)
     blocks = find_residual_blocks(compiled)
     of_eager = find_residual_blocks(eager)
-    # A backend with a backward of its own.
+    # A backend that compiles backward.
     with compile_blocks(blocks, backend="aot_eager"):
         for trained in steps:
             found, wanted = gradients(compiled, blocks, trained), gradients(eager, of_eager, trained)

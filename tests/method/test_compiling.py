@@ -27,7 +27,7 @@ from hf_featreuse import (
     train_only,
 )
 
-# The backend `eager` makes the same graphs, without a backward of their own, in half the time.
+# The backend `eager` makes the same graphs, without compiled backward, in half the time.
 GRAPHS = {"torch_compile": True, "torch_compile_backend": "eager"}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 
@@ -196,7 +196,7 @@ def test_the_graphs_of_inductor_give_the_gradients_of_eager(tmp_path: Path) -> N
     torch.testing.assert_close(state_of(compiled.model), state_of(eager.model), rtol=1e-4, atol=1e-5)
 
 
-def test_freezing_and_dropping_are_exact_to_the_bit(tmp_path: Path) -> None:
+def test_freezing_and_dropping_are_bit_identical(tmp_path: Path) -> None:
     watch = StepWatch()
     arguments = config(tmp_path, max_steps=4, weight_decay=0.1, **GRAPHS)
     watch.trainer = FeatureReuseTrainer(build("resnet"), arguments, train_dataset=examples(), callbacks=[watch])
@@ -205,7 +205,7 @@ def test_freezing_and_dropping_are_exact_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resuming_is_exact_to_the_bit(tmp_path: Path) -> None:
+def test_resuming_is_bit_identical(tmp_path: Path) -> None:
     def made(folder: Path, **changed: Any) -> FeatureReuseTrainer:
         arguments = config(folder, gradient_accumulation_steps=2, per_device_train_batch_size=2, **changed, **COMPILED)
         return FeatureReuseTrainer(with_dropout(build("vit")), arguments, train_dataset=examples(10))

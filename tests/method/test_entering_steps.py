@@ -68,7 +68,7 @@ def test_gradients_may_be_there_in_a_vanilla_step():
 
 
 @pytest.mark.parametrize("outer", [DEPTH, FREEZE, VANILLA])
-def test_nesting_is_an_error_and_the_outer_step_goes_on(outer):
+def test_nesting_is_an_error_and_the_outer_step_continues(outer):
     model = build("vit")
     reuse, before = engine(model, **ONLY[outer]), snapshot(model)
     with reuse.step(0) as plan:
@@ -85,7 +85,7 @@ def test_nesting_is_an_error_and_the_outer_step_goes_on(outer):
 @every_architecture
 @pytest.mark.parametrize("kind", [DEPTH, FREEZE])
 @pytest.mark.parametrize("where", ["before forward", "in a block", "in backward", "after backward"])
-def test_exception_in_a_step_restores_everything_and_the_engine_goes_on(architecture, kind, where):
+def test_exception_in_a_step_restores_everything_and_training_continues(architecture, kind, where):
     model = build(architecture)
     reuse, before = engine(model, **ONLY[kind]), snapshot(model)
 
@@ -127,7 +127,7 @@ def test_weights_that_a_dropped_block_shares_with_an_active_one_accumulate():
     assert blocks[1].module.mlp.fc1.weight.grad.abs().max() > 0
     # One that no active part holds is still refused.
     blocks[0].module.mlp.fc2.weight.grad = torch.zeros_like(blocks[0].module.mlp.fc2.weight)
-    with pytest.raises(StepError, match="holds a gradient from before"):
+    with pytest.raises(StepError, match="has an earlier gradient"):
         with reuse.step(step):
             pass
 
@@ -187,7 +187,7 @@ def test_after_an_optimizer_step_only_the_missing_zero_grad_is_named(foreach):
     with reuse.step(0):
         backward(model)
     optimizer.step()
-    with pytest.raises(StepError, match="holds a gradient from before") as caught, reuse.step(1):
+    with pytest.raises(StepError, match="has an earlier gradient") as caught, reuse.step(1):
         pass
     assert "micro-batch" not in str(caught.value)
 
@@ -198,7 +198,7 @@ def test_within_one_step_only_the_missing_zero_grad_is_named():
     with reuse.step(1):
         pass
     backward(model)
-    with pytest.raises(StepError, match="holds a gradient from before") as caught, reuse.step(1):
+    with pytest.raises(StepError, match="has an earlier gradient") as caught, reuse.step(1):
         pass
     assert "micro-batch" not in str(caught.value)
 
@@ -242,5 +242,5 @@ def test_parameters_that_were_replaced_are_followed():
         name for name in named if inside(name, drawn)
     }
     assert {id(p) for p in reuse.active_parameters(plan)} == {id(p) for n, p in named.items() if inside(n, drawn)}
-    with pytest.raises(StepError, match="holds a gradient from before"), reuse.step(0):
+    with pytest.raises(StepError, match="has an earlier gradient"), reuse.step(0):
         pass

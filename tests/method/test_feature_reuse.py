@@ -52,7 +52,7 @@ def test_kinds_alternate_and_the_plan_is_that_of_the_schedule():
 @pytest.mark.parametrize("train_trunk", [False, True])
 @pytest.mark.parametrize("step_inside", [False, True])
 def test_resting_parts_do_not_move_in_training(architecture, scale_kept, train_trunk, step_inside):
-    """Over six steps, in each of them: what must rest does so to the bit, moments and statistics included."""
+    """In each of six steps, inactive parameters, moments and statistics are bit-identical."""
     model = build(architecture)
     reuse = engine(model, scale_kept=scale_kept, train_trunk=train_trunk, seed=5)
     optimizer = adamw(model)

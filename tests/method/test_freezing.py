@@ -1,4 +1,4 @@
-"""What is frozen stays, to the bit, and what trains gets the gradient of a full backward."""
+"""Frozen parameters are bit-identical after a step, and the others get the gradient of a full backward."""
 
 import contextlib
 
@@ -170,7 +170,7 @@ def test_gradients_and_logits_equal_those_of_a_full_step(architecture, indices):
     expected = backward(plain, batch())
     with train_only(model, trained):
         logits = backward(model, batch())
-    # Batch statistics normalise the frozen layers too: the forward is the plain one, to the bit.
+    # Frozen layers also normalize with batch statistics: the forward is bit-identical to the plain one.
     assert torch.equal(logits, expected)
     for (name, parameter), reference in zip(model.named_parameters(), plain.parameters(), strict=True):
         if inside(name, trained):

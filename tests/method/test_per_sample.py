@@ -68,7 +68,7 @@ def test_groups_of_stochastic_depth():
 def test_groups_of_masked_freeze():
     masks = np.array([[False, True, False], [False, False, False], [True, False, True]])
     groups = sample_groups(masks, freezing=True, gradient_everywhere=False)
-    # No path of its own for a sample that trains nothing earlier: a block sees two sizes, whatever others drew.
+    # Samples that train nothing earlier have no separate path: a block sees two sizes, whatever others drew.
     assert groups.tolist() == [[RESTS, TRAINS, FROZEN], [RESTS, FROZEN, FROZEN], [TRAINS, FROZEN, TRAINS]]
     groups = sample_groups(np.roll(masks, 1, axis=1) & [False, True, True], freezing=True, gradient_everywhere=False)
     assert groups.tolist() == [[RESTS, RESTS, TRAINS], [RESTS, RESTS, FROZEN], [RESTS, TRAINS, FROZEN]]
@@ -130,7 +130,7 @@ def test_models_with_batch_norm_are_refused(case):
     model = case.build()
     blocks = find_residual_blocks(model, case.batch())
     schedule = FeatureReuseSchedule(len(blocks), drop_granularity="sample")
-    with pytest.raises(BlockError, match=r"cannot train .*BatchNorm.*normalises over the batch"):
+    with pytest.raises(BlockError, match=r"cannot train .*BatchNorm.*normalizes over the batch"):
         FeatureReuse(model, blocks, schedule)
 
 
@@ -164,7 +164,7 @@ def test_blocks_with_an_activation_and_no_branch_cannot_be_scaled():
             raise AssertionError("entered")
     assert tiny_models.snapshot(model) == before
     # Without survival probabilities nothing is scaled, but there is BatchNorm.
-    with pytest.raises(BlockError, match="normalises over the batch"):
+    with pytest.raises(BlockError, match="normalizes over the batch"):
         with skip_samples(blocks, random_masks(2, 4), CPU):
             raise AssertionError("entered")
 

@@ -1,4 +1,4 @@
-"""What a block takes and returns besides its stream, when the samples of a batch are taken apart."""
+"""Arguments and outputs of a block other than its stream, if the samples of a batch are separated."""
 
 import dataclasses
 from collections import OrderedDict, defaultdict
@@ -20,7 +20,7 @@ from hf_featreuse.method.per_sample import skip_samples
 
 
 class Branch(nn.Module):
-    """A residual block that takes, besides the stream, what belongs to samples and what they share."""
+    """A residual block that takes, in addition to the stream, arguments of samples and arguments that they share."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -211,5 +211,5 @@ def test_streams_that_are_not_batch_first_are_refused(samples):
 
     model = SequenceFirst()
     blocks = find_residual_blocks(model, torch.randn(samples, 3, 4))
-    with pytest.raises(BlockError, match=r"cannot take apart the samples in block blocks\.0.*is not the batch"):
+    with pytest.raises(BlockError, match=r"cannot separate the samples in block blocks\.0.*is not the batch"):
         FeatureReuse(model, blocks, sample_schedule(2))

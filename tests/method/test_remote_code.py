@@ -33,7 +33,7 @@ def small_vit() -> PreTrainedModel:
 
 @pytest.fixture(params=["vit", "of_its_own"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A ViT whose configuration names classes of a file beside it, under a known model type or one of its own."""
+    """A ViT whose configuration names classes of a file next to it, under a known or a new model type."""
     folder = tmp_path / "checkpoint"
     model = small_vit()
     model.save_pretrained(folder)

@@ -17,7 +17,7 @@ def batch(last: bool = False) -> torch.Tensor:
 
 
 def both(x: torch.Tensor) -> torch.Tensor:
-    """Each group times a number of its own."""
+    """Each group times another number."""
     first, second = take_rows(x, [FIRST, SECOND])
     return put_rows([first * 2, second * 3], [FIRST, SECOND])
 

@@ -96,7 +96,7 @@ def test_norms_over_the_batch_of_other_classes_are_refused(layer):
         FeatureReuse(model, blocks, sample_schedule(3))
     masks = np.zeros((4, 3), dtype=bool)
     for context in (skip_samples, train_samples):
-        with pytest.raises(BlockError, match="normalises over the batch"), context(blocks, masks, CPU):
+        with pytest.raises(BlockError, match="normalizes over the batch"), context(blocks, masks, CPU):
             pass
     assert snapshot(model) == before
 
@@ -182,5 +182,5 @@ def test_skipping_samples_makes_the_checks_of_the_engine():
         model(**batch(4))
     sequence = [dataclasses.replace(blocks[0], unbatched=frozenset({"0"})), *blocks[1:]]
     for context in (skip_samples, train_samples):
-        with pytest.raises(BlockError, match="cannot take apart the samples"), context(sequence, masks, CPU):
+        with pytest.raises(BlockError, match="cannot separate the samples"), context(sequence, masks, CPU):
             pass

@@ -159,7 +159,7 @@ def test_checkpointed_blocks_that_are_compiled_give_the_gradients_of_plain_ones(
 
 @pytest.mark.slow
 def test_the_graphs_of_inductor_scale_the_branch():
-    """The probability is a double on the CPU that is no input of the block; the block stays in single precision."""
+    """The probability is a double on the CPU and not an input of the block; the block stays in single precision."""
     model, eager = build("resnet"), build("resnet")
     reuses = [engine(each) for each in (model, eager)]
     with compile_blocks(reuses[0].blocks):

@@ -95,7 +95,7 @@ def test_copies_made_inside_are_plain_and_whole(architecture):
             assert [block.name for block in found] == [block.name for block in blocks], way
             with skip_blocks(found[:3]):
                 assert torch.equal(other(**batch()).logits, skipped), way
-        # The original goes on skipping.
+        # The original still skips.
         assert torch.equal(model(**batch()).logits, skipped)
     assert snapshot(model) == before
 
@@ -120,7 +120,7 @@ def test_copy_of_a_bound_block_alone_is_plain():
 
 
 class CopiesItself(nn.Linear):
-    """A block that has a deep copy of its own."""
+    """A block with its own `__deepcopy__`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + super().forward(x)

@@ -245,7 +245,7 @@ def test_plans_that_fill_survival_are_scaled_by_it_without_a_word(scale_kept, sa
     assert said == []
 
 
-def test_nothing_is_said_where_scaling_is_off(said):
+def test_no_warning_without_scaling(said):
     model, blocks = vit()
     with FeatureReuse(model, blocks, Custom(4), scale_kept=False).step(0):
         losses_and_gradients(model)

@@ -191,9 +191,9 @@ TIMM = (
     ),
     _timm("efficientnet", "tiny_efficientnet", {}, "blocks.0.0", "blocks.1.1", "blocks.2.1", "blocks.2.2"),
     _timm("mobilenetv3", "tiny_mobilenetv3", {}, *("blocks.1.1", "blocks.2.0", "blocks.2.1", "blocks.2.2")),
-    # In the later stages the shortcut has a scale of its own that trains.
+    # In the later stages the shortcut has its own trainable scale.
     _timm("caformer", "tiny_caformer", {}, "stages.0.blocks.0", "stages.1.blocks.0", image_size=64),
-    # Nothing that the graph shows in a row of its own.
+    # Models without a block that the graph shows.
     _timm("vgg", "tiny_vgg", {}),
     _timm("repvit", "repvit_m0_9", {"embed_dim": (8, 8, 16, 16), "depth": (1, 1, 2, 1)}, image_size=64),
     _timm("dla", "dla34", {"channels": (4, 4, 8, 8, 16, 16)}, image_size=64),

@@ -19,7 +19,7 @@ FLAGS = ["--model_type", "resnet", "--image_scale_min", "0.9", "--horizontal_fli
 
 
 def digits(rows, labels, feature):
-    """Some of scikit-learn's digits with labels of their own."""
+    """Some of scikit-learn's digits with other labels."""
     images = np.rint(sklearn_datasets.load_digits().images * (255 / 16)).astype(np.uint8)
     features = Features({"image": Image(), "label": feature})
     return Dataset.from_dict({"image": [Pillow.fromarray(images[row]) for row in rows], "label": labels}, features)
@@ -117,7 +117,7 @@ def test_other_commands_take_one_class_per_image(tmp_path):
     save_values(tmp_path / "data", 40)
     results(tmp_path, "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no")
     opened, data = open_classifier(str(tmp_path / "output")), load_image_data(str(tmp_path / "data"))
-    with pytest.raises(DataError, match="values to predict, and this needs one class per image"):
+    with pytest.raises(DataError, match="values to predict, but one class per image is needed"):
         evaluation_loader(
             opened, data.splits["validation"], data.label_names, batch_size=8, max_samples=8, seed=0
         )  # fmt: skip

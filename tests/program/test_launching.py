@@ -33,7 +33,7 @@ def test_the_processes_get_the_other_flags(words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--launch", "3"], "`--launch 3` needs 3 GPUs, and there is no GPU. Pass `--use_cpu`"),
+        (["--launch", "3"], "`--launch 3` needs 3 GPUs, but there is no GPU. Pass `--use_cpu`"),
         (["--launch", "0"], "`--launch 0` is out of range"),
         (["--launch", "two"], "invalid int value"),
         (["--launch", "2", "--use_cpu", "--drop_rate", "2"], "`drop_rate=2.0`"),

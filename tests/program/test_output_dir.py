@@ -53,5 +53,5 @@ def test_a_finished_run_continues_only_for_longer(tmp_path):
         checked(tmp_path, "--num_train_epochs", "2", *resumes)
     assert checked(tmp_path, "--num_train_epochs", "3", *resumes) is True
     assert checked(tmp_path, "--max_steps", "9", *resumes) is True
-    with pytest.raises(ConfigurationError, match="holds checkpoints"):
+    with pytest.raises(ConfigurationError, match="contains checkpoints"):
         checked(tmp_path, "--max_steps", "9")

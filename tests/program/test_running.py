@@ -41,7 +41,7 @@ def history(folder: Path, name: str) -> list:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """A run with options of its own."""
+    """A run with its own options."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     words = ["--max_steps", "5", "--drop_rate", "0.7", "--mixup_alpha", "0.8", "--seed", "3", "--ema_decay", "0.6"]
     assert main(["train", "--output-dir", str(folder), *QUICK, *words]) == 0

@@ -90,7 +90,7 @@ def test_off_gives_the_batch_itself():
     assert share == 1
 
 
-def test_a_share_of_one_is_plain_cross_entropy_to_the_bit():
+def test_a_share_of_one_is_bit_identical_to_cross_entropy():
     logits, labels = logits_and_labels()
     assert torch.equal(
         mix_losses(lambda labels: cross_entropy(logits, labels), labels, 1.0), cross_entropy(logits, labels)

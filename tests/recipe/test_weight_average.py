@@ -1,4 +1,4 @@
-"""The average of the weights: known answers, what rests in a step, buffers, exact loading and errors."""
+"""The average of the weights: known answers, frozen weights, buffers, exact loading and errors."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from hf_featreuse import (
 )
 
 
-def test_it_equals_the_averaged_model_of_torch_to_the_bit():
+def test_it_is_bit_identical_to_the_averaged_model_of_torch():
     model = build("resnet")
     ours = WeightAverage(model, 0.9)
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
@@ -63,7 +63,7 @@ def test_weights_that_rest_do_not_move_while_their_average_moves_towards_them(ar
     for name in resting:
         assert torch.equal(model.get_parameter(name), before[name]), name
         torch.testing.assert_close(average.state_dict()[name], (behind[name] + before[name]) / 2)
-    # Buffers of what rests, too: the statistics stay, their average equals them from the start.
+    # Buffers of frozen modules, too: the statistics stay, and their average equals them from the start.
     for name, buffer in model.named_buffers():
         if kind is StepKind.MASKED_FREEZE and buffer.is_floating_point() and not name.startswith(dropped):
             assert torch.equal(buffer, before[name])
@@ -87,7 +87,7 @@ def test_the_model_has_the_average_inside_the_context_alone_also_after_an_error(
     assert pointers == [parameter.data_ptr() for parameter in model.parameters()]
 
 
-def test_it_is_read_back_to_the_bit(tmp_path):
+def test_a_loaded_average_is_bit_identical(tmp_path):
     model = build("resnet")
     average = WeightAverage(model, 0.9)
     torch.nn.init.normal_(model.classifier[1].weight)

@@ -22,7 +22,7 @@ METHODS = list(MARKS)
 
 
 def adapted(architecture: str, method: str, saved: tuple[str, ...] = ("classifier",), **changed: Any) -> PeftModel:
-    """A tiny model with adapters that do something, beside layers of its blocks."""
+    """A tiny model with adapters that do something, next to layers of its blocks."""
     targets = LAYERS[architecture]
     common = {"target_modules": targets, "modules_to_save": list(saved) or None, **changed}
     options = LoraConfig(**{"r": 2, **common}) if method == "lora" else IA3Config(feedforward_modules=[], **common)

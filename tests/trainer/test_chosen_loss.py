@@ -185,7 +185,7 @@ def test_weights_come_from_numbers_and_files(tmp_path):
     file.write_text("nothing")
     with pytest.raises(ConfigurationError, match="cannot be read as JSON"):
         read(str(file))
-    with pytest.raises(ConfigurationError, match="has 2 entries, and the model has 3 classes"):
+    with pytest.raises(ConfigurationError, match="has 2 entries, but the model has 3 classes"):
         read([1, 2])
 
 
@@ -236,7 +236,7 @@ def test_options_that_do_not_fit_each_other_are_refused(tmp_path, changed, match
         (lambda: model_for("regression", 1), {"class_weights": [1.0]}, "is for classes"),
         (several_model, {"loss": "cross_entropy"}, "one label per image"),
         (lambda: model_for("regression", 1), {"loss": "mse", "label_smoothing_factor": 0.1}, "Set it to 0"),
-        (lambda: build("vit"), {"class_weights": [1.0, 2.0]}, "2 entries, and the model has 3 classes"),
+        (lambda: build("vit"), {"class_weights": [1.0, 2.0]}, "2 entries, but the model has 3 classes"),
     ],
 )  # fmt: skip
 def test_a_loss_that_does_not_suit_the_model_is_refused_at_construction(tmp_path, model, changed, match):

@@ -67,7 +67,7 @@ def test_plain_steps_and_rates_over_time_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("plain", [{"stochastic_depth_steps": 0, "masked_freeze_steps": 0}, {"drop_rate": 0}])
-def test_plain_training_says_so(tmp_path, capsys, plain):
+def test_plain_training_is_reported(tmp_path, capsys, plain):
     run(tmp_path, **plain, max_steps=1)
     printed = capsys.readouterr().out
     assert "blocks  none: plain training" in printed
@@ -151,7 +151,7 @@ def test_no_summary_stops_a_run(tmp_path, capsys, caplog):
     trainer.state.log_history.append({"compute_share": "much", "step": 6})
     with caplog.at_level("WARNING", logger="hf_featreuse"):
         ConsoleCallback(trainer).on_train_end(trainer.args, trainer.state, trainer.control)
-    assert "summary of the run could not be made" in caplog.text
+    assert "summary of the run could not be created" in caplog.text
 
 
 def test_the_best_accuracy_is_named_where_it_was_not_the_last():

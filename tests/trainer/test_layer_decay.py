@@ -196,5 +196,5 @@ def test_a_passed_optimizer_and_foreign_parameters_are_refused(tmp_path):
     blocks, foreign = find_residual_blocks(model), [{"params": [torch.nn.Parameter(torch.ones(2))]}]
     with pytest.raises(ConfigurationError, match=r"shape \(2,\).*not one of the model"):
         layer_decay_groups(model, blocks, foreign, learning_rate=0.1, layer_decay=0.5)
-    with pytest.raises(ConfigurationError, match="has none that was found"):
+    with pytest.raises(ConfigurationError, match="none were found in"):
         layer_decay_groups(model, [], learning_rate=0.1, layer_decay=0.5)

@@ -36,7 +36,7 @@ def test_the_training_loss_is_the_mean_of_the_last_twentieth_and_the_eval_loss_t
         (1.7, "85% of the eval loss: plain training does not overfit, and feature reuse costs accuracy"),
     ],
 )
-def test_what_is_said_of_plain_training_follows_the_ratio_of_its_losses(loss, said):
+def test_the_line_for_plain_training_depends_on_the_ratio_of_its_losses(loss, said):
     assert said in overfitting_line(plain(loss))
 
 
@@ -62,7 +62,7 @@ def test_of_feature_reuse_the_steps_that_run_the_whole_network_count():
         [{"step": 1, "loss/vanilla": 1.0}, {"step": 1, "eval_loss": "much"}],
     ],
 )
-def test_nothing_is_said_of_runs_whose_losses_cannot_be_compared(log):
+def test_no_line_for_runs_whose_losses_cannot_be_compared(log):
     assert overfitting_line(log) is None
 
 

@@ -51,7 +51,7 @@ def test_each_step_trains_on_a_mixture_against_soft_labels(tmp_path, smoothing):
         shares.add(share)
         assert training
         assert torch.equal(given["pixel_values"], mixed)
-        assert "labels" not in given, "the model would take soft labels for several labels an image"
+        assert "labels" not in given, "the model would take soft labels for several labels per image"
         labels = inputs["labels"]
         soft = share * one_hot(labels, 3) + (1 - share) * one_hot(labels.roll(1), 3)
         logits = given["outputs"].logits
@@ -184,7 +184,7 @@ def test_options_that_a_search_changes_between_runs_are_taken_up(tmp_path):
 
 
 class Averages(TrainerCallback):
-    """What the average must be, step by step, by a formula of one's own."""
+    """What the average must be, step by step, by an independent formula."""
 
     def __init__(self, model, decay):
         self.decay, self.expected = decay, {name: p.detach().double() for name, p in model.named_parameters()}
@@ -269,7 +269,7 @@ def test_the_best_model_of_a_checkpoint_without_an_average_is_kept(tmp_path, cap
     trainer = FeatureReuseTrainer(build("vit"), config(tmp_path, max_steps=12, ema_decay=0.5, **best), **data)
     with caplog.at_level("WARNING", logger="hf_featreuse"):
         trainer.train(resume_from_checkpoint=True)
-    assert f"the best checkpoint, holds no {AVERAGE_FILE}" in caplog.text
+    assert f"has no {AVERAGE_FILE}: it was written without" in caplog.text
     assert trainer.state.best_model_checkpoint.endswith("-2")
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
 

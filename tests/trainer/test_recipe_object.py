@@ -87,8 +87,11 @@ def test_a_batch_without_labels_is_refused_before_anything_is_mixed():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"in_shards": True}, "keeps them in shards"),
-        ({"save_only_model": True, "load_best_model_at_end": True}, "checkpoints of `save_only_model` do not hold"),
+        ({"in_shards": True}, "but this backend shards them"),
+        (
+            {"save_only_model": True, "load_best_model_at_end": True},
+            "checkpoints with `save_only_model` do not contain",
+        ),
     ],
 )
 def test_an_average_that_could_not_be_kept_is_refused(changed, message):

@@ -40,7 +40,7 @@ def test_means_by_kind_after_the_first_steps(monkeypatch):
     assert timer.drain() == {}
 
 
-def test_nothing_is_said_before(monkeypatch):
+def test_nothing_is_logged_before(monkeypatch):
     timer = timed(monkeypatch, {DEPTH: 0.25, FREEZE: 0.75}, FIRST_LOG - 1)
     assert timer.drain() == {}
 
@@ -50,7 +50,7 @@ def test_a_kind_that_did_not_occur_is_left_out(monkeypatch):
 
 
 class Event:
-    """An event of a device that is behind: complete when `done` says so."""
+    """An event of a device that is behind: complete if `done` is reached."""
 
     done = 0
     made: list["Event"]

@@ -1,4 +1,4 @@
-"""What trackers get, read back from what each wrote: scalars by kind of step, and a picture of the schedule."""
+"""What trackers get, read back from what each wrote: scalars by kind of step, and a plot of the schedule."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SCALARS = {
     *("train/loss", "train/loss/stochastic_depth", "train/loss/masked_freeze", "train/dropped_blocks"),
     *("train/compute_share", "eval/accuracy"),
 }
-# A process of its own: trackers read their settings from the environment when they are imported, and leave threads.
+# A separate process: trackers read their settings from the environment when they are imported, and leave threads.
 PROGRAM = """
 import sys
 sys.path[:0] = {folders!r}
@@ -133,7 +133,7 @@ def test_a_picture_that_fails_is_a_warning(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="hf_featreuse"):
         trainer = train(FeatureReuseTrainer(build("vit"), args, train_dataset=examples(8)))
     assert trainer.state.global_step == 1
-    assert "picture of the schedule failed" in caplog.text
+    assert "Plotting the schedule failed" in caplog.text
 
 
 def test_without_a_tracker_nothing_is_drawn(tmp_path):

@@ -39,7 +39,7 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "plain"])
-def test_zero_and_zero_equals_the_stock_trainer_to_the_bit(architecture: str, tmp_path: Path) -> None:
+def test_zero_and_zero_is_bit_identical_to_the_stock_trainer(architecture: str, tmp_path: Path) -> None:
     def model() -> nn.Module:
         return plain_net() if architecture == "plain" else with_dropout(build(architecture))
 
@@ -134,13 +134,13 @@ def test_what_a_step_freezes_or_drops_does_not_move_by_a_bit(
     ],
     ids=["bf16", "fp16", "accumulation", "two-of-each", "activation-checkpointing"],
 )
-def test_freezing_holds_to_the_bit_with(architecture: str, changed: dict[str, Any], tmp_path: Path) -> None:
+def test_frozen_parameters_are_bit_identical_with(architecture: str, changed: dict[str, Any], tmp_path: Path) -> None:
     if "activation_checkpointing" in changed and architecture not in WITH_CHECKPOINTING:
         pytest.skip(f"transformers' {architecture} has no activation checkpointing")
     watched_run(architecture, tmp_path, **changed)
 
 
-def test_an_optimizer_that_was_passed_in_freezes_to_the_bit(tmp_path: Path) -> None:
+def test_a_passed_optimizer_keeps_frozen_parameters_bit_identical(tmp_path: Path) -> None:
     watch = StepWatch()
     model = build("resnet")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True)

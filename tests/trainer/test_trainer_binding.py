@@ -402,7 +402,7 @@ def test_the_schedule_must_be_for_the_blocks_there_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rate", "said"), [(0.3, True), (0.0, False)])
-def test_drop_path_of_the_architecture_is_said_once(tmp_path: Path, caplog: Any, rate: float, said: bool) -> None:
+def test_drop_path_of_the_architecture_is_reported_once(tmp_path: Path, caplog: Any, rate: float, said: bool) -> None:
     from hf_featreuse.trainer import trainer as module
 
     settings = ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[2, 2], drop_path_rate=rate, num_labels=3)
@@ -417,7 +417,7 @@ def test_drop_path_of_the_architecture_is_said_once(tmp_path: Path, caplog: Any,
             FeatureReuseTrainer(model, config(tmp_path, max_steps=1), train_dataset=examples()).train()
     finally:
         module.logger.removeHandler(handler)
-    warnings = [text for text in records if "drop path of its own" in text]
+    warnings = [text for text in records if "has its own drop path" in text]
     assert len(warnings) == said
     assert all("drop_path_rate=0" in text and "0.3" in text for text in warnings)
 
