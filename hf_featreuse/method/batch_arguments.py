@@ -131,8 +131,10 @@ def put_together(outputs: list[Any], split: Split) -> Any:
     for index in range(1, len(outputs[0])):
         values = [output[index] for output in outputs]
         example = next((value for value in values if value is not None), None)
-        is_split = example is not None and _is_split(values, example, split)
-        merged.append(_put(_filled(values, example, split), split) if is_split else example)
+        if example is not None and _is_split(values, example, split):
+            merged.append(_put(_filled(values, example, split), split))
+        else:
+            merged.append(example)
     return with_items(outputs[0], merged)
 
 
