@@ -42,7 +42,7 @@ PAGE = ROOT / "docs" / "results.md"
 PICTURE = ROOT / "docs" / "images" / "accuracy.png"
 UNSCALED = DEFAULT_OUT.with_name("accuracy_unscaled.jsonl")
 BEGIN, END = "<!-- begin: benchmarks/accuracy_report.py -->", "<!-- end -->"
-COLOURS = {"stochastic": "#0072B2", "masked": "#D55E00", "layer": "#D55E00", "feature": "#009E73", "drop": "#CC79A7"}
+COLORS = {"stochastic": "#0072B2", "masked": "#D55E00", "layer": "#D55E00", "feature": "#009E73", "drop": "#CC79A7"}
 MARKERS = {"steps": ("v", ", equal steps"), "arithmetic": ("o", ""), "arithmetic-65": ("s", ", 65 %")}
 
 
@@ -148,8 +148,8 @@ def plot_cell(axis: Any, groups: Groups, keys: list[tuple[str, ...]]) -> None:
         if not (values := differences(groups.get(key), groups.get(BASE))):
             continue
         mean, half = interval(values)
-        error, colour = None if math.isinf(half) else half, COLOURS[key[0].split("_")[0]]
-        axis.errorbar(mean, height, xerr=error, fmt=MARKERS[key[-1]][0], color=colour, capsize=3, markersize=5)
+        error, color = None if math.isinf(half) else half, COLORS[key[0].split("_")[0]]
+        axis.errorbar(mean, height, xerr=error, fmt=MARKERS[key[-1]][0], color=color, capsize=3, markersize=5)
         reach = half if len(values) > 2 else 0.0
         limits += [mean - reach, mean + reach]
     margin = 0.5 + 0.05 * (max(limits) - min(limits))

@@ -71,7 +71,7 @@ def measure_stages(files: list[Path], split: ImageSplit, collator: ImageCollator
     return {
         "decode": rate(lambda: [decode(data) for data in encoded], count),
         "crop, resize, flip": rate(lambda: transform.batch(decoded, np.arange(count), 0), count),
-        "collate and normalise": rate(lambda: collator(examples), count),
+        "collate and normalize": rate(lambda: collator(examples), count),
         "all of these": rate(lambda: collator(read.__getitems__(range(count))), count),
     }
 

@@ -254,12 +254,12 @@ def plot(found: dict[str, Any], path: Path) -> None:
         labels = [row.replace("stochastic depth", "SD").replace("masked freeze", "MF") for row in rows]
         base = [figures["parameters"] + mean(draws, "moments") for draws in rows.values()]
         bottom = [0.0] * len(rows)
-        for part, sizes, colour in (
+        for part, sizes, color in (
             ("weights and moments", base, "#999999"),
             ("activations", [mean(draws, "activations") for draws in rows.values()], "#0072B2"),
             ("gradients", [mean(draws, "gradients") for draws in rows.values()], "#E69F00"),
         ):
-            axis.barh(labels, [size / 1e9 for size in sizes], left=bottom, color=colour, label=part)
+            axis.barh(labels, [size / 1e9 for size in sizes], left=bottom, color=color, label=part)
             bottom = [left + size / 1e9 for left, size in zip(bottom, sizes, strict=True)]
         peaks = [max(step["peak"] for step in draws) / 1e9 for draws in rows.values()]
         axis.plot(peaks, labels, "k|", markersize=11, markeredgewidth=2, label="largest peak")

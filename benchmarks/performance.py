@@ -48,7 +48,7 @@ SHOWN = {
     "FeatureReuseTrainer by sample": "by sample",
 }
 _COLUMNS = 3
-COLOURS = dict(zip(SHOWN, ("#CC79A7", "#009E73", "#56B4E9"), strict=True))
+COLORS = dict(zip(SHOWN, ("#CC79A7", "#009E73", "#56B4E9"), strict=True))
 
 
 def load() -> dict[str, dict]:
@@ -70,7 +70,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
         shown = [row for row in SHOWN if row in record["seconds"]]
         ratios = [statistics.fmean(record["seconds"][row]) / base for row in shown]
         bounds = [statistics.fmean(record["bounds"].get(row) or [1.0]) for row in shown]
-        axis.bar([SHOWN[row] for row in shown], ratios, color=[COLOURS[row] for row in shown])
+        axis.bar([SHOWN[row] for row in shown], ratios, color=[COLORS[row] for row in shown])
         axis.set_xlim(-0.6, len(SHOWN) - 0.4)
         for place, bound in enumerate(bounds):
             axis.plot([place - 0.4, place + 0.4], [bound, bound], color="black", linewidth=2)

@@ -142,7 +142,7 @@ def describe(model: Network, data: Split) -> dict[str, float]:
         "cosine of consecutive features": nn.functional.cosine_similarity(features[1:], features[:-1], -1)
         .mean()
         .item(),
-        "distance of neighbouring distributions": (ordered[1:] - ordered[:-1]).abs().mean().item(),
+        "distance of neighboring distributions": (ordered[1:] - ordered[:-1]).abs().mean().item(),
         "spread, last depth / first": (features[-1].std() / features[0].std()).item(),
     }
 

@@ -53,7 +53,7 @@ def objective(case: Architecture, model: PreTrainedModel) -> tuple[torch.Tensor,
     """Logits, and the model's own loss or, if it has none, a loss of the logits."""
     torch.manual_seed(5)
     if case.returns_loss:
-        output = model(**case.labelled(4))
+        output = model(**case.labeled(4))
         return output.logits, output.loss
     logits = model(**case.batch(4)).logits
     return logits, logits.square().mean()
@@ -154,7 +154,7 @@ def check_costs_are_those_of_the_flop_counter(case: Architecture, rel: float = 0
 
 def trainer_of(case: Architecture, folder: Path, **changed: Any) -> FeatureReuseTrainer:
     """A trainer of four alternating steps."""
-    batch = case.labelled(8) if case.returns_loss else case.batch(8)
+    batch = case.labeled(8) if case.returns_loss else case.batch(8)
     data = [{key: value[index] for key, value in batch.items()} for index in range(8)]
     defaults = {
         "output_dir": str(folder),

@@ -48,7 +48,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
 # Of the tests that run over every architecture, the fast selection takes these; these take all.
 QUICK = {"vit", "convnext", "swin", "resnet-basic", "hiera", "mobilevit", "siglip"}
 ALL_QUICK = {
-    "test_blocks_are_exactly_those_labelled",
+    "test_blocks_are_exactly_those_labeled",
     "test_a_step_is_drop_path_around_the_blocks",
     "test_a_step_with_sets_per_sample_is_drop_path_around_the_blocks",
 }

@@ -70,7 +70,7 @@ def test_versions_agree():
     assert all(found <= version for found in versions)
 
 
-def test_licence_is_the_same_everywhere():
+def test_license_is_the_same_everywhere():
     assert PROJECT["license"] == yaml.safe_load(read("CITATION.cff"))["license"] == "Apache-2.0"
     assert read("LICENSE").split()[:4] == ["Apache", "License", "Version", "2.0,"]
 

@@ -1,6 +1,6 @@
-"""Tiny random models of every image classifier in transformers, with their residual blocks labelled by hand.
+"""Tiny random models of every image classifier in transformers, with their residual blocks labeled by hand.
 
-The names were read off the modelling files of transformers 5.23: which modules the forward calls in a loop, and which
+The names were read off the modeling files of transformers 5.23: which modules the forward calls in a loop, and which
 of them return their input plus a branch. Nothing here asks the package.
 """
 
@@ -75,7 +75,7 @@ class Architecture:
         return model
 
     def _settle_statistics(self, model: PreTrainedModel) -> None:
-        """Give BatchNorm the statistics of a batch and weights of 1: as initialised, deep branches fade to nothing."""
+        """Give BatchNorm the statistics of a batch and weights of 1: as initialized, deep branches fade to nothing."""
         norms = {norm: norm.momentum for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)}
         if norms:
             for norm in norms:
@@ -90,7 +90,7 @@ class Architecture:
         """Random inputs without labels."""
         return self.make_batch(size, self.image_size, torch.Generator().manual_seed(seed))
 
-    def labelled(self, size: int = 2, seed: int = 1) -> Batch:
+    def labeled(self, size: int = 2, seed: int = 1) -> Batch:
         """Random inputs with labels."""
         return {**self.batch(size, seed), "labels": torch.arange(size) % NUM_LABELS}
 
@@ -686,7 +686,7 @@ ARCHITECTURES = (
         _stages("swinv2.encoder.layers.{}.blocks.{}", range(2), range(3)),
         num_outputs=1,
     ),
-    # Its "identity" branch is a batch normalisation.
+    # Its "identity" branch is a batch normalization.
     Architecture(
         "textnet",
         "textnet",

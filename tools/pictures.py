@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-BLUE, ORANGE, GREY, LIGHT = "#0072B2", "#D55E00", "#666666", "#E4E4E4"
+BLUE, ORANGE, GRAY, LIGHT = "#0072B2", "#D55E00", "#666666", "#E4E4E4"
 BLOCKS, DRAWN = 6, (1, 2, 4)
 # Width and height of a box, and the distance from one to the next.
 WIDTH, HEIGHT, PITCH = 1.0, 0.8, 1.5
 
 
-def draw_box(axes: Axes, place: int, text: str, colour: str, *, dashed: bool = False) -> None:
+def draw_box(axes: Axes, place: int, text: str, color: str, *, dashed: bool = False) -> None:
     """Draw one part of the network, dashed if it is not computed."""
     from matplotlib.patches import FancyBboxPatch
 
-    style = {"linestyle": "--", "facecolor": "none"} if dashed else {"facecolor": colour}
+    style = {"linestyle": "--", "facecolor": "none"} if dashed else {"facecolor": color}
     corner = (place * PITCH, -HEIGHT / 2)
-    box = FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle="round,pad=0,rounding_size=0.12", edgecolor=GREY, **style)
+    box = FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle="round,pad=0,rounding_size=0.12", edgecolor=GRAY, **style)
     axes.add_patch(box)
-    dark = not dashed and colour != LIGHT
+    dark = not dashed and color != LIGHT
     axes.text(
-        place * PITCH + WIDTH / 2, 0, text, ha="center", va="center", color="white" if dark else GREY, fontsize=11
+        place * PITCH + WIDTH / 2, 0, text, ha="center", va="center", color="white" if dark else GRAY, fontsize=11
     )
 
 
-def draw_step(axes: Axes, title: str, note: str, *, skips: bool, colour: str) -> None:
+def draw_step(axes: Axes, title: str, note: str, *, skips: bool, color: str) -> None:
     """Draw the network in one kind of step, with a shortcut past each block that is skipped."""
     from matplotlib.patches import FancyArrowPatch
 
@@ -46,16 +46,16 @@ def draw_step(axes: Axes, title: str, note: str, *, skips: bool, colour: str) ->
         drawn = place - 1 in DRAWN
         in_trunk = place in (0, last)
         trains = in_trunk or drawn != skips
-        draw_box(axes, place, text, colour if trains else LIGHT, dashed=skips and drawn)
+        draw_box(axes, place, text, color if trains else LIGHT, dashed=skips and drawn)
     for place in range(last):
         if skips and {place - 1, place} & set(DRAWN):
             continue
         begin, end = place * PITCH + WIDTH, (place + 1) * PITCH
         arrow = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 0, "shrinkB": 0}
-        axes.add_patch(FancyArrowPatch((begin, 0), (end, 0), color=GREY, **arrow))
+        axes.add_patch(FancyArrowPatch((begin, 0), (end, 0), color=GRAY, **arrow))
     if skips:
         draw_shortcuts(axes)
-    axes.text(0, 1.12, title, fontsize=13, fontweight="bold", color=colour)
+    axes.text(0, 1.12, title, fontsize=13, fontweight="bold", color=color)
     axes.text(0, 0.8, note, fontsize=10.5, color="black")
     axes.set_xlim(-0.1, last * PITCH + WIDTH + 0.1)
     axes.set_ylim(-0.85, 1.4)
@@ -88,14 +88,14 @@ def main() -> None:
         "1. stochastic depth",
         f"D = {{{names}}} is skipped and costs nothing; everything else trains",
         skips=True,
-        colour=BLUE,
+        color=BLUE,
     )
     draw_step(
         below,
         "2. masked freeze",
-        f"everything runs; of the blocks only D = {{{names}}} trains, the others (grey) stay bitwise the same",
+        f"everything runs; of the blocks only D = {{{names}}} trains, the others (gray) stay bitwise the same",
         skips=False,
-        colour=ORANGE,
+        color=ORANGE,
     )
     save_figure(figure, IMAGES / "steps.png")
 

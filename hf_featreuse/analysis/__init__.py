@@ -1,4 +1,4 @@
-"""Analyse a trained model: what each residual block does to the features, and the accuracy without it."""
+"""Analyze a trained model: what each residual block does to the features, and the accuracy without it."""
 
 from hf_featreuse.analysis.analyzing import analyze_model
 from hf_featreuse.analysis.report import write_report

@@ -1,4 +1,4 @@
-"""Analyse a trained model, batch by batch."""
+"""Analyze a trained model, batch by batch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def analyze_model(
         batches (`Iterable[dict[str, torch.Tensor]]`): inputs of the model's forward, such as `pixel_values` of shape
             (batch, 3, height, width), and `labels`, int64 of shape (batch,), where -100 means no label. The images
             should be in random order and the batches of one size, at least 4: CKA compares the images of a batch.
-        blocks (`list[ResidualBlock]`, *optional*): the blocks to analyse, from [`find_residual_blocks`]. By default
+        blocks (`list[ResidualBlock]`, *optional*): the blocks to analyze, from [`find_residual_blocks`]. By default
             all, found with the first images.
         random_draws (`int`, defaults to 10): sets of random blocks to draw for each number of blocks; all sets if
             there are fewer; 0 for none. Above 13 blocks, twelve numbers of blocks are measured.
@@ -96,7 +96,7 @@ def analyze_model(
     total = len(batches) * num_sets if isinstance(batches, Sized) else None
     title = name or type(model).__name__
     with (
-        tqdm(total=total, desc=f"Analysing {printable(title)}", unit="forward", disable=quiet) as progress,
+        tqdm(total=total, desc=f"Analyzing {printable(title)}", unit="forward", disable=quiet) as progress,
         undisturbed(model),
         torch.no_grad(),
     ):
@@ -106,7 +106,7 @@ def analyze_model(
                 progress.update()
     accuracy = counter.accuracy(())
     if accuracy is None:
-        raise DataError("No sample has a label (-100 means none), so accuracy is undefined. Pass labelled images.")
+        raise DataError("No sample has a label (-100 means none), so accuracy is undefined. Pass labeled images.")
     return ModelAnalysis(
         model=title,
         architecture=type(model).__name__,

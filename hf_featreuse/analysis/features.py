@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_featreuse.analysis.similarity import SMALLEST_BATCH, centred_gram, cka, unbiased_hsic
+from hf_featreuse.analysis.similarity import SMALLEST_BATCH, centered_gram, cka, unbiased_hsic
 from hf_featreuse.method.blocks import ResidualBlock
 
 
@@ -80,7 +80,7 @@ class FeatureMeter:
             self._cosines[index] += nn.functional.cosine_similarity(before, after).double().sum().item()
             self._counts[index] += num_samples
             if num_samples >= SMALLEST_BATCH:
-                grams[index] = centred_gram(after)
+                grams[index] = centered_gram(after)
 
         return enter, leave
 

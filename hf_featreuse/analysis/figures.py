@@ -17,8 +17,8 @@ from hf_featreuse.plotting import empty_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# The colours of Okabe and Ito (2008) that stand out from white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
+# The colors of Okabe and Ito (2008) that stand out from white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
 _MARKERS = ("o", "s", "^", "D", "v")
 _PANEL_INCHES = 3.6
 _MAPS_IN_A_ROW = 3
@@ -30,7 +30,7 @@ Named = Sequence[tuple[str, ModelAnalysis]]
 
 
 def plot_cka(analyses: Named, path: Path) -> Path:
-    """Draw a map of linear CKA for each model, all on one colour scale; undefined values are grey."""
+    """Draw a map of linear CKA for each model, all on one color scale; undefined values are gray."""
     columns = min(_MAPS_IN_A_ROW, max(2, len(analyses)))
     rows = math.ceil(len(analyses) / columns)
     figure = empty_figure((4.7 if columns == 2 else 3.3) * rows)
@@ -73,7 +73,7 @@ def plot_single_drops(analyses: Named, path: Path) -> Path:
     figure = empty_figure(_PANEL_INCHES)
     axes = figure.subplots()
     for index, (name, analysis) in enumerate(analyses):
-        axes.axhline(100 * analysis.accuracy.value, color=_colour(index), linestyle="--", linewidth=1)
+        axes.axhline(100 * analysis.accuracy.value, color=_color(index), linestyle="--", linewidth=1)
         accuracies = [block.accuracy_without for block in analysis.blocks]
         _accuracies(axes, index, accuracies, name, offset=0.08 * (index - (len(analyses) - 1) / 2))
     _finish(axes, "block dropped", "accuracy (%)")
@@ -139,13 +139,13 @@ def _random_drops(axes: Axes, index: int, analysis: ModelAnalysis, name: str) ->
     drops = analysis.random_drops
     for drop in drops:
         dots = [100 * accuracy for accuracy in drop.accuracies]
-        axes.plot([drop.num_dropped] * len(dots), dots, ".", color=_colour(index), markersize=4, alpha=0.35)
+        axes.plot([drop.num_dropped] * len(dots), dots, ".", color=_color(index), markersize=4, alpha=0.35)
     with_interval = [drop for drop in drops if drop.low is not None and drop.high is not None]
     axes.fill_between(
         [drop.num_dropped for drop in with_interval],
         [100 * (drop.low or 0) for drop in with_interval],
         [100 * (drop.high or 0) for drop in with_interval],
-        color=_colour(index),
+        color=_color(index),
         alpha=0.15,
         linewidth=0,
     )
@@ -159,7 +159,7 @@ def _accuracies(axes: Axes, index: int, accuracies: Sequence[Accuracy | None], n
     places = np.arange(len(accuracies)) + offset
     values = 100 * np.array([np.nan if a is None else a.value for a in accuracies])
     low, high = (100 * np.array([np.nan if a is None else getattr(a, e) for a in accuracies]) for e in ("low", "high"))
-    axes.vlines(places, low, high, color=_colour(index), linewidth=1, alpha=0.6)
+    axes.vlines(places, low, high, color=_color(index), linewidth=1, alpha=0.6)
     _line(axes, index, places, values, name)
 
 
@@ -167,11 +167,11 @@ def _line(axes: Axes, index: int, places: Sequence[float] | np.ndarray | range, 
     marker = _MARKERS[index % len(_MARKERS)]
     # matplotlib leaves labels that start with an underscore out of a legend.
     label = f" {name}" if name.startswith("_") else name
-    axes.plot(places, values, color=_colour(index), marker=marker, markersize=3.5, linewidth=1.6, label=label)
+    axes.plot(places, values, color=_color(index), marker=marker, markersize=3.5, linewidth=1.6, label=label)
 
 
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+def _color(index: int) -> str:
+    return _COLORS[index % len(_COLORS)]
 
 
 def _finish(axes: Axes, x_label: str, y_label: str) -> None:

@@ -44,7 +44,7 @@ def render_page(analyses: Named, plots: Sequence[Path], data: Mapping[str, Any])
 
 
 def _summary(analyses: Named) -> str:
-    """Return a table with one row per model that summarises the figures."""
+    """Return a table with one row per model that summarizes the figures."""
     heading = ("model", "class", "parameters", "blocks", "accuracy (95 % interval)", "lowest, one dropped",
                "mean, half dropped", "mean |f(x)|/|x|")  # fmt: skip
     rows = []

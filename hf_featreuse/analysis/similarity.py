@@ -43,18 +43,18 @@ def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
             f"CKA got features of {len(first)} and of {len(second)} samples. Pass features of the same samples, of at "
             f"least {SMALLEST_BATCH}."
         )
-    return float(cka(unbiased_hsic(torch.stack([centred_gram(first), centred_gram(second)])))[0, 1])
+    return float(cka(unbiased_hsic(torch.stack([centered_gram(first), centered_gram(second)])))[0, 1])
 
 
-def centred_gram(features: torch.Tensor) -> torch.Tensor:
-    """Return the inner products of the samples' centred features, float64 of shape (samples, samples), on the CPU.
+def centered_gram(features: torch.Tensor) -> torch.Tensor:
+    """Return the inner products of the samples' centered features, float64 of shape (samples, samples), on the CPU.
 
     The estimator does not depend on the mean of the features, but rounding does, so the mean is subtracted.
     """
     flat = features.flatten(1)
     flat = flat if flat.dtype == torch.float64 else flat.float()
-    centred = flat - flat.mean(0)
-    return (centred @ centred.T).double().cpu()
+    centered = flat - flat.mean(0)
+    return (centered @ centered.T).double().cpu()
 
 
 def unbiased_hsic(grams: torch.Tensor) -> torch.Tensor:
@@ -76,6 +76,6 @@ def unbiased_hsic(grams: torch.Tensor) -> torch.Tensor:
 
 
 def cka(hsic: torch.Tensor) -> torch.Tensor:
-    """Normalise HSIC of all pairs by that of each layer with itself; NaN where that is not positive."""
+    """Normalize HSIC of all pairs by that of each layer with itself; NaN where that is not positive."""
     scale = hsic.diagonal().sqrt()
     return hsic / torch.outer(scale, scale)

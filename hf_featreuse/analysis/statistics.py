@@ -61,10 +61,10 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """
     assert 0 <= correct <= total and total
     share, z2 = correct / total, _Z_95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    center = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z_95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
     # At 0 and 1 the end is exact, and rounding could exceed it.
-    return (0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half)
+    return (0.0 if correct == 0 else center - half, 1.0 if correct == total else center + half)
 
 
 def mean_interval(values: Sequence[float], population: int) -> tuple[float, float] | None:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         default=argparse.SUPPRESS,
-        help="analyse only these blocks. One value is a regular expression that must match the whole name, several "
+        help="analyze only these blocks. One value is a regular expression that must match the whole name, several "
         "are names or dotted endings of names",
     )
     parser.add_argument(
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> str:
-    """Analyse the models, write the report, and return the tables as text."""
+    """Analyze the models, write the report, and return the tables as text."""
     from torch import nn
 
     from hf_featreuse.analysis.analyzing import analyze_model

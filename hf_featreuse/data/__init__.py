@@ -1,4 +1,4 @@
-"""Labelled images for training and evaluation: load, decode, transform, collate, and the policy on bad images."""
+"""Labeled images for training and evaluation: load, decode, transform, collate, and the policy on bad images."""
 
 from hf_featreuse.data.evaluation import OpenModel, class_names, class_notes, in_order_of, open_classifier, relabelled
 from hf_featreuse.data.image_split import ImageSplit

@@ -86,6 +86,6 @@ def single_feature(feature: Any) -> Any:
     return feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
 
 
-def capitalised(text: str) -> str:
+def capitalized(text: str) -> str:
     """Return the text with a capital first letter."""
     return text[:1].upper() + text[1:]

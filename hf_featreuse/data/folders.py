@@ -130,7 +130,7 @@ def _load(parts: Mapping[str, tuple[Found, str]], wanted: Sequence[str], source:
     classes = {split: _class_folders(found, base) for split, (found, base) in parts.items() if not described[split]}
     names = _class_names(classes, wanted, source)
     loaded = {
-        split: _described(found, base) if described[split] else _labelled(found, classes[split], names)
+        split: _described(found, base) if described[split] else _labeled(found, classes[split], names)
         for split, (found, base) in parts.items()
     }
     for found in {id(found): found for found, _ in parts.values()}.values():
@@ -223,7 +223,7 @@ def _class_names(classes: Mapping[str, Mapping[str, str]], wanted: Sequence[str]
     return names
 
 
-def _labelled(found: Found, classes: Mapping[str, str], names: Sequence[str]) -> datasets.Dataset:
+def _labeled(found: Found, classes: Mapping[str, str], names: Sequence[str]) -> datasets.Dataset:
     """A data set of paths and class ids, in the order of the paths."""
     ids = {name: index for index, name in enumerate(names)}
     rows = sorted(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 
-from hf_featreuse.data.columns import capitalised, single_feature
+from hf_featreuse.data.columns import capitalized, single_feature
 from hf_featreuse.errors import DataError
 from hf_featreuse.text import printable
 
@@ -82,8 +82,8 @@ class Labels:
             row, value = int(rows[ids.argmin()]), values[ids.argmin()]
             where = f"row {row} of split '{split}' of {self._source} (column {self._column!r})"
             if value is None or value == -1:
-                raise DataError(f"{capitalised(where)} has no label: {value}. Leave such rows out of the data.")
-            raise DataError(f"{capitalised(where)} has the label {value!r}, which is not one of the training labels.")
+                raise DataError(f"{capitalized(where)} has no label: {value}. Leave such rows out of the data.")
+            raise DataError(f"{capitalized(where)} has the label {value!r}, which is not one of the training labels.")
         return ids
 
 
@@ -137,7 +137,7 @@ class SeveralLabels:
         return encoded
 
     def _where(self, row: int, split: str) -> str:
-        return capitalised(f"row {row} of split '{split}' of {self._source} (column {self._column!r})")
+        return capitalized(f"row {row} of split '{split}' of {self._source} (column {self._column!r})")
 
 
 class Measured:
@@ -152,6 +152,6 @@ class Measured:
         """Return the numbers, float32 of shape (rows,)."""
         for value, row in zip(values, rows.tolist(), strict=True):
             if value is None or not math.isfinite(value):
-                where = capitalised(f"row {row} of split '{split}' of {self._source} (column {self.names[0]!r})")
+                where = capitalized(f"row {row} of split '{split}' of {self._source} (column {self.names[0]!r})")
                 raise DataError(f"{where} holds {value}, not a number. Leave such rows out of the data.")
         return values.astype(np.float32)

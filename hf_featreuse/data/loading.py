@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from hf_featreuse.data.columns import (
-    capitalised,
+    capitalized,
     check_splits,
     column_values,
     image_column,
@@ -176,9 +176,9 @@ def load_image_data(
         parts = _split_rows(raw, source, train_val_split, seed, label_column_name)
     parts = {part: parts[part] for part in ("train", "validation", "test") if part in parts and part in splits}
     if "train" in splits and "train" not in parts:
-        raise DataError(f"{capitalised(source)} has no split 'train', only {sorted(raw)}.")
+        raise DataError(f"{capitalized(source)} has no split 'train', only {sorted(raw)}.")
     if not parts:
-        raise DataError(f"{capitalised(source)} has none of the splits {list(splits)}, only {sorted(raw)}.")
+        raise DataError(f"{capitalized(source)} has none of the splits {list(splits)}, only {sorted(raw)}.")
 
     reference = "train" if "train" in raw else next(iter(parts.values()))[0]
     features = raw[reference].features

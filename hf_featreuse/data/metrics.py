@@ -239,10 +239,10 @@ def _name(k: int) -> str:
 
 def _top_k_accuracy(ranked: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Compute the fraction of labeled samples whose label is among the first k ids."""
-    labelled = labels != -100
-    if not labelled.any():
+    labeled = labels != -100
+    if not labeled.any():
         raise DataError(
             f"None of the {len(labels)} samples has a label (-100 means none): there is nothing to measure."
         )
-    hits = (ranked[labelled, :k] == labels[labelled, None]).any(axis=1)
+    hits = (ranked[labeled, :k] == labels[labeled, None]).any(axis=1)
     return float(hits.mean())

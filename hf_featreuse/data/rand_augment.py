@@ -15,7 +15,7 @@ from hf_featreuse.errors import DataError
 MAX_MAGNITUDE = 30
 # Second word of the key: crops and flips of the same seed use another.
 _STREAM = 0x72616E64
-_GREY = (128, 128, 128)
+_GRAY = (128, 128, 128)
 
 
 def _shear_x(image: Image.Image, level: float) -> Image.Image:
@@ -36,11 +36,11 @@ def _translate_y(image: Image.Image, level: float) -> Image.Image:
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    return image.transform(image.size, Transform.AFFINE, matrix, Resampling.BILINEAR, fillcolor=_GREY)
+    return image.transform(image.size, Transform.AFFINE, matrix, Resampling.BILINEAR, fillcolor=_GRAY)
 
 
 def _rotate(image: Image.Image, level: float) -> Image.Image:
-    return image.rotate(level, Resampling.BILINEAR, fillcolor=_GREY)
+    return image.rotate(level, Resampling.BILINEAR, fillcolor=_GRAY)
 
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Callable[[Image.Image, float], Image.Image]:

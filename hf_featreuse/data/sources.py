@@ -14,7 +14,7 @@ import yaml
 from datasets.config import DOWNLOADED_DATASETS_PATH, HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 
-from hf_featreuse.data.columns import capitalised
+from hf_featreuse.data.columns import capitalized
 from hf_featreuse.data.folders import has_class_folders, load_folder, load_split_folders
 from hf_featreuse.data.scanning import Found, LeftOut, scan
 from hf_featreuse.errors import DataError, FeatureReuseError
@@ -91,7 +91,7 @@ def _load_tables(
     root = os.path.realpath(folder)
     if any(mark in root or mark in folder for mark in _PATTERNS):
         raise DataError(
-            f"{capitalised(source)} has one of {' '.join(_PATTERNS)} in its path, which `datasets` takes for a "
+            f"{capitalized(source)} has one of {' '.join(_PATTERNS)} in its path, which `datasets` takes for a "
             "pattern or a URL. Rename the folder or its parents."
         )
     endings = {path: os.path.splitext(path)[1].lower() for path in found.others}
@@ -100,7 +100,7 @@ def _load_tables(
         packed = f" Unpack its archives, such as {printable(archives[0])}." if archives else ""
         left_out = f" Left out were {found.left_out}." if str(found.left_out) else ""
         raise DataError(
-            f"{capitalised(source)} holds no images and no Parquet or Arrow files.{packed} Put one folder of images "
+            f"{capitalized(source)} holds no images and no Parquet or Arrow files.{packed} Put one folder of images "
             f"for each class into it.{left_out}"
         )
     _check_card(folder, source)
@@ -184,6 +184,6 @@ def check_inside(paths: Iterable[str], roots: Sequence[str], source: str) -> Non
             known[folder] = any(os.path.commonpath([real, root]) == root for root in roots)
         if "://" in path or not known[folder]:
             raise DataError(
-                f"{capitalised(source)} names the file {printable(repr(path))}, which is outside it, and "
+                f"{capitalized(source)} names the file {printable(repr(path))}, which is outside it, and "
                 "only what it holds itself is read. Store the images in its rows, or copy them into its folder."
             )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from datasets.utils.file_utils import xopen
 
-from hf_featreuse.data.columns import capitalised, image_column, label_column, single_feature
+from hf_featreuse.data.columns import capitalized, image_column, label_column, single_feature
 from hf_featreuse.data.images import decode_image, to_tensors
 from hf_featreuse.data.labels import SEVERAL, SINGLE, LabelReader, label_reader
 from hf_featreuse.data.loading import VALIDATION_NAMES, ImageData
@@ -91,7 +91,7 @@ class ImageStream(torch.utils.data.IterableDataset):
             check_inside([path], [os.path.realpath(self._folder)], self._source)
         elif not _is_on_the_hub(path):
             raise DataError(
-                f"{capitalised(self._source)} names the file {printable(repr(path))}, which is not on the Hub, and "
+                f"{capitalized(self._source)} names the file {printable(repr(path))}, which is not on the Hub, and "
                 "only what it holds itself is read."
             )
 
@@ -196,7 +196,7 @@ def stream_image_data(
     names = {"train": "train", "validation": validation, "test": "test"}
     parts = {part: names[part] for part in splits if names.get(part) in opened}
     if not parts or ("train" in splits and "train" not in parts):
-        raise DataError(f"{capitalised(source)} has no split 'train', only {sorted(opened)}.")
+        raise DataError(f"{capitalized(source)} has no split 'train', only {sorted(opened)}.")
     folder = dataset_name if os.path.isdir(dataset_name) else None
     found: dict[str, Any] = {}
     reader: LabelReader | None = None

@@ -129,7 +129,7 @@ def _check(ddp_model: DistributedDataParallel, reuse: FeatureReuse) -> None:
     if known != trainable:
         raise BlockError(
             f"{trainable} parameters require gradients, but {known} did when DDP wrapped the model, and it "
-            "synchronises no others. Wrap the model outside of `reuse.step`, when all parameters that are to train "
+            "synchronizes no others. Wrap the model outside of `reuse.step`, when all parameters that are to train "
             "require gradients."
         )
 
@@ -187,7 +187,7 @@ def _active_slices(
     state: _ActiveGradients,
     bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
 ) -> list[torch.Tensor]:
-    """Return the parts of a bucket's flat buffer that hold active gradients, with neighbours merged."""
+    """Return the parts of a bucket's flat buffer that hold active gradients, with neighbors merged."""
     buffer = bucket.buffer()
     ranges: list[list[int]] = []
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):

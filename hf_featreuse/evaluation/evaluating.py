@@ -52,7 +52,7 @@ def evaluate_model(
 
     Raises:
         ConfigurationError: scikit-learn is missing, or `label_names` does not fit the model.
-        DataError: there is no labelled image, or a label is not a class of the model.
+        DataError: there is no labeled image, or a label is not a class of the model.
 
     Source:
         Expected calibration error with 15 bins of equal width: Guo et al. 2017, "On Calibration of Modern Neural
@@ -82,7 +82,7 @@ def evaluate_model(
             seen += len(labels)
     if not parts or not sum(len(part["label"]) for part in parts):
         raise DataError(
-            "No image has a label (-100 means none), so there is nothing to evaluate. Pass labelled images."
+            "No image has a label (-100 means none), so there is nothing to evaluate. Pass labeled images."
         )
     found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     hits = found["label"] == found["predicted"]
@@ -108,7 +108,7 @@ def evaluate_model(
 def _outcomes(
     model: nn.Module, batch: Mapping[str, Any], labels: torch.Tensor, num_classes: int, first_index: int
 ) -> dict[str, np.ndarray]:
-    """Return the values to keep for each labelled image of a batch."""
+    """Return the values to keep for each labeled image of a batch."""
     args, kwargs = model_inputs(model, batch)
     output = model(*args, **kwargs)
     logits = output["logits"] if isinstance(output, Mapping) else output if torch.is_tensor(output) else output[0]

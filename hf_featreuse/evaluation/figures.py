@@ -8,7 +8,7 @@ import numpy as np
 
 from hf_featreuse.evaluation.results import Evaluation
 from hf_featreuse.plotting import empty_figure, save_figure
-from hf_featreuse.plotting.figure import BLUE, GREY
+from hf_featreuse.plotting.figure import BLUE, GRAY
 
 MOST_CLASSES = 40
 _CLASSES_WITH_NUMBERS = 15
@@ -30,8 +30,8 @@ def plot_confusion(evaluation: Evaluation, path: Path) -> Path:
     if len(names) <= _CLASSES_WITH_NUMBERS:
         for (row, column), count in np.ndenumerate(counts):
             if count:
-                colour = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=colour, fontsize=9)
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=color, fontsize=9)
     figure.colorbar(image, ax=axes, label="share of the class")
     return save_figure(figure, path)
 
@@ -43,7 +43,7 @@ def plot_reliability(evaluation: Evaluation, path: Path) -> Path:
     figure = empty_figure(3.6)
     reliability, histogram = figure.subplots(1, 2)
     reliability.bar(middles, [one.accuracy or 0 for one in bins], width * 0.9, color=BLUE, label="accuracy")
-    reliability.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
+    reliability.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1, label="perfectly calibrated")
     reliability.set_ylabel("accuracy")
     reliability.set_ylim(0, 1.02)
     reliability.legend(frameon=False, fontsize=9)

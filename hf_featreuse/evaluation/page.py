@@ -92,7 +92,7 @@ def _page(evaluation: Evaluation, plots: Mapping[str, Path], gallery: list[str],
         ),
     ]
     if "confusion" in plots:
-        text = "Rows are classes, columns are predictions; colours are shares of the row, numbers are images."
+        text = "Rows are classes, columns are predictions; colors are shares of the row, numbers are images."
         parts.append(section("Confusion matrix", text, picture(plots["confusion"], "Confusion matrix")))
     if confused:
         parts.append(

@@ -64,7 +64,7 @@ def build_model_card(
             `None`, that how the model was trained was not recorded.
         metrics (`Mapping[str, float]`): as `Trainer.evaluate` returns them; accuracies from 0 to 1. An `eval_` or
             `test_` prefix is dropped, timings are left out.
-        license (`str`, *optional*): Hub identifier of the licence, such as `"apache-2.0"`.
+        license (`str`, *optional*): Hub identifier of the license, such as `"apache-2.0"`.
         plot_file (`str` or `Path`, *optional*): the training plot, relative to the repository; of an absolute path,
             the name is used.
         architecture (`str`): class of the model, such as `"ViTForImageClassification"`.

@@ -33,9 +33,9 @@ _LISTED_ARGUMENTS = (
 )  # fmt: skip
 # Listed if they are in use.
 _LISTED_IF_SET = ("label_smoothing_factor", "mixup_alpha", "cutmix_alpha", "ema_decay")
-_LICENCE_TIMEOUT_SECONDS = 5.0
-# A licence identifier in the Hub's metadata.
-_LICENCE = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_LICENSE_TIMEOUT_SECONDS = 5.0
+# A license identifier in the Hub's metadata.
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _IN_CARD = ("finetuned_from", "dataset", "license", "tags", "model_name")
 # Further arguments of `Trainer.create_model_card`.
 _WITHOUT_PLACE = ("language", "tasks", "dataset_tags", "dataset_args")
@@ -120,7 +120,7 @@ def write_run_card(
         dataset_name=dataset if dataset is None or isinstance(dataset, str) else ", ".join(dataset),
         settings=run.settings,
         metrics={key: value for key, value in run.evaluation.items() if _is_metric(key, value)},
-        license=license or (licence_of(base) if base and is_hub_id(base) else None),
+        license=license or (license_of(base) if base and is_hub_id(base) else None),
         plot_file=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
         architecture=unsharded_class(model).__name__,
         block_names=run.block_names,
@@ -162,14 +162,14 @@ def write_base_config(model: nn.Module, folder: str | Path) -> None:
 
 
 @functools.lru_cache
-def licence_of(model_id: str) -> str | None:
-    """Return the licence of a model on the Hub; `None` if it states none or the Hub cannot be reached."""
+def license_of(model_id: str) -> str | None:
+    """Return the license of a model on the Hub; `None` if it states none or the Hub cannot be reached."""
     if is_offline_mode():
         return None
     try:
         with limited_requests():
-            tags = HfApi().model_info(model_id, timeout=_LICENCE_TIMEOUT_SECONDS).tags or []
+            tags = HfApi().model_info(model_id, timeout=_LICENSE_TIMEOUT_SECONDS).tags or []
     except Exception:  # The connection fails, or the client cannot read the answer.
         return None
     found = (tag.removeprefix("license:") for tag in tags if isinstance(tag, str) and tag.startswith("license:"))
-    return next((licence for licence in found if _LICENCE.fullmatch(licence)), None)
+    return next((license for license in found if _LICENSE.fullmatch(license)), None)

@@ -63,9 +63,9 @@ def _inspection_title(report: ModelReport) -> str:
     return f"{name}\nexpected cost, vanilla step = 1: {expected}"
 
 
-def _draw_bars(axes: Axes, values: Sequence[float], colour: str, label: str) -> None:
+def _draw_bars(axes: Axes, values: Sequence[float], color: str, label: str) -> None:
     """Draw one bar per block."""
-    axes.bar(range(len(values)), values, width=0.75, color=colour)
+    axes.bar(range(len(values)), values, width=0.75, color=color)
     axes.set_ylabel(label)
     axes.set_xlim(-0.6, len(values) - 0.4)
     axes.grid(axis="y", color="0.9", linewidth=0.8)

@@ -26,7 +26,7 @@ def count_batches_once(norms: Sequence[_NormBase]) -> Iterator[None]:
     layers are as before.
 
     Args:
-        norms (`list[torch.nn.Module]`): normalisation layers with running statistics.
+        norms (`list[torch.nn.Module]`): normalization layers with running statistics.
 
     Example:
         >>> import torch
@@ -71,5 +71,5 @@ def _counting_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def norm_layers(modules: Iterable[nn.Module]) -> list[_NormBase]:
-    """Return the normalisation layers among the modules whose running statistics change in training."""
+    """Return the normalization layers among the modules whose running statistics change in training."""
     return [module for module in modules if isinstance(module, _NormBase) and module.track_running_stats]

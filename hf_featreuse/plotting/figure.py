@@ -1,6 +1,6 @@
 """Create figures of one width and their parts.
 
-The colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart. matplotlib is imported when a
+The colors are those of Okabe and Ito (2008), which color-blind readers can tell apart. matplotlib is imported when a
 figure is created, and draws without pyplot, so that an application's figures and backend do not change.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#666666", "#CC79A7"
+BLUE, ORANGE, GREEN, GRAY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#666666", "#CC79A7"
 _WIDTH_INCHES, _DOTS_PER_INCH = 10.0, 120
 
 

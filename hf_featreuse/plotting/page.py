@@ -81,5 +81,5 @@ def note(text: str, about: str = "") -> str:
 
 
 def quiet(text: str) -> str:
-    """Return a paragraph in grey."""
+    """Return a paragraph in gray."""
     return f'<p class="quiet">{escape(text)}</p>' if text else ""

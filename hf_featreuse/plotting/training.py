@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_featreuse.errors import ConfigurationError
-from hf_featreuse.plotting.figure import BLUE, GREEN, GREY, ORANGE, PURPLE, legend_above, save_figure, stacked_axes
+from hf_featreuse.plotting.figure import BLUE, GRAY, GREEN, ORANGE, PURPLE, legend_above, save_figure, stacked_axes
 from hf_featreuse.text import common_prefix
 
 if TYPE_CHECKING:
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from hf_featreuse.method.schedule import FeatureReuseSchedule
 
 LogHistory = Sequence[Mapping[str, Any]]
-# (steps, values), name in the legend, colour, line style.
+# (steps, values), name in the legend, color, line style.
 _Curve = tuple[tuple[list[int], list[float]], str, str, str]
 
-# Key in the log, name in the legend, colour, line style.
+# Key in the log, name in the legend, color, line style.
 _KIND_LOSSES = (
     ("loss/stochastic_depth", "stochastic depth", BLUE, "-"),
     ("loss/masked_freeze", "masked freeze", ORANGE, "-"),
-    ("loss/vanilla", "vanilla", GREY, "-"),
+    ("loss/vanilla", "vanilla", GRAY, "-"),
 )
-_OVERALL_LOSS = (("loss", "training", GREY, "-"),)
+_OVERALL_LOSS = (("loss", "training", GRAY, "-"),)
 _EVALUATION_LOSS = (("eval_loss", "evaluation", GREEN, "--"),)
 _ACCURACIES = (("eval_accuracy", "top-1", GREEN, "-"), ("eval_top5_accuracy", "top-5", PURPLE, "--"))
 # About three pixels each; narrower ones blur.
@@ -163,13 +163,13 @@ def _counted_steps(first: int, end: int) -> list[int]:
 def _curves(log_history: LogHistory, keys: Sequence[tuple[str, str, str, str]]) -> list[_Curve]:
     """Collect the finite points of each key that the log has."""
     curves = []
-    for key, name, colour, style in keys:
+    for key, name, color, style in keys:
         points = [(int(entry["step"]), float(entry[key])) for entry in log_history if key in entry and "step" in entry]
         # A key may be logged as None, and a loss may be infinite: neither can be drawn.
         points = [(step, value) for step, value in points if math.isfinite(value)]
         if points:
             steps, values = zip(*points, strict=True)
-            curves.append(((list(steps), list(values)), name, colour, style))
+            curves.append(((list(steps), list(values)), name, color, style))
     return curves
 
 
@@ -182,24 +182,24 @@ def _column_width(num_steps: int, max_columns: int) -> int:
 def _draw_curves(axes: Axes, curves: Sequence[_Curve], label: str, factor: float = 1.0) -> None:
     """Draw one line per curve; long ones faintly, with their running mean on top."""
     longest = max(len(steps) for (steps, _), *_ in curves)
-    for (steps, values), name, colour, style in curves:
+    for (steps, values), name, color, style in curves:
         scaled = factor * np.asarray(values)
         if style == "-" and len(steps) < longest / 2:
             # A kind of step that few logs have: a line would suggest values in between.
-            axes.plot(steps, scaled, ".", color=colour, markersize=6, label=name, clip_on=False)
+            axes.plot(steps, scaled, ".", color=color, markersize=6, label=name, clip_on=False)
         elif len(steps) >= _SMOOTH_FROM:
-            axes.plot(steps, scaled, color=colour, linewidth=0.6, alpha=0.3)
+            axes.plot(steps, scaled, color=color, linewidth=0.6, alpha=0.3)
             window = len(steps) // 50
             smooth = np.convolve(scaled, np.ones(window) / window, mode="valid")
-            centres = steps[(window - 1) // 2 :][: len(smooth)]
-            axes.plot(centres, smooth, style, color=colour, linewidth=1.6, label=f"{name} (running mean)")
+            centers = steps[(window - 1) // 2 :][: len(smooth)]
+            axes.plot(centers, smooth, style, color=color, linewidth=1.6, label=f"{name} (running mean)")
         else:
             marker = "o" if len(steps) <= 30 else ""
             axes.plot(
                 steps,
                 scaled,
                 style,
-                color=colour,
+                color=color,
                 linewidth=1.6,
                 marker=marker,
                 markersize=3.5,

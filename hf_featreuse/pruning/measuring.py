@@ -1,4 +1,4 @@
-"""Measure the accuracy of a model on labelled batches."""
+"""Measure the accuracy of a model on labeled batches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def accuracy_on(batches: Iterable[Mapping[str, torch.Tensor]]) -> Callable[[nn.M
         with torch.no_grad():
             for batch in batches:
                 if "labels" not in batch:
-                    raise DataError(f"A batch has no `labels`, only {sorted(batch)}. Pass labelled validation data.")
+                    raise DataError(f"A batch has no `labels`, only {sorted(batch)}. Pass labeled validation data.")
                 inputs = {key: value.to(device) for key, value in batch.items()}
                 labels = inputs.pop("labels")
                 correct += int((model(**inputs)[0].argmax(-1) == labels).sum())

@@ -91,7 +91,7 @@ class ImageLoss:
         smoothing, classes, labels = self.label_smoothing, logits.shape[-1], labels.long()
         if self.kind == "cross_entropy":
             return cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
-        labelled = (labels != IGNORED).unsqueeze(1)
+        labeled = (labels != IGNORED).unsqueeze(1)
         target = one_hot(labels.clamp_min(0), classes) * (1 - smoothing) + smoothing / classes
         if self.kind == "bce":
             terms = binary_cross_entropy_with_logits(logits, target, reduction="none", pos_weight=weights) / classes
@@ -99,7 +99,7 @@ class ImageLoss:
             log_probability = log_softmax(logits, -1)
             terms = -target * (1 - log_probability.exp()).pow(self.focal_gamma) * log_probability
             terms = terms if weights is None else terms * weights
-        return (terms * labelled).sum()
+        return (terms * labeled).sum()
 
     def _of_several_labels(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None

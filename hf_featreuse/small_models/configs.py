@@ -26,7 +26,7 @@ from hf_featreuse.text import did_you_mean
 SMALLEST_IMAGE = 8
 LARGEST_SMALL_IMAGE = 64
 _OWN_PROCESSOR = {
-    "imagegpt": "colour-cluster ids",
+    "imagegpt": "color-cluster ids",
     "shieldgemma2": "a prompt with each image",
     "siglip2": "a list of patches with a mask",
 }

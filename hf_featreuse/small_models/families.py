@@ -169,7 +169,7 @@ def _regnet(image_size: int, given: Mapping[str, Any]) -> Settings:
 
 
 def _bit(image_size: int, given: Mapping[str, Any]) -> Settings:
-    """Return the settings of BiT, a ResNet v2 with group normalisation; its stem shrinks four times."""
+    """Return the settings of BiT, a ResNet v2 with group normalization; its stem shrinks four times."""
     widths = [128] if image_size <= _TINY_IMAGE else [128, 256]
     return {
         "embedding_size": 64,

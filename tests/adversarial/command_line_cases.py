@@ -282,7 +282,7 @@ EXAMPLE = [
     Case("--resume_from_checkpoint {tiny}", "{tiny}"),
     Case("nonesuch.json", "cannot be read as JSON"),
     *(Case(f"{{json_{name}}}", "cannot be read as JSON") for name in ("broken", "binary", "deep")),
-    *(Case(f"{{json_{name}}}", "holds a") for name in ("list", "null")),
+    *(Case(f"{{json_{name}}}", "contains a") for name in ("list", "null")),
 ]
 
 _WRONG: list[tuple[dict[str, Any], str]] = [

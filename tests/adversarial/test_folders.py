@@ -259,8 +259,8 @@ def splits() -> None:
     case("train as a class", classes("bus", "train"), Loads({"train": 8}, ["bus", "train"]))
     case(
         "another folder next to the splits",
-        both(inside("train", pair), files("unlabelled/1.png")),
-        Loads(TWO.counts, TWO.classes, ("unlabelled",)),
+        both(inside("train", pair), files("unlabeled/1.png")),
+        Loads(TWO.counts, TWO.classes, ("unlabeled",)),
     )
     case(
         "a test split without classes",
@@ -328,7 +328,7 @@ def layouts() -> None:
     case("only an archive", text("photos.zip"), Refused(("photos.zip", "Unpack")))
     case("an archive next to classes", both(pair, text("ant/more.zip")), loads("ant/more.zip"))
     case("images next to class folders", both(pair, files("loose.png")), loads("loose.png"))
-    case("a readme and a licence", both(pair, text("README.md", "---\nlicense: mit\n---\n"), text("LICENSE")), TWO)
+    case("a readme and a license", both(pair, text("README.md", "---\nlicense: mit\n---\n"), text("LICENSE")), TWO)
     case(
         "a card that points elsewhere",
         both(pair, text("README.md", "---\nconfigs:\n- data_files: https://x.org/y\n---\n")),

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROWS, COLUMNS = np.mgrid[0:48, 0:64]
 SMOOTH = Image.fromarray(np.stack([4 * COLUMNS, 5 * ROWS, 2 * (ROWS + COLUMNS)], 2).astype(np.uint8))
-GREY = SMOOTH.convert("L")
+GRAY = SMOOTH.convert("L")
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 NO_FORMAT = "it is damaged, or not a JPEG, PNG, WebP, BMP, GIF or TIFF file"
@@ -56,10 +56,10 @@ def chunk(kind: bytes, data: bytes, checksum: int | None = None) -> bytes:
 
 
 def png(
-    *chunks: bytes, width: int = 64, height: int = 48, depth: int = 8, colour: int = 2, pixels: bytes = b""
+    *chunks: bytes, width: int = 64, height: int = 48, depth: int = 8, color: int = 2, pixels: bytes = b""
 ) -> bytes:
     """A PNG file by hand: other chunks, then the pixels if there are any."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(pixels)) if pixels else b""
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + data + chunk(b"IEND", b"")
 
@@ -132,34 +132,34 @@ def foreign_formats() -> None:
     case(
         "MPO, the JPEG of cameras",
         "jpg",
-        encoded(SMOOTH, "MPO", save_all=True, append_images=[GREY.convert("RGB")]),
+        encoded(SMOOTH, "MPO", save_all=True, append_images=[GRAY.convert("RGB")]),
         Good(SMOOTH, 12),
     )
 
 
 def modes() -> None:
-    grey = GREY.convert("RGB")
-    case("1 bit", "png", encoded(GREY.convert("1"), "PNG"), Good(GREY.convert("1").convert("RGB")))
-    case("grey", "png", encoded(GREY, "PNG"), Good(grey))
-    case("grey JPEG", "jpg", encoded(GREY, "JPEG"), Good(grey, 12))
-    case("grey with transparency", "png", encoded(GREY.convert("LA"), "PNG"), Good(grey))
+    gray = GRAY.convert("RGB")
+    case("1 bit", "png", encoded(GRAY.convert("1"), "PNG"), Good(GRAY.convert("1").convert("RGB")))
+    case("gray", "png", encoded(GRAY, "PNG"), Good(gray))
+    case("gray JPEG", "jpg", encoded(GRAY, "JPEG"), Good(gray, 12))
+    case("gray with transparency", "png", encoded(GRAY.convert("LA"), "PNG"), Good(gray))
     clear = SMOOTH.convert("RGBA")
-    clear.putalpha(GREY)
+    clear.putalpha(GRAY)
     case("transparent", "png", encoded(clear, "PNG"), Good(SMOOTH))
     case("transparent TIFF", "tif", encoded(clear, "TIFF"), Good(SMOOTH))
-    case("one transparent colour", "png", encoded(SMOOTH, "PNG", transparency=(0, 0, 0)), Good(SMOOTH))
+    case("one transparent color", "png", encoded(SMOOTH, "PNG", transparency=(0, 0, 0)), Good(SMOOTH))
     palette = SMOOTH.quantize(64)
     case("palette", "png", encoded(palette, "PNG"), Good(palette.convert("RGB")))
     case("palette BMP", "bmp", encoded(palette, "BMP"), Good(palette.convert("RGB")))
     shades = bytes(range(64))
     case(
-        "palette, each colour transparent to a degree",
+        "palette, each color transparent to a degree",
         "png",
         encoded(palette, "PNG", transparency=shades),
         Good(palette.convert("RGB")),
     )
     case(
-        "palette, one colour transparent",
+        "palette, one color transparent",
         "gif",
         encoded(palette, "GIF", transparency=3),
         Good(palette.convert("RGB"), 1),
@@ -167,26 +167,26 @@ def modes() -> None:
     case("CMYK JPEG", "jpg", encoded(SMOOTH.convert("CMYK"), "JPEG"), Good(SMOOTH, 12))
     case("CMYK TIFF", "tif", encoded(SMOOTH.convert("CMYK"), "TIFF"), Good(SMOOTH, 1))
     case("YCbCr TIFF", "tif", encoded(SMOOTH.convert("YCbCr"), "TIFF"), Good(SMOOTH, 2))
-    wide = np.asarray(GREY).astype(np.uint16) * 257
-    case("16-bit grey", "png", encoded(Image.fromarray(wide), "PNG"), Good(grey))
-    case("16-bit grey TIFF", "tif", encoded(Image.fromarray(wide), "TIFF"), Good(grey))
+    wide = np.asarray(GRAY).astype(np.uint16) * 257
+    case("16-bit gray", "png", encoded(Image.fromarray(wide), "PNG"), Good(gray))
+    case("16-bit gray TIFF", "tif", encoded(Image.fromarray(wide), "TIFF"), Good(gray))
     case(
-        "16-bit grey TIFF, big-endian",
+        "16-bit gray TIFF, big-endian",
         "tif",
-        encoded(Image.frombytes("I;16B", GREY.size, wide.astype(">u2").tobytes()), "TIFF"),
-        Good(grey),
+        encoded(Image.frombytes("I;16B", GRAY.size, wide.astype(">u2").tobytes()), "TIFF"),
+        Good(gray),
     )
-    case("16-bit colour", "png", png(depth=16, pixels=scanlines(SMOOTH, wide=True)), Good(SMOOTH))
-    case("32-bit grey of 16-bit values", "tif", encoded(Image.fromarray(wide.astype(np.int32)), "TIFF"), Good(grey))
+    case("16-bit color", "png", png(depth=16, pixels=scanlines(SMOOTH, wide=True)), Good(SMOOTH))
+    case("32-bit gray of 16-bit values", "tif", encoded(Image.fromarray(wide.astype(np.int32)), "TIFF"), Good(gray))
     case(
-        "32-bit grey beyond 16 bits",
+        "32-bit gray beyond 16 bits",
         "tif",
         encoded(Image.fromarray(wide.astype(np.int32) * 9), "TIFF"),
         Bad("do not fit 16 bits"),
     )
-    case("negative grey", "tif", encoded(Image.fromarray(-wide.astype(np.int32)), "TIFF"), Bad("do not fit 16 bits"))
+    case("negative gray", "tif", encoded(Image.fromarray(-wide.astype(np.int32)), "TIFF"), Bad("do not fit 16 bits"))
     case(
-        "floating-point grey", "tif", encoded(Image.fromarray(wide.astype(np.float32)), "TIFF"), Bad("floating-point")
+        "floating-point gray", "tif", encoded(Image.fromarray(wide.astype(np.float32)), "TIFF"), Bad("floating-point")
     )
     case("progressive JPEG", "jpg", encoded(SMOOTH, "JPEG", progressive=True), Good(SMOOTH, 12))
     case("lossless WebP", "webp", encoded(SMOOTH, "WEBP", lossless=True), Good(SMOOTH))
@@ -204,7 +204,7 @@ def modes() -> None:
 
 
 def frames() -> None:
-    more = [Image.new("RGB", SMOOTH.size, colour) for colour in ("red", "green")]
+    more = [Image.new("RGB", SMOOTH.size, color) for color in ("red", "green")]
     animated = {"save_all": True, "append_images": more}
     case("animated GIF", "gif", encoded(SMOOTH, "GIF", **animated, duration=40), Good(SMOOTH, 12))
     case("animated PNG", "png", encoded(SMOOTH, "PNG", **animated), Good(SMOOTH))
@@ -258,7 +258,7 @@ def structures() -> None:
         Good(SMOOTH.crop((0, 0, 64, 24))),
     )
     case("PNG of width 0", "png", png(width=0, pixels=pixels), Bad(".+"))
-    case("PNG of an unknown kind", "png", png(depth=3, colour=7, pixels=pixels), Bad(".+"))
+    case("PNG of an unknown kind", "png", png(depth=3, color=7, pixels=pixels), Bad(".+"))
     text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(50_000_000)))
     case("PNG, text that unpacks to 50 MB", "png", png(text, pixels=pixels), Bad("text|Decompressed"))
     too_large = "exceeds limit|too large|[Uu]nsupported|decoder"

@@ -338,7 +338,7 @@ def test_progress_bar_follows_the_option(capsys):
     assert capsys.readouterr().err == ""
     analyze(build("vit"), disable_tqdm=False, name="bar")
     err = capsys.readouterr().err
-    assert "Analysing bar: 100%" in err
+    assert "Analyzing bar: 100%" in err
 
 
 def test_dictionary_is_plain_json():

@@ -123,23 +123,23 @@ def test_notes_are_on_the_page(three, tmp_path):
     assert text.count('class="note"') == sum(len(a.notes) for a in three) > 0
 
 
-def colours(path) -> dict[tuple[int, int, int], int]:
+def colors(path) -> dict[tuple[int, int, int], int]:
     with Image.open(path) as image:
-        return {colour: count for count, colour in image.convert("RGB").getcolors(1 << 24)}
+        return {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
 
 
 @pytest.mark.parametrize("name", ["features.png", "drop_one.png", "drop_many.png"])
-def test_each_model_has_its_colour_on_shared_axes(three, tmp_path, name):
+def test_each_model_has_its_color_on_shared_axes(three, tmp_path, name):
     one, two = tmp_path / "one", tmp_path / "two"
     write_report(three[:1], one)
     write_report(three[:2], two)
-    alone, both = colours(one / name), colours(two / name)
+    alone, both = colors(one / name), colors(two / name)
     assert alone[BLUE] > 200 and ORANGE not in alone
     assert both[BLUE] > 200 and both[ORANGE] > 200 and GREEN not in both
 
 
 def test_maps_of_models_share_one_scale(tmp_path, three):
-    """The diagonal, which is 1, has the lightest colour of the scale in every map."""
+    """The diagonal, which is 1, has the lightest color of the scale in every map."""
     write_report(three[:2], tmp_path)
     with Image.open(tmp_path / "cka.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)

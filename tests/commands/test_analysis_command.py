@@ -151,7 +151,7 @@ def test_progress_bars_are_on_stderr(tiny, tmp_path, capsys):
     options = ["--output_dir", str(tmp_path / "report"), "--max_samples", "8", "--random_draws", "0"]
     assert main(["analyze", tiny, *options]) == 0
     out, err = capsys.readouterr()
-    assert f"Analysing {tiny}: 100%" in err
+    assert f"Analyzing {tiny}: 100%" in err
     assert "100%|" not in out
 
 

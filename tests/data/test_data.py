@@ -13,7 +13,7 @@ from hf_featreuse.errors import BadImageError, DataError
 
 
 def write_images(folder, counts: dict[str, int]) -> str:
-    """One folder for each class, its images of one colour each."""
+    """One folder for each class, its images of one color each."""
     for label, count in counts.items():
         (folder / label).mkdir(parents=True)
         for i in range(count):
@@ -318,7 +318,7 @@ def test_no_label_column_is_an_error(tmp_path):
 
 
 def test_a_column_of_something_else_is_no_image_column(tmp_path):
-    with pytest.raises(DataError, match=r"Column 'label' holds ClassLabel.*not images.*--image_column_name"):
+    with pytest.raises(DataError, match=r"Column 'label' contains ClassLabel.*not images.*--image_column_name"):
         load_image_data(saved(tmp_path, train=table()), image_column_name="label")
 
 

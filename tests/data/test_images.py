@@ -1,4 +1,4 @@
-"""Decoding to RGB, copying into tensors, normalising batches."""
+"""Decoding to RGB, copying into tensors, normalizing batches."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def noise(height: int, width: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "wanted"),
+    ("mode", "color", "wanted"),
     [
         ("1", 1, (255, 255, 255)),
         ("L", 9, (9, 9, 9)),
@@ -41,8 +41,8 @@ def noise(height: int, width: int) -> Image.Image:
         ("I;16", 257 * 40, (40, 40, 40)),
     ],
 )
-def test_every_mode_becomes_rgb(mode, colour, wanted):
-    image = decode_image(stored(Image.new(mode, (5, 4), colour)))
+def test_every_mode_becomes_rgb(mode, color, wanted):
+    image = decode_image(stored(Image.new(mode, (5, 4), color)))
     assert image.mode == "RGB"
     assert image.size == (5, 4)
     assert image.getpixel((2, 2)) == wanted
@@ -54,13 +54,13 @@ def test_wide_integers_are_scaled_as_16_bits_and_big_endian_ones_too():
     wide = Image.fromarray(ramp.astype(np.int32))
     assert wide.mode == "I"
     for image in (little, big, wide):
-        grey = np.asarray(decode_image(stored(image, "TIFF")))[..., 0]
-        assert np.array_equal(grey.ravel(), np.arange(256))
+        gray = np.asarray(decode_image(stored(image, "TIFF")))[..., 0]
+        assert np.array_equal(gray.ravel(), np.arange(256))
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128, 255])])
-def test_palette_images_keep_their_colours_without_a_warning(transparency):
+def test_palette_images_keep_their_colors_without_a_warning(transparency):
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     image.putdata([0, 1, 2])

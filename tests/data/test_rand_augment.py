@@ -45,11 +45,11 @@ def test_known_answers():
     assert np.array_equal(moved[2:], values[:6])
     turned = pixels(apply_operation(noise((9, 9)), "rotate", 90.0))
     assert np.array_equal(turned, np.rot90(pixels(noise((9, 9)))))
-    grey = pixels(apply_operation(image, "color", -1.0))
-    assert (grey[..., 0] == grey[..., 1]).all()
+    gray = pixels(apply_operation(image, "color", -1.0))
+    assert (gray[..., 0] == gray[..., 1]).all()
 
 
-def test_a_sheared_image_keeps_its_centre():
+def test_a_sheared_image_keeps_its_center():
     image = Image.new("RGB", (11, 11))
     image.putpixel((5, 5), (255, 255, 255))
     for name in ("shear_x", "shear_y"):
@@ -57,7 +57,7 @@ def test_a_sheared_image_keeps_its_centre():
         assert sheared[5, 5] > 128
     bar = Image.new("RGB", (11, 11))
     bar.paste((255, 255, 255), (5, 0, 6, 11))
-    # Row y of the result is row y of the image, moved left by 0.4 times its distance below the centre.
+    # Row y of the result is row y of the image, moved left by 0.4 times its distance below the center.
     top, *_, bottom = pixels(apply_operation(bar, "shear_x", 0.4))[..., 0].argmax(1).tolist()
     assert (top, bottom) == (7, 3)
 

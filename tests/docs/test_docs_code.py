@@ -213,7 +213,7 @@ def test_a_command_line_is_one_that_its_program_takes(page, line, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path[:])
     before = set(sys.modules)
     read_command(COMMANDS[page, line], monkeypatch)
-    for name in set(sys.modules) - before:  # Scripts import their neighbours by short names.
+    for name in set(sys.modules) - before:  # Scripts import their neighbors by short names.
         if getattr(sys.modules[name], "__file__", None) and str(ROOT) in str(sys.modules[name].__file__):
             del sys.modules[name]
 

@@ -57,7 +57,7 @@ def test_blocks_that_do_nothing_leave_the_distribution_as_it_is(example):
     for block in model.blocks:
         torch.nn.init.zeros_(block.linear.weight)
     told = example.describe(model, example.load("moons", seed=0))
-    assert told["distance of neighbouring distributions"] == 0
+    assert told["distance of neighboring distributions"] == 0
     assert told["cosine of consecutive features"] == pytest.approx(1)
     assert told["spread, last depth / first"] == 1
     assert told["lowest without one block"] == told["accuracy"]
@@ -72,7 +72,7 @@ def test_plain_training_drops_nothing_and_the_others_do(example, tmp_path):
         assert not torch.equal(weights["head.weight"], plain["head.weight"]), method
 
 
-def test_likeness_of_neighbours_is_what_it_says(example):
+def test_likeness_of_neighbors_is_what_it_says(example):
     torch.manual_seed(0)
     model, data = example.Network(2, 2, depth=3, width=8), example.load("moons", seed=0)
     told = example.describe(model, data)
@@ -85,4 +85,4 @@ def test_likeness_of_neighbours_is_what_it_says(example):
         shapes = [((at - at.mean()) / at.std()).flatten().sort().values for at in (below, above)]
         distances.append((shapes[0] - shapes[1]).abs().mean())
     assert told["cosine of consecutive features"] == pytest.approx(float(sum(cosines) / 3), rel=1e-5)
-    assert told["distance of neighbouring distributions"] == pytest.approx(float(sum(distances) / 3), rel=1e-4)
+    assert told["distance of neighboring distributions"] == pytest.approx(float(sum(distances) / 3), rel=1e-4)

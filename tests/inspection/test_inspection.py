@@ -338,8 +338,8 @@ def test_picture_has_a_panel_for_each_known_figure(tmp_path):
 
     report = inspect_model(build("resnet"))
     unknown = [dataclasses.replace(block, share_of_arithmetic=None) for block in report.blocks]
-    both = colours(plot_inspection(report, tmp_path / "new" / "both.png"))
-    one = colours(plot_inspection(dataclasses.replace(report, blocks=unknown, costs={}), tmp_path / "one.png"))
+    both = colors(plot_inspection(report, tmp_path / "new" / "both.png"))
+    one = colors(plot_inspection(dataclasses.replace(report, blocks=unknown, costs={}), tmp_path / "one.png"))
     blue, orange = (0, 114, 178), (213, 94, 0)
     # Three blocks with survival 5/6, 4/6 and 1/2, and with equal shares.
     assert both[blue] / both[orange] == pytest.approx(2 / 3 * max_share(report), rel=0.1)
@@ -347,9 +347,9 @@ def test_picture_has_a_panel_for_each_known_figure(tmp_path):
     assert one[blue] > 10_000
 
 
-def colours(path) -> dict[tuple[int, int, int], int]:
+def colors(path) -> dict[tuple[int, int, int], int]:
     with Image.open(path) as image:
-        return {colour: count for count, colour in image.convert("RGB").getcolors(1 << 24)}
+        return {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
 
 
 def max_share(report) -> float:

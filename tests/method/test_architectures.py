@@ -45,12 +45,12 @@ def is_installed(package: str) -> bool:
     return True
 
 
-def test_every_type_of_this_transformers_is_labelled():
-    labelled = {case.model_type for case in ARCHITECTURES} | set(NOT_INSTALLED)
-    assert len(labelled) == 42
-    assert labelled <= set(MAPPING)
+def test_every_type_of_this_transformers_is_labeled():
+    labeled = {case.model_type for case in ARCHITECTURES} | set(NOT_INSTALLED)
+    assert len(labeled) == 42
+    assert labeled <= set(MAPPING)
     classes = {case.model_class for case in ARCHITECTURES}
-    for model_type in labelled - set(NOT_INSTALLED):
+    for model_type in labeled - set(NOT_INSTALLED):
         names = MAPPING[model_type]
         assert {names} if isinstance(names, str) else set(names) <= classes, model_type
     assert len({case.name for case in ARCHITECTURES}) == len(ARCHITECTURES)
@@ -99,7 +99,7 @@ def test_the_table_names_every_type():
 
 
 @each(WITH_BLOCKS)
-def test_blocks_are_exactly_those_labelled(case):
+def test_blocks_are_exactly_those_labeled(case):
     model = case.build()
     before, state = tiny_models.snapshot(model), {key: value.clone() for key, value in model.state_dict().items()}
     blocks = find_residual_blocks(model, case.batch())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from labelled_models import ADAPTED, MODELS, TRANSFORMER, InPlace, every_model, mobilenet_v1, names, resnet, vit
+from labeled_models import ADAPTED, MODELS, TRANSFORMER, InPlace, every_model, mobilenet_v1, names, resnet, vit
 from peft import LoraConfig, get_peft_model
 from tiny_models import build
 from torch import nn

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from labelled_models import InPlace, swin
+from labeled_models import InPlace, swin
 from tiny_models import ARCHITECTURES, batch, build, snapshot
 from torch import nn
 

@@ -90,7 +90,7 @@ def build(case: Architecture, checkpointed: bool, **options: Any) -> tuple[PreTr
 def loss_of(case: Architecture, model: PreTrainedModel) -> torch.Tensor:
     torch.manual_seed(7)
     if case.returns_loss:
-        return model(**case.labelled(4)).loss
+        return model(**case.labeled(4)).loss
     return model(**case.batch(4))[0].square().mean()
 
 

@@ -1,7 +1,7 @@
 """Selecting the requested blocks, and the blocks that train."""
 
 import pytest
-from labelled_models import MODELS, mobilenet_v2, names
+from labeled_models import MODELS, mobilenet_v2, names
 from peft import LoraConfig, get_peft_model
 from tiny_models import build
 

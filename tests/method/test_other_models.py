@@ -94,7 +94,7 @@ def batch(name: str, size: int = 2) -> dict:
     return {**tokens, "use_cache": False} if name == "llama" else tokens
 
 
-def labelled(name: str, size: int = 2) -> dict:
+def labeled(name: str, size: int = 2) -> dict:
     inputs = batch(name, size)
     return {**inputs, "labels": inputs["input_ids"] if name == "llama" else torch.arange(size) % 3}
 
@@ -110,7 +110,7 @@ def test_blocks_are_found(name):
 
 
 def test_a_post_norm_model_has_no_exact_shortcut():
-    # A layer of BERT is LayerNorm(x + f(x)): without f it would still normalise, so it is not its input.
+    # A layer of BERT is LayerNorm(x + f(x)): without f it would still normalize, so it is not its input.
     model = build("bert")
     with pytest.raises(BlockError, match="BertForSequenceClassification has no residual block that can be skipped"):
         find_residual_blocks(model, batch("bert"))
@@ -134,11 +134,11 @@ def test_skipping_equals_taking_the_blocks_out(name):
     for block in dropped:
         reference.set_submodule(block.name, Shortcut())
     torch.manual_seed(5)
-    expected = reference(**labelled(name))
+    expected = reference(**labeled(name))
     expected.loss.backward()
     torch.manual_seed(5)
     with skip_blocks(dropped):
-        output = model(**labelled(name))
+        output = model(**labeled(name))
         output.loss.backward()
     assert torch.equal(output.logits, expected.logits)
     kept = dict(reference.named_parameters())
@@ -154,7 +154,7 @@ def test_train_only_one_block(name):
     model = build(name)
     blocks = find_residual_blocks(model, batch(name))
     with train_only(model, blocks[1:2]):
-        model(**labelled(name)).loss.backward()
+        model(**labeled(name)).loss.backward()
     assert {key.startswith(f"{blocks[1].name}.") for key, p in model.named_parameters() if p.grad is not None} == {
         True
     }
@@ -188,7 +188,7 @@ def test_the_engine_runs_alternating_steps(name):
     kinds = []
     for step in range(4):
         with reuse.step(step) as plan:
-            loss = model(**labelled(name)).loss
+            loss = model(**labeled(name)).loss
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -199,7 +199,7 @@ def test_the_engine_runs_alternating_steps(name):
 
 @pytest.mark.parametrize("name", ["roberta-prelayernorm", "llama", "whisper"])
 def test_the_trainer_runs_alternating_steps(name, tmp_path):
-    inputs = {key: value for key, value in labelled(name, 8).items() if key != "use_cache"}
+    inputs = {key: value for key, value in labeled(name, 8).items() if key != "use_cache"}
     data = [{key: value[index] for key, value in inputs.items()} for index in range(8)]
     args = FeatureReuseConfig(
         output_dir=str(tmp_path),

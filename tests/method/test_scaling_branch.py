@@ -24,12 +24,12 @@ EXACT = tuple(case for case in WITH_ACTIVATION if case.exact)
 
 
 @each(WITH_BLOCKS)
-def test_the_branch_is_the_part_labelled(case):
+def test_the_branch_is_the_part_labeled(case):
     for block in find_residual_blocks(case.build(), case.batch()):
         assert block.branch is (case.branch and block.module.get_submodule(case.branch)), block.name
 
 
-def test_every_block_that_ends_in_an_activation_is_labelled():
+def test_every_block_that_ends_in_an_activation_is_labeled():
     assert {case.model_type for case in WITH_ACTIVATION} == {"bit", "regnet", "resnet"}
     assert all(case.branch for case in WITH_ACTIVATION)
 
@@ -175,7 +175,7 @@ class ByHand(nn.Module):
 @pytest.mark.parametrize("precision", ["double", "autocast"])
 def test_scaling_equals_a_block_written_by_hand(case, training, precision):
     expected, model = case.build().train(training), case.build().train(training)
-    inputs = case.labelled(4)
+    inputs = case.labeled(4)
     autocast = contextlib.nullcontext()
     if precision == "double":
         expected, model = expected.double(), model.double()

@@ -44,7 +44,7 @@ def build(name: str) -> nn.Module:
 
 
 def loss_of(name: str, model: nn.Module) -> torch.Tensor:
-    return model(**CASES[name].labelled(SAMPLES)).loss
+    return model(**CASES[name].labeled(SAMPLES)).loss
 
 
 def engine(model: nn.Module, granularity: str = "batch", **options: Any) -> FeatureReuse:
@@ -200,7 +200,7 @@ def test_adapters_in_blocks_with_a_frozen_trunk(name):
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3)
-    inputs = CASES[name].labelled(SAMPLES)
+    inputs = CASES[name].labeled(SAMPLES)
     inputs["pixel_values"] = inputs["pixel_values"].double()
     reuse = engine(model)
     count, state = len(reuse.blocks), {key: value.clone() for key, value in model.state_dict().items()}
@@ -251,7 +251,7 @@ def test_bf16_autocast_is_finite_and_near_full_precision(name, granularity):
 @pytest.mark.parametrize("name", ["vit", "resnet-basic", "swin"])
 def test_weights_in_bf16_keep_their_type(name):
     model = build(name).bfloat16()
-    inputs = CASES[name].labelled(SAMPLES)
+    inputs = CASES[name].labeled(SAMPLES)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     with engine(model).step(0):
         output = model(**inputs)

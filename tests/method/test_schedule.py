@@ -90,7 +90,7 @@ def test_plans_of_one_cycle_are_drawn_once_for_both_kinds():
     assert len(set(drawn(schedule, 30))) > 20
 
 
-def test_very_small_and_very_large_rates_are_honoured():
+def test_very_small_and_very_large_rates_are_honored():
     rare = FeatureReuseSchedule(4, drop_rate=1e-9, drop_rate_schedule="uniform")
     assert set(drawn(rare, 500)) == {()}
     frequent = FeatureReuseSchedule(4, drop_rate=1 - 1e-9, drop_rate_schedule="uniform")

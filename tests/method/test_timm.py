@@ -32,7 +32,7 @@ def names(blocks) -> tuple[str, ...]:
 
 
 @each(TIMM_WITH_BLOCKS)
-def test_blocks_are_exactly_those_labelled(case):
+def test_blocks_are_exactly_those_labeled(case):
     model = case.build()
     blocks = find_residual_blocks(model, case.batch())
     assert names(blocks) == case.blocks
@@ -45,7 +45,7 @@ def test_blocks_are_exactly_those_labelled(case):
 
 
 @each(TIMM_WITH_BLOCKS)
-def test_branches_are_those_labelled(case):
+def test_branches_are_those_labeled(case):
     for block in find_residual_blocks(case.build(), case.batch()):
         assert block.branch is (case.branch and block.module.get_submodule(case.branch)), block.name
 
@@ -222,7 +222,7 @@ def test_activation_checkpointing_changes_no_gradient(kind):
             model.activation_checkpointing_enable({"use_reentrant": False})
         chosen = find_residual_blocks(model, case.batch())[1:2]
         with skip_blocks(chosen) if kind == "skip" else train_only(model, chosen):
-            model(**case.labelled()).loss.backward()
+            model(**case.labeled()).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, expected in gradients[0].items():
         found = gradients[1][name]

@@ -1,4 +1,4 @@
-"""Tiny random models of timm's families behind TimmWrapper, with their residual blocks labelled by hand.
+"""Tiny random models of timm's families behind TimmWrapper, with their residual blocks labeled by hand.
 
 The names were read off the model files of timm 1.0.31. Families whose entry points fix their sizes are registered here
 with smaller ones, by timm's own means. Nothing here asks the package.
@@ -26,7 +26,7 @@ from torch import nn
 
 
 def _register(name: str, model_class: type[nn.Module], variant: str, **settings: Any) -> None:
-    """Make a small model of a class available to timm by name; the variant lends image size and normalisation."""
+    """Make a small model of a class available to timm by name; the variant lends image size and normalization."""
 
     def build(pretrained: bool = False, pretrained_cfg: Any = None, pretrained_cfg_overlay: Any = None, **given: Any):
         # Building takes the decoded blocks apart.

@@ -14,7 +14,7 @@ from hf_featreuse.plotting import dropped_shares, plot_training
 
 pytest.importorskip("matplotlib", reason="plots need the extra `examples`")
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (102, 102, 102)
+BLUE, ORANGE, GREEN, PURPLE, GRAY = (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (102, 102, 102)
 
 
 class OneBlock(FeatureReuseSchedule):
@@ -40,13 +40,13 @@ def pixels(path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def rows_of(image: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Rows with more of the colour than in a legend."""
-    return np.flatnonzero((image == colour).all(axis=2).sum(axis=1) > 200)
+def rows_of(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """Rows with more of the color than in a legend."""
+    return np.flatnonzero((image == color).all(axis=2).sum(axis=1) > 200)
 
 
-def count(image: np.ndarray, colour: tuple[int, int, int]) -> int:
-    return int((image == colour).all(axis=2).sum())
+def count(image: np.ndarray, color: tuple[int, int, int]) -> int:
+    return int((image == color).all(axis=2).sum())
 
 
 def test_shares_are_the_counts_of_the_plans():
@@ -106,7 +106,7 @@ def test_raster_shows_each_kind_for_its_steps(tmp_path):
     image = pixels(plot_training([{"step": 40}], OneBlock(2, 1), tmp_path / "raster.png"))
     rows = rows_of(image, BLUE)
     strip = image[rows[len(rows) // 2]]
-    kinds = [colour for pixel in strip for colour in (BLUE, ORANGE) if tuple(pixel) == colour]
+    kinds = [color for pixel in strip for color in (BLUE, ORANGE) if tuple(pixel) == color]
     changes = sum(1 for left, right in itertools.pairwise(kinds) if left != right)
     assert (kinds[0], kinds[-1], changes) == (BLUE, ORANGE, 39)
 
@@ -128,14 +128,14 @@ def test_panels_without_data_are_left_out(tmp_path):
     ]
     heights = [image.shape[0] for image in images]
     assert heights[0] > heights[1] > heights[2] and heights[0] > heights[3] > heights[2]
-    assert all(count(images[0], colour) > 20 for colour in (BLUE, ORANGE, GREY, GREEN, PURPLE))
+    assert all(count(images[0], color) > 20 for color in (BLUE, ORANGE, GRAY, GREEN, PURPLE))
     assert count(images[1], GREEN) == count(images[1], PURPLE) == 0
 
 
 def test_plain_trainer_log_shows_the_overall_loss_and_skips_gaps(tmp_path):
     log = [{"step": step, "loss": float("nan") if step == 3 else 2.0 / step} for step in range(1, 9)]
     image = pixels(plot_training(log, vanilla(), tmp_path / "plain.png"))
-    assert count(image, GREY) > 100
+    assert count(image, GRAY) > 100
     assert count(image, BLUE) == 0
 
 

@@ -28,7 +28,7 @@ def test_what_is_given_stays():
     ("words", "message"),
     [
         (["--eval_strategy", "no"], "needs evaluations during training, but `--eval_strategy no` was passed"),
-        (["--save_strategy", "steps"], "`--save_strategy steps` is not `--eval_strategy epoch`"),
+        (["--save_strategy", "steps"], "`--save_strategy steps` differs from `--eval_strategy epoch`"),
         (["--early_stopping_threshold", "-1"], "early_stopping_threshold"),
     ],
 )

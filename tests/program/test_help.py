@@ -33,7 +33,7 @@ def test_it_lists_the_method_first_and_every_option_of_ours_once(capsys):
     assert len(flags(text)) == len(set(flags(text)))
     ours = names(FeatureReuseArguments, DataArguments, ModelArguments, RecipeArguments, RunArguments)
     assert ours <= set(flags(text))
-    assert "--help_all lists the other" in text
+    assert "--help_all also lists the other" in text
     assert shown(capsys, "-h") == text
 
 

@@ -106,7 +106,7 @@ def test_a_model_of_another_task_is_refused(tmp_path):
     results(tmp_path, "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no")
     save_attributes(tmp_path / "attributes", 40)
     argv = ["--model_name_or_path", str(tmp_path / "output"), "--do_eval", "--output_dir", str(tmp_path / "more")]
-    with pytest.raises(ConfigurationError, match=r"was trained for regression, and the labels of.*multi"):
+    with pytest.raises(ConfigurationError, match=r"was trained for regression, but the labels of.*multi"):
         run([*argv, "--dataset_name", str(tmp_path / "attributes"), "--use_cpu"])
 
 

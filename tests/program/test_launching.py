@@ -50,13 +50,13 @@ def test_fewer_gpus_than_processes(no_gpu, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert main(["train", "--launch", "4"]) == 1
     assert "there is 2 GPUs" not in (err := capsys.readouterr().err)
-    assert "needs 4 GPUs, and there are 2" in err and "`--launch 2`" in err
+    assert "needs 4 GPUs, but there are 2" in err and "`--launch 2`" in err
 
 
 def test_a_process_of_a_launcher_starts_none(no_gpu, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert main(["train", "--launch", "2", "--use_cpu"]) == 1
-    assert "a launcher has started this process already" in capsys.readouterr().err
+    assert "this process was already started by a launcher" in capsys.readouterr().err
 
 
 def test_the_examples_name_the_command(tmp_path):

@@ -36,7 +36,7 @@ def test_it_is_bit_identical_to_the_averaged_model_of_torch():
 
 @pytest.mark.parametrize("kind", [StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE])
 @pytest.mark.parametrize("architecture", ["vit", "resnet"])
-def test_weights_that_rest_do_not_move_while_their_average_moves_towards_them(architecture, kind):
+def test_weights_that_rest_do_not_move_while_their_average_moves_toward_them(architecture, kind):
     model = build(architecture).train()
     blocks = find_residual_blocks(model)
     schedule = FeatureReuseSchedule(len(blocks), drop_rate_schedule="uniform", seed=5)

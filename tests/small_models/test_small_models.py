@@ -213,7 +213,7 @@ def test_processor_that_does_not_fit_is_refused():
         small_image_processor(small_config("vit", 32, 2), 8)
     with pytest.raises(ConfigurationError, match="1 channels"):
         small_image_processor(small_config("vit", 8, 2, overrides="num_channels=1"), 8)
-    with pytest.raises(ConfigurationError, match="colour-cluster ids"):
+    with pytest.raises(ConfigurationError, match="color-cluster ids"):
         small_image_processor("imagegpt", 32)
     with pytest.raises(ConfigurationError, match="Did you mean resnet"):
         small_image_processor("resnett", 32)

@@ -131,9 +131,9 @@ def test_batches_whose_images_or_labels_go_by_other_names_are_refused(tmp_path):
         FeatureReuseTrainer(model, options, train_dataset=renamed).train()
     model.main_input_name = "image"
     train(FeatureReuseTrainer(model, options, train_dataset=renamed))
-    unlabelled = [{"image": example["image"], "target": example["labels"]} for example in renamed]
+    unlabeled = [{"image": example["image"], "target": example["labels"]} for example in renamed]
     with pytest.raises(ConfigurationError, match=r"`labels`.*\['image', 'target'\]"):
-        FeatureReuseTrainer(model, options, train_dataset=unlabelled).train()
+        FeatureReuseTrainer(model, options, train_dataset=unlabeled).train()
 
 
 @pytest.mark.slow
