@@ -215,7 +215,7 @@ def test_the_same_weights_are_no_change(tmp_path, caplog):
     ("changed", "match"),
     [
         ({"loss": "hinge"}, "`loss='hinge'` is unknown"),
-        ({"focal_gamma": 1.0}, 'belongs to `loss="focal"`'),
+        ({"focal_gamma": 1.0}, 'has an effect only with `loss="focal"`'),
         ({"loss": "focal", "focal_gamma": -1.0}, r"`focal_gamma=-1\.0`"),
         ({"class_weights": "no_such_file.json"}, "neither a file"),
         ({"class_weights": [1.0, -2.0]}, "not a list of numbers"),
@@ -231,8 +231,8 @@ def test_options_that_do_not_fit_each_other_are_refused(tmp_path, changed, match
 @pytest.mark.parametrize(
     ("model", "changed", "match"),
     [
-        (lambda: build("vit"), {"loss": "mse"}, 'is for regression, and.*Pass "cross_entropy"'),
-        (lambda: model_for("regression", 1), {"loss": "bce"}, 'is for classes, and.*Pass "mse"'),
+        (lambda: build("vit"), {"loss": "mse"}, 'is for regression, but.*Pass "cross_entropy"'),
+        (lambda: model_for("regression", 1), {"loss": "bce"}, 'is for classes, but.*Pass "mse"'),
         (lambda: model_for("regression", 1), {"class_weights": [1.0]}, "is for classes"),
         (several_model, {"loss": "cross_entropy"}, "one label per image"),
         (lambda: model_for("regression", 1), {"loss": "mse", "label_smoothing_factor": 0.1}, "Set it to 0"),
