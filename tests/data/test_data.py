@@ -64,7 +64,7 @@ def test_digits_are_the_default_and_split_by_class():
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"hf_featreuse\[examples\]"):
+    with pytest.raises(DataError, match=r"hf_featreuse\[plot\]"):
         load_image_data()
 
 
@@ -273,11 +273,11 @@ def test_samples_are_drawn_by_seed(tmp_path):
     assert not np.array_equal(rows, load_image_data(name, max_train_samples=12, seed=1).splits["train"].rows)
 
 
-def test_more_samples_than_there_are_take_all_and_say_so(tmp_path, caplog):
+def test_more_samples_than_there_are_take_all_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         data = load_image_data(saved(tmp_path, train=table()), max_train_samples=99, train_val_split=None)
     assert len(data.splits["train"]) == 10
-    assert "max_train_samples=99, but split 'train' has 10 images" in caplog.text
+    assert "max_train_samples=99, but split 'train' has only 10 images" in caplog.text
 
 
 # Columns

@@ -92,7 +92,7 @@ def test_an_export_with_other_logits_is_not_saved(tmp_path, monkeypatch):
         write(other, format, folder)
 
     monkeypatch.setattr(exporting, "_write", write_another)
-    with pytest.raises(CheckpointError, match=r"logits on a batch of 1: they differ by 0\.1"):
+    with pytest.raises(CheckpointError, match=r"by 0\.1\S* on a batch of 1"):
         export_model(model, "dynamo", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -140,10 +140,10 @@ def test_models_with_batch_norm_are_refused(case):
         ([], "`survival` has 0 entries for 4 blocks"),
         ([0.5] * 3, "`survival` has 3 entries for 4 blocks"),
         ([0.5] * 5, "`survival` has 5 entries for 4 blocks"),
-        ([0.5, 0.5, 0.5, 0.0], r"`survival` holds 0\.0"),
-        ([0.5, -0.1, 0.5, 0.5], r"`survival` holds -0\.1"),
-        ([1.5, 0.5, 0.5, 0.5], r"`survival` holds 1\.5"),
-        ([0.5, 0.5, float("nan"), 0.5], "`survival` holds nan"),
+        ([0.5, 0.5, 0.5, 0.0], r"`survival` contains 0\.0"),
+        ([0.5, -0.1, 0.5, 0.5], r"`survival` contains -0\.1"),
+        ([1.5, 0.5, 0.5, 0.5], r"`survival` contains 1\.5"),
+        ([0.5, 0.5, float("nan"), 0.5], "`survival` contains nan"),
     ],
 )
 def test_survival_must_fit_the_blocks(survival, message):

@@ -262,10 +262,10 @@ def test_block_in_both_lists_is_refused():
         (None, "`survival` has 0 entries for 2 blocks"),
         ([0.5], "`survival` has 1 entries for 2 blocks"),
         ([0.5] * 3, "`survival` has 3 entries for 2 blocks"),
-        ([0.5, 0.0], "`survival` holds 0.0"),
-        ([-0.1, 0.5], "`survival` holds -0.1"),
-        ([0.5, 1.5], "`survival` holds 1.5"),
-        ([0.5, float("nan")], "`survival` holds nan"),
+        ([0.5, 0.0], "`survival` contains 0.0"),
+        ([-0.1, 0.5], "`survival` contains -0.1"),
+        ([0.5, 1.5], "`survival` contains 1.5"),
+        ([0.5, float("nan")], "`survival` contains nan"),
     ],
 )
 def test_survival_must_fit_the_kept_blocks(survival, message):
