@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 BLUE, ORANGE, GRAY, LIGHT = "#0072B2", "#D55E00", "#666666", "#E4E4E4"
-BLOCKS, DRAWN = 6, (1, 2, 4)
+# Few and large: the picture is shown on phones too.
+BLOCKS, DRAWN, STEPS_WIDTH_INCHES = 4, (1, 3), 5.2
 # Width and height of a box, and the distance from one to the next.
 WIDTH, HEIGHT, PITCH = 1.0, 0.8, 1.5
 
@@ -33,7 +34,7 @@ def draw_box(axes: Axes, place: int, text: str, color: str, *, dashed: bool = Fa
     axes.add_patch(box)
     dark = not dashed and color != LIGHT
     axes.text(
-        place * PITCH + WIDTH / 2, 0, text, ha="center", va="center", color="white" if dark else GRAY, fontsize=11
+        place * PITCH + WIDTH / 2, 0, text, ha="center", va="center", color="white" if dark else GRAY, fontsize=13
     )
 
 
@@ -55,10 +56,10 @@ def draw_step(axes: Axes, title: str, note: str, *, skips: bool, color: str) -> 
         axes.add_patch(FancyArrowPatch((begin, 0), (end, 0), color=GRAY, **arrow))
     if skips:
         draw_shortcuts(axes)
-    axes.text(0, 1.12, title, fontsize=13, fontweight="bold", color=color)
-    axes.text(0, 0.8, note, fontsize=10.5, color="black")
+    axes.text(0, 1.15, title, fontsize=14, fontweight="bold", color=color)
+    axes.text(0, 0.72, note, fontsize=12, color="black")
     axes.set_xlim(-0.1, last * PITCH + WIDTH + 0.1)
-    axes.set_ylim(-0.85, 1.4)
+    axes.set_ylim(-0.8, 1.5)
     axes.set_axis_off()
 
 
@@ -80,20 +81,21 @@ def draw_shortcuts(axes: Axes) -> None:
 
 def main() -> None:
     """Write both pictures."""
-    figure = empty_figure(4.0)
+    figure = empty_figure(3.6)
+    figure.set_figwidth(STEPS_WIDTH_INCHES)
     above, below = figure.subplots(2, 1)
     names = ", ".join(f"b{block}" for block in DRAWN)
     draw_step(
         above,
         "1. stochastic depth",
-        f"D = {{{names}}} is skipped and costs nothing; everything else trains",
+        f"D = {{{names}}} is skipped, the rest trains",
         skips=True,
         color=BLUE,
     )
     draw_step(
         below,
         "2. masked freeze",
-        f"everything runs; of the blocks only D = {{{names}}} trains, the others (gray) stay bitwise the same",
+        f"all run; of the blocks only D = {{{names}}} trains",
         skips=False,
         color=ORANGE,
     )

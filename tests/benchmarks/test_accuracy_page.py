@@ -12,8 +12,8 @@ import accuracy  # noqa: E402
 
 
 def command_lines():
-    """The command lines of the study on the page, up to the section on unscaled runs."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").partition("## Before scaling")[0]
+    """The command lines of the study on the page, without those of unscaled runs."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").partition("## Repeating the study")[2]
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line.partition("benchmarks/accuracy.py ")[2]) for line in lines if "accuracy.py " in line]
