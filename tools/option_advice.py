@@ -2,8 +2,8 @@
 
 WHEN = {
     "drop_rate": "0.5 if plain training overfits, that is, if its training loss ends far below its test loss, or if "
-    "the goal is cheaper steps. In fine-tuning 0.1, which is the default of `featreuse train` there. If plain training "
-    "still underfits, dropping blocks costs accuracy: train longer, let the rate fall early, or pass 0.",
+    "the goal is cheaper steps. In fine-tuning 0.1, which is the default of `featreuse train` there. If plain "
+    "training still underfits, dropping blocks costs accuracy: train longer, let the rate fall early, or pass 0.",
     "drop_rate_schedule": "`linear`, the default, rarely drops the early blocks, on which all later ones depend. "
     "`uniform` drops more at the same `drop_rate`: 0.5 then halves the blocks of a stochastic-depth step.",
     "drop_rate_over_time": "`falling` with `reuse_end`, such as 0.2, if plain training underfits: early stochastic "
@@ -13,8 +13,8 @@ WHEN = {
     "no BatchNorm.",
     "vanilla_steps": "0. With 1, `stochastic_depth_steps` 0 and `uniform` rates, masked freeze alternates with plain "
     "steps, as in LayerDropBack.",
-    "stochastic_depth_steps": "3 if time on a GPU matters: it was as accurate as 1 in the [study](results.md), and the "
-    "mean step is cheaper, as masked freeze saves little time there.",
+    "stochastic_depth_steps": "3 if time on a GPU matters: it was as accurate as 1 in the [study](results.md), and "
+    "the mean step is cheaper, as masked freeze saves little time there.",
     "masked_freeze_steps": "0 is stochastic depth alone. Compare with it: so far it was at least as accurate in the "
     "[study](results.md), and it is cheaper. More than 1 trains the drawn blocks more, at higher cost.",
     "scale_kept": "Keep the default: without scaling, the whole network, which is evaluated, differs from every "
