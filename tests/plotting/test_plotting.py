@@ -174,7 +174,7 @@ def test_names_that_do_not_fit_are_refused(tmp_path):
 
 def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigurationError, match=r"pip install \"hf_featreuse\[examples\]\""):
+    with pytest.raises(ConfigurationError, match=r"pip install \"hf_featreuse\[plot\]\""):
         plot_training([{"step": 5}], OneBlock(2, 0), tmp_path / "x.png")
 
 
