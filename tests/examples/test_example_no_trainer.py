@@ -246,7 +246,7 @@ def test_weights_that_are_lost_are_not_saved(without, tmp_path):
     with pytest.raises(StepError, match="NaN or infinite"):
         without.run(["--output_dir", str(tmp_path), *SHORT, "--learning_rate", "1e18", "--max_grad_norm", "0"])
     # The first step's learning rate is that of the warm-up, 0, and the second makes the weights huge but finite.
-    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint-1", "checkpoint-2"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint-1", "checkpoint-2", "run.yaml"}
     for path in tmp_path.glob("*/model.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
