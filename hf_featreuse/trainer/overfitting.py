@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-# Training loss as a share of evaluation loss: up to the first value, plain training overfits and the method gained in
-# every comparison of docs/results.md except those it names; from the second on, plain training underfits, and it lost.
+# Training loss as a share of evaluation loss: up to the first value, plain training overfits, and the method gained on
+# a ViT but not on a ResNet (docs/results.md); from the second on, plain training underfits, and the method lost.
 OVERFITS, UNDERFITS = 1 / 3, 0.8
 # In these steps the whole network runs, so their loss is comparable with that of the evaluation.
 _WHOLE_NETWORK = ("loss/vanilla", "loss/masked_freeze")
@@ -49,7 +49,7 @@ def overfitting_line(log_history: Sequence[Mapping[str, Any]]) -> str | None:
     Example:
         >>> from hf_featreuse.trainer.overfitting import overfitting_line
         >>> overfitting_line([{"step": 100, "loss/vanilla": 0.12}, {"step": 100, "eval_loss": 2.4}])
-        'training loss 0.12, 5% of the eval loss: plain training overfits, and feature reuse gains in such runs'
+        'training loss 0.12, 5% of the eval loss: plain training overfits; feature reuse may gain, as on a ViT in the study'
     """
     found = final_losses(log_history)
     if found is None or not found[1] > 0:
@@ -58,10 +58,10 @@ def overfitting_line(log_history: Sequence[Mapping[str, Any]]) -> str | None:
     start = f"training loss {train:.2g}, {train / test:.0%} of the eval loss: "
     if is_plain:
         if train <= OVERFITS * test:
-            return start + "plain training overfits, and feature reuse gains in such runs"
+            return start + "plain training overfits; feature reuse may gain, as on a ViT in the study"
         if train >= UNDERFITS * test:
             return start + "plain training does not overfit, and feature reuse costs accuracy in such runs"
-        return start + "compare with feature reuse; the study has gains and losses in such runs"
+        return start + "compare with feature reuse; the study does not tell which is better"
     if train >= UNDERFITS * test:
         return start + "the model does not overfit; a lower drop_rate or 0 (plain training) is likely better"
     return None
