@@ -48,8 +48,8 @@ def overfitting_line(log_history: Sequence[Mapping[str, Any]]) -> str | None:
 
     Example:
         >>> from hf_featreuse.trainer.overfitting import overfitting_line
-        >>> overfitting_line([{"step": 100, "loss/vanilla": 0.12}, {"step": 100, "eval_loss": 2.4}])
-        'training loss 0.12, 5% of the eval loss: plain training overfits; feature reuse may gain, as on a ViT in the study'
+        >>> overfitting_line([{"step": 100, "loss/vanilla": 2.3}, {"step": 100, "eval_loss": 2.4}])
+        'training loss 2.3, 96% of the eval loss: plain training does not overfit; feature reuse costs accuracy then'
     """
     found = final_losses(log_history)
     if found is None or not found[1] > 0:
@@ -58,9 +58,9 @@ def overfitting_line(log_history: Sequence[Mapping[str, Any]]) -> str | None:
     start = f"training loss {train:.2g}, {train / test:.0%} of the eval loss: "
     if is_plain:
         if train <= OVERFITS * test:
-            return start + "plain training overfits; feature reuse may gain, as on a ViT in the study"
+            return start + "plain training overfits; feature reuse may gain, as on ViTs in the study"
         if train >= UNDERFITS * test:
-            return start + "plain training does not overfit, and feature reuse costs accuracy in such runs"
+            return start + "plain training does not overfit; feature reuse costs accuracy then"
         return start + "compare with feature reuse; the study does not tell which is better"
     if train >= UNDERFITS * test:
         return start + "the model does not overfit; a lower drop_rate or 0 (plain training) is likely better"
