@@ -207,7 +207,7 @@ def measure_step_costs(
             with recorder.counter:
                 output = model(*args, **kwargs)
                 forward = recorder.counter.get_total_flops()
-                torch.autograd.grad(scalar_of(output), trainable, allow_unused=True, retain_graph=True)
+                torch.autograd.grad(scalar_of(output), trainable, allow_unused=True, retain_graph=_keeps_graph(model))
                 total = recorder.counter.get_total_flops()
         finally:
             for handle in handles:
@@ -342,9 +342,19 @@ def replay(
         with freeze([] if trains else weights, []):
             output = block.module(*map(replace, args), **{key: replace(value) for key, value in kwargs.items()})
             if wanted:
-                torch.autograd.grad(scalar_of(output), wanted, allow_unused=True, retain_graph=True)
+                torch.autograd.grad(
+                    scalar_of(output), wanted, allow_unused=True, retain_graph=_keeps_graph(block.module)
+                )
 
     return run
+
+
+def _keeps_graph(module: nn.Module) -> bool:
+    """Whether the graph of a call can be needed again: models such as LeViT keep tensors of theirs between calls.
+
+    Compiled code does not keep it, and torch 2.14 refuses to run backward as if it did.
+    """
+    return all(getattr(part, "_compiled_call_impl", None) is None for part in module.modules())
 
 
 def _count(run: Callable[[], None]) -> int:
