@@ -37,7 +37,8 @@ class StepTimer(TrainerCallback):
         self._steps = 0
         self._begun: Any = None
         self._pending: deque[tuple[StepKind, Any, Any]] = deque()
-        self._seconds: dict[StepKind, list[float]] = {}
+        # Sum and number of the steps of each kind since the last log, of which there may be none for the whole run.
+        self._seconds: dict[StepKind, tuple[float, int]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Choose the clock of the device."""
@@ -67,7 +68,8 @@ class StepTimer(TrainerCallback):
             if seconds is None:
                 return
             self._pending.popleft()
-            self._seconds.setdefault(kind, []).append(seconds)
+            total, count = self._seconds.get(kind, (0.0, 0))
+            self._seconds[kind] = total + seconds, count + 1
 
     def drain(self) -> dict[str, float]:
         """Return mean seconds since the last call, by name of the log; empty in the first steps of a process."""
@@ -75,7 +77,7 @@ class StepTimer(TrainerCallback):
         found, self._seconds = self._seconds, {}
         if self._steps < FIRST_LOG:
             return {}
-        return {f"step_time/{kind.value}": sum(found[kind]) / len(found[kind]) for kind in StepKind if kind in found}
+        return {f"step_time/{kind.value}": found[kind][0] / found[kind][1] for kind in StepKind if kind in found}
 
 
 class HostClock:
