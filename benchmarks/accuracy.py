@@ -103,7 +103,7 @@ def resolved_method(arm: str, settings: str = "") -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file with today's options; an empty list if there is no file.
+    """Return the lines of a file with today's options; an empty list if the file does not exist.
 
     A run older than an option of `VARIANTS`, `NEWER_OPTIONS` or `RECIPE` had its default.
     """
