@@ -15,7 +15,7 @@ _CONVOLUTIONAL = 0.25
 def set_memory_format(model: nn.Module, channels_last: bool | None, device: torch.device, *, in_shards: bool) -> bool:
     """Lay a model out channels last if asked to, or if that is likely to be faster; return whether it now is.
 
-    Activations follow from the weights of convolutions, so inputs need no conversion. No number changes.
+    Activations follow from the weights of convolutions, so inputs need no conversion. Results differ by rounding.
 
     Args:
         model (`torch.nn.Module`): the model, not wrapped yet.
