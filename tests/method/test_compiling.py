@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_graphs import graphs, nothing_compiled  # noqa: F401
 from tiny_models import batch, build, examples, snapshot
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -30,19 +31,6 @@ from hf_featreuse import (
 # The backend `eager` makes the same graphs, without compiled backward, in half the time.
 GRAPHS = {"torch_compile": True, "torch_compile_backend": "eager"}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def graphs() -> int:
-    """Graphs made since the test began."""
-    return counters["stats"]["unique_graphs"]
 
 
 def is_plain(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled_graphs import graphs, nothing_compiled  # noqa: F401
 from sample_checks import sample_schedule
 from tiny_models import WITHOUT_BATCH_NORM, batch, build, examples, snapshot
 from torch._dynamo.utils import counters
@@ -21,19 +22,6 @@ from hf_featreuse import (
 
 # Blocks that share a graph. In Swin every second block shifts.
 SHAPES = {"vit": 1, "convnext": 2, "swin": 4}
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def graphs() -> int:
-    """Graphs made since the test began."""
-    return counters["stats"]["unique_graphs"]
 
 
 def made(name: str, **options) -> FeatureReuse:

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from compiled_graphs import graphs, nothing_compiled  # noqa: F401
 from sample_checks import gradients
 from tiny_models import batch, build
 from torch import nn
@@ -22,19 +23,6 @@ from hf_featreuse import (
 
 # Number of shapes of blocks, and of those whose branch is scaled inside the graph. In Swin every second block shifts.
 SHAPES = {"vit": (1, 0), "convnext": (2, 0), "swin": (4, 0), "resnet": (2, 2)}
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def graphs() -> int:
-    """Graphs made since the test began."""
-    return counters["stats"]["unique_graphs"]
 
 
 class Given(FeatureReuseSchedule):
