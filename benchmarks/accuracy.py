@@ -45,12 +45,12 @@ _ROBUSTNESS_IMAGES = 1000
 
 ARMS = {
     "vanilla": {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
-    "stochastic_depth": {"masked_freeze_steps": 0},
-    "stochastic_depth_then_plain": {"masked_freeze_steps": 0, "vanilla_steps": 1},
+    "stochastic_depth": {"stochastic_depth_steps": 1, "masked_freeze_steps": 0},
+    "stochastic_depth_then_plain": {"stochastic_depth_steps": 1, "masked_freeze_steps": 0, "vanilla_steps": 1},
     "masked_freeze": {"stochastic_depth_steps": 0},
     "layer_drop_back": {"stochastic_depth_steps": 0, "vanilla_steps": 1, "drop_rate_schedule": "uniform"},
     "feature_reuse": {},
-    "stochastic_depth_unscaled": {"masked_freeze_steps": 0, "scale_kept": False},
+    "stochastic_depth_unscaled": {"stochastic_depth_steps": 1, "masked_freeze_steps": 0, "scale_kept": False},
     "feature_reuse_unscaled": {"scale_kept": False},
     "feature_reuse_sample": {"drop_granularity": "sample"},
     "drop_path": {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},

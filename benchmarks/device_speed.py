@@ -215,7 +215,7 @@ class Loop:
 
 
 def make_arms(loop: Loop, blocks: list, rate: float) -> dict[str, Arm]:
-    """Return the arms of a case. The mean of a 1:1 cycle is computed from its two kinds of step."""
+    """Return the arms of a case. The mean of a cycle is computed from its two kinds of step."""
     case, model = loop.case, loop.model
 
     def arm(granularity: str, train_trunk: str, **cycle: int) -> Arm:
@@ -306,16 +306,18 @@ def kernel_milliseconds(loop: Loop, arm: Arm, index: int) -> float:
 
 
 def with_mean(arms: dict[str, Arm]) -> dict[str, Arm]:
-    """Return the arms, and the mean step of a 1:1 cycle for each granularity."""
+    """Return the arms, and the mean step of the default cycle for each granularity."""
+    default = FeatureReuseSchedule(1)
     found = dict(arms)
     for ending in ("", " per sample"):
         pair = [arms.get(f"{kind}{ending}") for kind in ("stochastic depth", "masked freeze")]
         if all(pair):
             mean = Arm(pair[0].model)
             for name in ("device_ms", "host_ms", "arithmetic", "bound"):
-                setattr(mean, name, [value for arm in pair for value in getattr(arm, name)])
+                depth, freeze = (getattr(arm, name) for arm in pair)
+                setattr(mean, name, depth * default.stochastic_depth_steps + freeze * default.masked_freeze_steps)
             mean.memory = max(arm.memory for arm in pair)
-            found[f"mean of 1:1{ending}"] = mean
+            found[f"mean of feature reuse{ending}"] = mean
     return found
 
 

@@ -113,7 +113,7 @@ MODELS = {"ViT-L/16": vit_large, "ConvNeXt-L": convnext_large}
 def plans(num_blocks: int, rate: float, kind: StepKind | None, cycles: int = 200) -> list[StepPlan]:
     """Return the plans of many cycles at a uniform rate, of one kind of step or of all."""
     schedule = FeatureReuseSchedule(num_blocks, rate, "uniform", seed=0)
-    every = [schedule.plan(step) for step in range(2 * cycles)]
+    every = [schedule.plan(step) for step in range(cycles * schedule.steps_per_cycle)]
     return [plan for plan in every if kind in (None, plan.kind)]
 
 

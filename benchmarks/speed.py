@@ -191,6 +191,7 @@ def reuse_options(options: argparse.Namespace, granularity: str) -> dict:
         "drop_granularity": granularity,
         "train_trunk": options.train_trunk,
         "scale_kept": not options.unscaled,
+        "stochastic_depth_steps": 1,  # Both kinds of step are timed equally often.
     }
 
 

@@ -106,8 +106,8 @@ RECIPE = {
 }
 
 
-# The best of three learning rates for each arm, on the validation split; see the search in docs/results.md. Options
-# of the method with another rate follow the name of the arm.
+# The best of three learning rates for each arm, on the validation split; see the search in docs/results.md. An option
+# of the method with another rate follows the name of the arm.
 _LEARNING_RATES = {
     ("cifar10-long", "vit"): {
         "vanilla": 1e-3,
@@ -115,21 +115,26 @@ _LEARNING_RATES = {
         "stochastic_depth_then_plain": 2e-3,
         "feature_reuse": 2e-3,
     },
-    ("cifar10-long", "convnext"): {"vanilla": 5e-4, "stochastic_depth": 1e-3, "feature_reuse": 1e-3},
+    ("cifar10-long", "convnext"): {
+        "vanilla": 5e-4,
+        "stochastic_depth": 1e-3,
+        "feature_reuse": 2e-3,
+        "feature_reuse stochastic_depth_steps=1": 1e-3,
+    },
     ("cifar10-long", "resnet"): {
         "vanilla": 8e-3,
         "stochastic_depth": 8e-3,
         "stochastic_depth_then_plain": 4e-3,
-        "feature_reuse": 4e-3,
-        "feature_reuse stochastic_depth_steps=3": 8e-3,
+        "feature_reuse": 8e-3,
+        "feature_reuse stochastic_depth_steps=1": 4e-3,
     },
 }
 
 
 def recipe_of(task: str, model_type: str, arm: str, options: str = "") -> dict[str, Any]:
     """Return the whole recipe of an arm; `options` are options of the method that differ from its defaults."""
-    rates = _LEARNING_RATES.get((task, model_type), {})
-    chosen = rates.get(f"{arm} {options}", rates.get(arm))
+    rates, changed = _LEARNING_RATES.get((task, model_type), {}), options.replace(" ", "").split(",")
+    chosen = next((rates[key] for option in changed if (key := f"{arm} {option}") in rates), rates.get(arm))
     return RECIPE | TASKS[task].recipe | ({} if chosen is None else {"learning_rate": chosen})
 
 

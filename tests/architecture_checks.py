@@ -162,6 +162,7 @@ def trainer_of(case: Architecture, folder: Path, **changed: Any) -> FeatureReuse
         "per_device_train_batch_size": 2,
         "drop_rate": 0.5,
         "drop_rate_schedule": "uniform",
+        "stochastic_depth_steps": 1,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

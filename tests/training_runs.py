@@ -36,11 +36,11 @@ def options(folder: Path, **changed: Any) -> dict[str, Any]:
 
 
 def config(folder: Path, **changed: Any) -> FeatureReuseConfig:
-    """The same with feature reuse; with seed 5 and two or more blocks all kinds of step come early.
+    """The same with feature reuse in cycles of two steps; with seed 5 and two or more blocks all kinds come early.
 
     The trunk is frozen in masked-freeze steps, so that more is frozen than by default.
     """
-    fixed = {"drop_rate_schedule": "uniform", "reuse_seed": 5, "train_trunk": False}
+    fixed = {"stochastic_depth_steps": 1, "drop_rate_schedule": "uniform", "reuse_seed": 5, "train_trunk": False}
     return FeatureReuseConfig(**options(folder, **{**fixed, **changed}))
 
 

@@ -13,8 +13,8 @@ WHEN = {
     "no BatchNorm.",
     "vanilla_steps": "0. With 1, `stochastic_depth_steps` 0 and `uniform` rates, masked freeze alternates with plain "
     "steps, as in LayerDropBack.",
-    "stochastic_depth_steps": "3 if time on a GPU matters: it was as accurate as 1 in the [study](results.md), and "
-    "the mean step is cheaper, as masked freeze saves little time there.",
+    "stochastic_depth_steps": "1 alternates the two kinds of step. In the [study](results.md) it was no more accurate "
+    "than 3, and on a GPU, where masked freeze saves little time, the mean step is dearer.",
     "masked_freeze_steps": "0 is stochastic depth alone. Compare with it: so far it was at least as accurate in the "
     "[study](results.md), and it is cheaper. More than 1 trains the drawn blocks more, at higher cost.",
     "scale_kept": "Keep the default: without scaling, the whole network, which is evaluated, differs from every "

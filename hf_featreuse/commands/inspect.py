@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="drop rates that increase linearly with depth, or the same for all blocks",
     )
     parser.add_argument(
-        "--stochastic_depth_steps", type=int, default=1, help="optimizer steps of stochastic depth per cycle"
+        "--stochastic_depth_steps", type=int, default=3, help="optimizer steps of stochastic depth per cycle"
     )
     parser.add_argument(
         "--masked_freeze_steps", type=int, default=1, help="optimizer steps of masked freeze per cycle"

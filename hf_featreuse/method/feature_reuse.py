@@ -74,12 +74,14 @@ class FeatureReuse:
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> blocks = find_residual_blocks(model)
         >>> reuse = FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks), drop_rate=0.5, seed=0))
-        >>> for step in range(2):
+        >>> for step in range(4):
         ...     with reuse.step(step) as plan:
         ...         model(torch.ones(2, 3, 8, 8), labels=torch.tensor([0, 1])).loss.backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad(set_to_none=True)
         ...     print(plan.kind.value)
+        stochastic_depth
+        stochastic_depth
         stochastic_depth
         masked_freeze
     """

@@ -103,6 +103,7 @@ class FeatureReuseSchedule:
     A cycle is `vanilla_steps` plain steps, then `stochastic_depth_steps` and `masked_freeze_steps`. One set D is drawn
     per cycle: block l is in D with probability `rates[l]`, independently of the others. If D is empty, the
     stochastic-depth steps of the cycle compute and scale every block, and its masked-freeze steps are vanilla.
+    Without steps of another kind, a cycle is one stochastic-depth step, so that every step draws its own set.
 
     Args:
         num_blocks (`int`): number of residual blocks L that can be dropped.
@@ -110,8 +111,8 @@ class FeatureReuseSchedule:
             plain training.
         drop_rate_schedule (`"linear"` or `"uniform"`, defaults to `"linear"`): block l of 0..L-1 gets
             `drop_rate * (l + 1) / L` ("linear", Huang et al. 2016) or `drop_rate` ("uniform").
-        stochastic_depth_steps (`int`, defaults to 1): optimizer steps of the first kind in a cycle.
-        masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle. 1 and 0 is only
+        stochastic_depth_steps (`int`, defaults to 3): optimizer steps of the first kind in a cycle.
+        masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle. 3 and 0 is only
             stochastic depth, 0 and 1 only masked freeze, 0 and 0 plain training.
         vanilla_steps (`int`, defaults to 0): plain optimizer steps at the start of each cycle.
         seed (`int`, defaults to 0): from 0 to 2**64 - 1.
@@ -143,9 +144,9 @@ class FeatureReuseSchedule:
         >>> schedule = FeatureReuseSchedule(4, drop_rate=0.5, seed=0)
         >>> schedule.rates
         (0.125, 0.25, 0.375, 0.5)
-        >>> [schedule.plan(step).kind.value for step in range(2)]
-        ['stochastic_depth', 'masked_freeze']
-        >>> schedule.plan(0).dropped == schedule.plan(1).dropped
+        >>> [schedule.plan(step).kind.value for step in range(4)]
+        ['stochastic_depth', 'stochastic_depth', 'stochastic_depth', 'masked_freeze']
+        >>> schedule.plan(0).dropped == schedule.plan(3).dropped
         True
     """
 
@@ -157,7 +158,7 @@ class FeatureReuseSchedule:
         num_blocks: int,
         drop_rate: float = 0.5,
         drop_rate_schedule: DropRateSchedule = "linear",
-        stochastic_depth_steps: int = 1,
+        stochastic_depth_steps: int = 3,
         masked_freeze_steps: int = 1,
         seed: int = 0,
         first_step: int = 0,
@@ -179,7 +180,9 @@ class FeatureReuseSchedule:
         self.num_blocks = _whole_number("num_blocks", num_blocks)
         self.drop_rate = float(drop_rate)
         self.drop_rate_schedule: DropRateSchedule = drop_rate_schedule
-        self.stochastic_depth_steps = int(stochastic_depth_steps)
+        # Later steps of a cycle share its set, so that masked freeze trains what was dropped.
+        holds_set = masked_freeze_steps or vanilla_steps
+        self.stochastic_depth_steps = int(stochastic_depth_steps if holds_set else min(stochastic_depth_steps, 1))
         self.masked_freeze_steps = int(masked_freeze_steps)
         self.seed = check_seed("seed", seed)
         self.first_step = _whole_number("first_step", first_step)
@@ -240,8 +243,8 @@ class FeatureReuseSchedule:
 
         Example:
             >>> from hf_featreuse import FeatureReuseSchedule
-            >>> schedule = FeatureReuseSchedule(2, last_step=10, drop_rate_over_time="falling")
-            >>> schedule.rates_at(0), schedule.rates_at(4), schedule.rates_at(10)
+            >>> schedule = FeatureReuseSchedule(2, last_step=20, drop_rate_over_time="falling")
+            >>> schedule.rates_at(0), schedule.rates_at(8), schedule.rates_at(20)
             ((0.25, 0.5), (0.15, 0.3), (0.0, 0.0))
         """
         return self._cycle_rates((global_step - self.first_step) // max(self.steps_per_cycle, 1))

@@ -67,8 +67,11 @@ class FeatureReuseArguments:
     )
     vanilla_steps: int = field(default=0, metadata={"help": "Plain optimizer steps at the start of each cycle."})
     stochastic_depth_steps: int = field(
-        default=1,
-        metadata={"help": "Optimizer steps per cycle in which the drawn blocks are skipped; 0 for none."},
+        default=3,
+        metadata={
+            "help": "Optimizer steps per cycle in which the drawn blocks are skipped; 0 for none. Without steps of "
+            "another kind, every step draws its own set."
+        },
     )
     masked_freeze_steps: int = field(
         default=1,
@@ -234,9 +237,10 @@ class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArgumen
             of blocks, or each has its own, as in drop path: a block is computed on the samples that keep it, and
             trains on those that dropped it. Rates are then rounded to sixteenths. Not for models with BatchNorm.
         vanilla_steps (`int`, defaults to 0): plain optimizer steps at the start of each cycle.
-        stochastic_depth_steps (`int`, defaults to 1): optimizer steps of the first kind in a cycle.
-        masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle. 1 and 0 is only
-            stochastic depth, 0 and 1 only masked freeze, 0 and 0 plain training, as with `drop_rate=0`.
+        stochastic_depth_steps (`int`, defaults to 3): optimizer steps of the first kind in a cycle.
+        masked_freeze_steps (`int`, defaults to 1): optimizer steps of the second kind in a cycle. 3 and 0 is only
+            stochastic depth, with a new set of blocks in every step, 0 and 1 only masked freeze, 0 and 0 plain
+            training, as with `drop_rate=0`.
         scale_kept (`bool`, defaults to `True`): in stochastic-depth steps, divide the residual increment of each kept
             block by its survival probability, so that it has the same mean as in the whole network.
         train_trunk (`"all"`, `"head"` or `"none"`, defaults to `"all"`): parameters outside the blocks that train in

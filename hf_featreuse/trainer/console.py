@@ -77,7 +77,7 @@ def opening_summary(
         Feature reuse with ViTForImageClassification (... parameters)
           blocks  2, vit.layers.0 to vit.layers.1
           rates   0.25 to 0.50, one set per step
-          steps   100, in cycles of 1 stochastic depth and 1 masked freeze
+          steps   100, in cycles of 3 stochastic depth and 1 masked freeze
           engine  1 process on cpu, full precision
     """
     schedule, model = reuse.schedule, reuse.model

@@ -34,8 +34,8 @@ from variants import VariantConfig, VariantTrainer, mean_share  # noqa: E402
 
 
 def options(folder, **changed) -> VariantConfig:
-    settings = {"drop_rate": 0.5, "drop_rate_schedule": "uniform", "train_trunk": "none", "max_steps": 4, "seed": 3}
-    settings |= changed
+    settings = {"stochastic_depth_steps": 1, "drop_rate": 0.5, "drop_rate_schedule": "uniform", "train_trunk": "none"}
+    settings |= {"max_steps": 4, "seed": 3, **changed}
     return VariantConfig(
         str(folder),
         per_device_train_batch_size=4,

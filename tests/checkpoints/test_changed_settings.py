@@ -19,7 +19,9 @@ NAMES = tuple(f"layers.{index}" for index in range(4))
 
 def source(blocks: tuple[str, ...] = NAMES, **changed: Any) -> PlanSource:
     own = {name: changed.pop(name) for name in ("trunk_trains", "samples", "options") if name in changed}
-    schedule = FeatureReuseSchedule(len(blocks), **{"drop_rate_schedule": "uniform", "seed": 5, **changed})
+    schedule = FeatureReuseSchedule(
+        len(blocks), **{"stochastic_depth_steps": 1, "drop_rate_schedule": "uniform", "seed": 5, **changed}
+    )
     return PlanSource(schedule, blocks, **own)
 
 
@@ -209,7 +211,9 @@ def test_scaled_steps_whose_survival_changed_differ():
     names = ("a", "b")
 
     def source(last_step: int, **options) -> PlanSource:
-        schedule = FeatureReuseSchedule(2, drop_rate=0.5, seed=0, last_step=last_step, drop_rate_over_time="falling")
+        schedule = FeatureReuseSchedule(
+            2, drop_rate=0.5, seed=0, last_step=last_step, drop_rate_over_time="falling", stochastic_depth_steps=1
+        )
         return PlanSource(schedule, names, options={"scale_kept": True, **options})
 
     saved, longer = source(1000), source(1100)

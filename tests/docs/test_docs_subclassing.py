@@ -70,7 +70,7 @@ def test_a_rate_that_rises(tmp_path, monkeypatch, caplog):
     assert trainer.feature_reuse.scale_kept
     assert "survival" not in caplog.text
     plans = [trainer.feature_reuse.schedule.plan(step) for step in range(40)]
-    assert all(first.dropped == second.dropped for first, second in zip(plans[::2], plans[1::2], strict=True))
+    assert all(len({plan.dropped for plan in plans[first : first + 4]}) == 1 for first in range(0, len(plans), 4))
     logged = [log["dropped_blocks"] for log in trainer.state.log_history if "dropped_blocks" in log]
     assert logged == [plan.mean_dropped for plan in plans]
     long = trainer.get_schedule(4, 20000)
@@ -90,10 +90,10 @@ def test_a_fixed_number_of_blocks(tmp_path, monkeypatch, caplog):
         (StepKind.STOCHASTIC_DEPTH, 2),
         (StepKind.MASKED_FREEZE, 2),
     }
-    assert all(first.dropped == second.dropped for first, second in zip(plans[::2], plans[1::2], strict=True))
+    assert all(len({plan.dropped for plan in plans[first : first + 4]}) == 1 for first in range(0, len(plans), 4))
     assert len({plan.dropped for plan in plans}) > 1
-    long = trainer.get_schedule(4, 8000)
-    assert share_over_survival(long, 8000) == pytest.approx([1] * 4, rel=0.05)
+    long = trainer.get_schedule(4, 16000)
+    assert share_over_survival(long, 16000) == pytest.approx([1] * 4, rel=0.05)
     # The trainer's engine scales by the plan.
     reuse, images = trainer.feature_reuse, batch()["pixel_values"]
     first, second = (index for index in range(4) if index not in plans[0].dropped)

@@ -143,7 +143,7 @@ def test_the_opening_summary_expects_the_mean_of_the_plans_of_a_run(options, fro
     model, blocks = model_with("vit", freeze)
     costs, per_sample = costs_of("vit", freeze), "drop_granularity" in options
     runs, share = [], functools.cache(costs.share)
-    for seed in range(4 if per_sample else 40):
+    for seed in range(4 if per_sample else 60):
         reuse = FeatureReuse(model, blocks, FeatureReuseSchedule(len(blocks), seed=seed, **options))
         runs.append(np.mean([share(reuse.plan(step, batch_size=64)) for step in range(120)]))
     text = opening_summary(reuse, costs, max_steps=120)

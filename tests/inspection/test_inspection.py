@@ -49,8 +49,8 @@ def test_expected_cost_of_equal_layers():
     share, none = report.blocks[0].share_of_arithmetic, 0.6**12
     # Also in a cycle that drops nothing, whose masked-freeze step is vanilla.
     assert report.costs["stochastic_depth"] == pytest.approx(1 - share * 12 * 0.4)
-    assert report.step_shares["vanilla"] == pytest.approx(none / 2)
-    assert report.step_shares["stochastic_depth"] == pytest.approx(1 / 2)
+    assert report.step_shares["vanilla"] == pytest.approx(none / 4)
+    assert report.step_shares["stochastic_depth"] == pytest.approx(3 / 4)
     assert sum(report.step_shares.values()) == pytest.approx(1)
     assert report.costs["vanilla"] == 1
 
@@ -84,8 +84,9 @@ def test_the_summary_names_plain_steps_and_the_part_of_the_trunk_that_trains():
         # Lines may break after a hyphen.
         return " ".join(str(inspect_model(build("vit"), **options)).split()).replace("- ", "-")
 
-    assert "cycles of 2 vanilla steps, 1 stochastic-depth step and 1 masked-freeze step" in summary(vanilla_steps=2)
-    assert "cycles of 1 stochastic-depth step and 1 masked-freeze step" in summary()
+    assert "cycles of 2 vanilla steps, 3 stochastic-depth steps and 1 masked-freeze step" in summary(vanilla_steps=2)
+    assert "cycles of 3 stochastic-depth steps and 1 masked-freeze step" in summary()
+    assert "cycles of 1 stochastic-depth step and 0 masked-freeze steps" in summary(masked_freeze_steps=0)
     for word, text in (("all", "in which the whole trunk trains too."), ("head", "in which the head trains too.")):
         assert text in summary(train_trunk=word)
     assert "trains too" not in summary(train_trunk="none")

@@ -14,8 +14,8 @@ from hf_featreuse import (
     trainable_blocks,
 )
 
-# A set that is never empty in the first cycles.
-ALWAYS = {"drop_rate": 0.5, "drop_rate_schedule": "uniform", "seed": 0}
+# One step of each kind per cycle, and a set that is never empty in the first cycles.
+ALWAYS = {"stochastic_depth_steps": 1, "drop_rate": 0.5, "drop_rate_schedule": "uniform", "seed": 0}
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 

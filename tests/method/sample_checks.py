@@ -29,4 +29,4 @@ def assert_same_gradients(found: dict, expected: dict) -> None:
 
 def sample_schedule(num_blocks: int, **changed) -> FeatureReuseSchedule:
     options = {"drop_rate": 0.5, "drop_rate_schedule": "uniform", "seed": 1, **changed}
-    return FeatureReuseSchedule(num_blocks, drop_granularity="sample", **options)
+    return FeatureReuseSchedule(num_blocks, **{"stochastic_depth_steps": 1, "drop_granularity": "sample", **options})

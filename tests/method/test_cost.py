@@ -63,7 +63,9 @@ def test_share_is_that_of_the_flop_counter(architecture, train_trunk, stem_and_f
     costs = measure_step_costs(model, blocks, {"pixel_values": IMAGE}, train_trunk=train_trunk)
     vanilla = counted(model, contextlib.nullcontext())
     assert costs.vanilla == vanilla
-    schedule = FeatureReuseSchedule(len(blocks), drop_rate=0.5, drop_rate_schedule="uniform", seed=0)
+    schedule = FeatureReuseSchedule(
+        len(blocks), drop_rate=0.5, drop_rate_schedule="uniform", seed=0, stochastic_depth_steps=1
+    )
     reuse = FeatureReuse(model, blocks, schedule, train_trunk=train_trunk)
     plans = {schedule.plan(step): step for step in range(20)}
     assert {plan.kind for plan in plans} >= {DEPTH, FREEZE}
@@ -83,7 +85,9 @@ def test_every_set_of_blocks_is_within_two_percent(architecture):
     blocks = find_residual_blocks(model, {"pixel_values": IMAGE})
     costs = measure_step_costs(model, blocks, {"pixel_values": IMAGE})
     # Some cycle of so many draws each set.
-    schedule = FeatureReuseSchedule(len(blocks), drop_rate=0.5, drop_rate_schedule="uniform", seed=1)
+    schedule = FeatureReuseSchedule(
+        len(blocks), drop_rate=0.5, drop_rate_schedule="uniform", seed=1, stochastic_depth_steps=1
+    )
     reuse = FeatureReuse(model, blocks, schedule)
     steps = {schedule.plan(step): step for step in reversed(range(400))}
     # The empty set too, in masked freeze as a vanilla step.

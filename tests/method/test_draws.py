@@ -53,7 +53,7 @@ def test_linear_draws_are_pinned(seed, expected):
 
 
 def test_draws_of_the_largest_seed_and_of_a_late_cycle_are_pinned():
-    schedule = FeatureReuseSchedule(6, drop_rate=0.5, seed=2**64 - 1)
+    schedule = FeatureReuseSchedule(6, drop_rate=0.5, seed=2**64 - 1, stochastic_depth_steps=1)
     assert [schedule.plan(step).dropped for step in (0, 2, 4, 2_000_000)] == [(4,), (4, 5), (), (2,)]
 
 
@@ -143,11 +143,15 @@ def test_sets_of_samples_follow_the_rule(seed, cycle, num_blocks):
 def test_sets_of_samples_are_pinned():
     # A change here would change every run with sets per sample: it needs a new version of the draw.
     assert SAMPLE_DRAW_VERSION == 2
-    schedule = FeatureReuseSchedule(5, drop_rate_schedule="uniform", seed=7, drop_granularity="sample")
+    schedule = FeatureReuseSchedule(
+        5, drop_rate_schedule="uniform", seed=7, drop_granularity="sample", stochastic_depth_steps=1
+    )
     masks = schedule.plan(2, batch_size=3, position=1).sample_masks
     assert masks.astype(int).tolist() == [[0, 0, 0, 1, 0], [1, 0, 1, 0, 0], [0, 1, 0, 1, 1]]
     masks = (
-        FeatureReuseSchedule(12, seed=0, drop_granularity="sample").plan(10, batch_size=2, position=47).sample_masks
+        FeatureReuseSchedule(12, seed=0, drop_granularity="sample", stochastic_depth_steps=1)
+        .plan(10, batch_size=2, position=47)
+        .sample_masks
     )
     assert masks.astype(int).tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 1, 0, 1, 1, 0, 0, 0]]
 

@@ -118,7 +118,9 @@ def test_weights_that_a_dropped_block_shares_with_an_active_one_accumulate():
     model = build("vit")
     blocks = find_residual_blocks(model)
     blocks[0].module.mlp.fc1.weight = blocks[1].module.mlp.fc1.weight
-    schedule = FeatureReuseSchedule(len(blocks), drop_rate=0.5, drop_rate_schedule="uniform", masked_freeze_steps=0)
+    schedule = FeatureReuseSchedule(
+        len(blocks), drop_rate=0.5, drop_rate_schedule="uniform", masked_freeze_steps=0, stochastic_depth_steps=1
+    )
     step = next(s for s in range(100) if 0 in schedule.plan(s).dropped and 1 not in schedule.plan(s).dropped)
     reuse = FeatureReuse(model, blocks, schedule)
     for seed in range(2):

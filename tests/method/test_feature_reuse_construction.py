@@ -44,7 +44,8 @@ def test_no_blocks_is_an_error_whose_advice_works():
     [
         ({"first_step": 10, "last_step": 10}, True),
         ({"first_step": 10, "last_step": 3}, True),
-        ({"first_step": 10, "last_step": 11}, False),
+        ({"first_step": 10, "last_step": 12}, True),
+        ({"first_step": 10, "last_step": 13}, False),
         ({"vanilla_steps": 3, "last_step": 3}, True),
         ({"masked_freeze_steps": 0, "last_step": 0}, False),
         ({"last_step": 0, "drop_rate": 0}, False),

@@ -183,7 +183,11 @@ def test_costs_with_a_cache_of_keys_and_values():
 def test_the_engine_runs_alternating_steps(name):
     model = build(name)
     blocks = find_residual_blocks(model, batch(name))
-    reuse = FeatureReuse(model, blocks, FeatureReuseSchedule(3, drop_rate=0.5, drop_rate_schedule="uniform", seed=0))
+    reuse = FeatureReuse(
+        model,
+        blocks,
+        FeatureReuseSchedule(3, drop_rate=0.5, drop_rate_schedule="uniform", seed=0, stochastic_depth_steps=1),
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     kinds = []
     for step in range(4):
@@ -213,6 +217,7 @@ def test_the_trainer_runs_alternating_steps(name, tmp_path):
         use_cpu=True,
         disable_tqdm=True,
         seed=3,
+        stochastic_depth_steps=1,
     )
     trainer = FeatureReuseTrainer(build(name), args, train_dataset=data)
     trainer.train()

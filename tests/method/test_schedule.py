@@ -39,10 +39,10 @@ def test_uniform_rates_are_drop_rate_for_every_block():
     assert FeatureReuseSchedule(3, drop_rate=0.4, drop_rate_schedule="uniform").rates == (0.4, 0.4, 0.4)
 
 
-def test_default_is_linear_one_to_one_from_the_first_step_without_end():
+def test_default_is_linear_three_to_one_from_the_first_step_without_end():
     schedule = FeatureReuseSchedule(4)
     assert schedule.rates == (0.125, 0.25, 0.375, 0.5)
-    assert (schedule.stochastic_depth_steps, schedule.masked_freeze_steps) == (1, 1)
+    assert (schedule.stochastic_depth_steps, schedule.masked_freeze_steps) == (3, 1)
     assert (schedule.seed, schedule.first_step, schedule.last_step) == (0, 0, None)
 
 
@@ -116,12 +116,16 @@ def test_dropped_holds_plain_ints_in_rising_order():
 
 
 def test_steps_outside_the_window_are_vanilla_and_its_ends_are_inside():
-    schedule = FeatureReuseSchedule(32, drop_rate=0.9, drop_rate_schedule="uniform", first_step=3, last_step=6)
+    schedule = FeatureReuseSchedule(
+        32, drop_rate=0.9, drop_rate_schedule="uniform", first_step=3, last_step=6, stochastic_depth_steps=1
+    )
     assert kinds(schedule, 10) == [VANILLA] * 3 + [DEPTH, FREEZE, DEPTH, FREEZE] + [VANILLA] * 3
 
 
 def test_window_may_end_within_a_cycle():
-    schedule = FeatureReuseSchedule(32, drop_rate=0.9, drop_rate_schedule="uniform", last_step=2)
+    schedule = FeatureReuseSchedule(
+        32, drop_rate=0.9, drop_rate_schedule="uniform", last_step=2, stochastic_depth_steps=1
+    )
     assert kinds(schedule, 5) == [DEPTH, FREEZE, DEPTH, VANILLA, VANILLA]
 
 
@@ -183,7 +187,7 @@ def test_plan_cannot_be_changed():
 def test_repr_names_every_argument():
     text = repr(FeatureReuseSchedule(4, drop_rate=0.3, seed=5, first_step=1, last_step=9))
     assert text == (
-        "FeatureReuseSchedule(num_blocks=4, drop_rate=0.3, drop_rate_schedule='linear', stochastic_depth_steps=1, "
+        "FeatureReuseSchedule(num_blocks=4, drop_rate=0.3, drop_rate_schedule='linear', stochastic_depth_steps=3, "
         "masked_freeze_steps=1, seed=5, first_step=1, last_step=9, drop_granularity='batch', vanilla_steps=0, "
         "drop_rate_over_time='constant', unfreeze_steps=0)"
     )
@@ -193,7 +197,9 @@ def test_repr_names_every_argument():
 
 
 def by_sample(num_blocks: int = 5, **changed) -> FeatureReuseSchedule:
-    return FeatureReuseSchedule(num_blocks, **{"seed": 7, "drop_granularity": "sample", **changed})
+    return FeatureReuseSchedule(
+        num_blocks, **{"stochastic_depth_steps": 1, "seed": 7, "drop_granularity": "sample", **changed}
+    )
 
 
 def test_both_kinds_of_step_of_a_cycle_have_the_same_sets():

@@ -51,12 +51,15 @@ def test_kinds_of_a_cycle(steps, cycle, granularity):
 
 
 def test_plain_steps_of_a_cycle_drop_and_scale_nothing():
-    schedule = FeatureReuseSchedule(**NEVER_EMPTY, vanilla_steps=2)
+    schedule = FeatureReuseSchedule(**NEVER_EMPTY, vanilla_steps=2, stochastic_depth_steps=1)
     assert [schedule.plan(step) for step in (0, 1, 4, 5)] == [VANILLA_PLAN] * 4
 
 
 def test_plain_steps_do_not_change_the_sets_of_the_cycles():
-    without, with_plain = FeatureReuseSchedule(12, seed=3), FeatureReuseSchedule(12, seed=3, vanilla_steps=3)
+    without, with_plain = (
+        FeatureReuseSchedule(12, seed=3, stochastic_depth_steps=1),
+        FeatureReuseSchedule(12, seed=3, vanilla_steps=3, stochastic_depth_steps=1),
+    )
     for cycle in range(20):
         for step in range(2):
             assert with_plain.plan(5 * cycle + 3 + step) == without.plan(2 * cycle + step)
@@ -79,8 +82,13 @@ def test_freeze_steps_train_what_the_depth_steps_of_their_cycle_dropped(depth_st
 
 
 def test_depth_alone_draws_a_set_per_step():
-    schedule = FeatureReuseSchedule(8, drop_rate=0.5, seed=2, masked_freeze_steps=0)
-    assert len({schedule.plan(step).dropped for step in range(10)}) > 5
+    schedules = [
+        FeatureReuseSchedule(8, seed=2, masked_freeze_steps=0, stochastic_depth_steps=steps) for steps in (1, 3)
+    ]
+    one, three = ([schedule.plan(step) for step in range(10)] for schedule in schedules)
+    assert one == three
+    assert len({plan.dropped for plan in one}) > 5
+    assert schedules[1].steps_per_cycle == 1
 
 
 # Survival
@@ -88,7 +96,7 @@ def test_depth_alone_draws_a_set_per_step():
 
 def test_only_stochastic_depth_steps_have_survival_probabilities():
     for granularity in ("batch", "sample"):
-        schedule = FeatureReuseSchedule(4, drop_granularity=granularity, vanilla_steps=1)
+        schedule = FeatureReuseSchedule(4, drop_granularity=granularity, vanilla_steps=1, stochastic_depth_steps=1)
         plans = [schedule.plan(step, batch_size=16) for step in range(3)]
         assert [plan.kind for plan in plans] == [VANILLA, DEPTH, FREEZE]
         assert [plan.survival for plan in plans] == [None, tuple(1 - rate for rate in schedule.rates), None]
@@ -124,7 +132,7 @@ def test_a_cycle_of_freeze_steps_alone_with_an_empty_set_is_vanilla():
 
 
 def test_sets_per_sample_of_which_all_are_empty_keep_their_kind():
-    schedule = FeatureReuseSchedule(1, drop_rate=1e-9, drop_granularity="sample")
+    schedule = FeatureReuseSchedule(1, drop_rate=1e-9, drop_granularity="sample", stochastic_depth_steps=1)
     kept = [position for position in range(16) if not schedule.plan(0, batch_size=1, position=position).mean_dropped]
     assert len(kept) == 15
     assert [schedule.plan(step, batch_size=1, position=kept[0]).kind for step in (0, 1)] == [DEPTH, FREEZE]
@@ -150,7 +158,7 @@ def test_a_rate_of_zero_and_no_steps_are_plain_training(plain, num_blocks, granu
 
 def over_time(name: str, **changed) -> FeatureReuseSchedule:
     options = {"num_blocks": 4, "drop_rate": 0.6, "first_step": 10, "last_step": 110, "seed": 2, **changed}
-    return FeatureReuseSchedule(drop_rate_over_time=name, **options)
+    return FeatureReuseSchedule(drop_rate_over_time=name, **{"stochastic_depth_steps": 1, **options})
 
 
 def fractions(schedule: FeatureReuseSchedule, steps: range) -> list[float]:

@@ -92,18 +92,18 @@ def test_over_all_sets_every_block_counts_once(rates, frozen_trunk):
 
 def test_with_a_frozen_trunk_survival_is_conditioned_on_a_block_that_is_kept():
     model, blocks = vit(frozen_trunk=True)
-    schedule = FeatureReuseSchedule(4, drop_rate=0.8)
+    schedule = FeatureReuseSchedule(4, drop_rate=0.8, stochastic_depth_steps=1)
     rates = (0.2, 0.4, 0.6, 0.8)
     assert schedule.rates == pytest.approx(rates)
     reuse = FeatureReuse(model, blocks, schedule)
     plan = next(plan for plan in map(reuse.plan, range(0, 99, 2)) if plan.kind is DEPTH)
     assert plan.survival == pytest.approx([(1 - rate) / (1 - 0.2 * 0.4 * 0.6 * 0.8) for rate in rates])
     # A model of one block keeps it whenever the step is one of stochastic depth: nothing is divided.
-    single = FeatureReuse(model, blocks[:1], FeatureReuseSchedule(1, drop_rate=0.3))
+    single = FeatureReuse(model, blocks[:1], FeatureReuseSchedule(1, drop_rate=0.3, stochastic_depth_steps=1))
     assert single.trunk_trains  # The other blocks are trunk, and train.
     for block in blocks[1:]:
         block.module.requires_grad_(False)
-    single = FeatureReuse(model, blocks[:1], FeatureReuseSchedule(1, drop_rate=0.3))
+    single = FeatureReuse(model, blocks[:1], FeatureReuseSchedule(1, drop_rate=0.3, stochastic_depth_steps=1))
     plans = [single.plan(step) for step in range(0, 40, 2)]
     assert {plan.kind for plan in plans} == {DEPTH, VANILLA}
     assert {plan.survival for plan in plans if plan.kind is DEPTH} == {(1.0,)}
@@ -114,7 +114,9 @@ def test_with_a_frozen_trunk_survival_is_conditioned_on_a_block_that_is_kept():
 @pytest.mark.parametrize("rates", RATES)
 def test_over_many_cycles_every_block_counts_once_per_batch(rates, over_time, frozen_trunk):
     cycles, model_and_blocks = 2000, vit(frozen_trunk)
-    schedule = FeatureReuseSchedule(4, **rates, seed=3, drop_rate_over_time=over_time, last_step=2 * cycles)
+    schedule = FeatureReuseSchedule(
+        4, **rates, stochastic_depth_steps=1, seed=3, drop_rate_over_time=over_time, last_step=2 * cycles
+    )
     reuse = FeatureReuse(*model_and_blocks, schedule)
     plans = [reuse.plan(2 * cycle) for cycle in range(cycles)]
     steps = [plan for plan in plans if plan.kind is DEPTH]
@@ -140,7 +142,7 @@ def test_in_every_group_of_samples_every_block_counts_once(over_time, frozen_tru
 
 
 def test_every_place_in_the_batch_counts_once_per_sample():
-    schedule = FeatureReuseSchedule(3, drop_rate=0.6, drop_granularity="sample")
+    schedule = FeatureReuseSchedule(3, drop_rate=0.6, drop_granularity="sample", stochastic_depth_steps=1)
     masks = np.stack([schedule.plan(2 * cycle, batch_size=16).sample_masks for cycle in range(2000)])
     survival = np.array(schedule.plan(0, batch_size=1).survival)
     errors = np.abs((~masks / survival).mean(0) - 1)
@@ -183,7 +185,7 @@ def test_a_step_that_drops_nothing_scales_every_block(architecture):
 
 def test_a_cycle_that_drops_everything_above_a_frozen_trunk_is_plain():
     model, blocks = vit(frozen_trunk=True)
-    schedule = FeatureReuseSchedule(4, drop_rate=0.9, drop_rate_schedule="uniform")
+    schedule = FeatureReuseSchedule(4, drop_rate=0.9, drop_rate_schedule="uniform", stochastic_depth_steps=1)
     reuse = FeatureReuse(model, blocks, schedule)
     step = next(step for step in range(0, 99, 2) if len(schedule.plan(step).dropped) == 4)
     for kind, number in ((DEPTH, step), (FREEZE, step + 1)):
@@ -257,7 +259,7 @@ class Rising(FeatureReuseSchedule):
 
     def plan(self, global_step: int, **samples) -> StepPlan:
         rate = min(0.2 * (1 + global_step // 10), 0.8)
-        return FeatureReuseSchedule(self.num_blocks, rate, seed=self.seed).plan(global_step)
+        return FeatureReuseSchedule(self.num_blocks, rate, seed=self.seed, stochastic_depth_steps=1).plan(global_step)
 
 
 def test_a_custom_schedule_with_a_rising_rate_is_scaled_by_the_rate_of_the_step(said):

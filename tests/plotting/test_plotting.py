@@ -83,7 +83,7 @@ class CountsPlans(FeatureReuseSchedule):
 
 
 def test_in_a_long_run_some_steps_of_each_column_represent_all():
-    schedule = CountsPlans(24, drop_rate=0.5, seed=1)
+    schedule = CountsPlans(24, drop_rate=0.5, seed=1, stochastic_depth_steps=1)
     depth, freeze = dropped_shares(schedule, 30_000)
     assert schedule.asked <= 300 * 24, "of the 300,000 steps of a long run, all would take 18 s"
     assert depth.shape == (24, 278)
@@ -184,7 +184,9 @@ def test_pyplot_is_not_used(tmp_path, monkeypatch):
 
 
 def test_with_one_set_per_sample_cells_are_shares_of_the_samples():
-    schedule = FeatureReuseSchedule(3, drop_rate=0.5, drop_rate_schedule="uniform", drop_granularity="sample")
+    schedule = FeatureReuseSchedule(
+        3, drop_rate_schedule="uniform", drop_granularity="sample", stochastic_depth_steps=1
+    )
     depth, freeze = dropped_shares(schedule, 408, max_columns=17)
     assert depth.mean(axis=1) == pytest.approx(0.25, abs=0.03)
     assert (depth == freeze).all(), "both steps of a cycle have the same sets"

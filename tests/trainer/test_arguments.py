@@ -16,7 +16,7 @@ DEFAULTS = {
     "drop_rate_over_time": "constant",
     "drop_granularity": "batch",
     "vanilla_steps": 0,
-    "stochastic_depth_steps": 1,
+    "stochastic_depth_steps": 3,
     "masked_freeze_steps": 1,
     "scale_kept": True,
     "train_trunk": "all",

@@ -57,7 +57,7 @@ def test_zero_and_zero_is_bit_identical_to_the_stock_trainer(architecture: str, 
 def test_each_step_does_what_the_schedule_plans(architecture: str, tmp_path: Path) -> None:
     trainer = train(RecordingTrainer(build(architecture), config(tmp_path, max_steps=8), train_dataset=examples()))
     blocks = len(trainer.feature_reuse.blocks)
-    schedule = FeatureReuseSchedule(blocks, drop_rate_schedule="uniform", seed=5)
+    schedule = FeatureReuseSchedule(blocks, drop_rate_schedule="uniform", seed=5, stochastic_depth_steps=1)
     assert trainer.plans == [(step, schedule.plan(step)) for step in range(8)]
     kinds = {plan.kind for _, plan in trainer.plans}
     assert {StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE} <= kinds
