@@ -51,7 +51,7 @@ ARMS = {
     "layer_drop_back": {"stochastic_depth_steps": 0, "vanilla_steps": 1, "drop_rate_schedule": "uniform"},
     "feature_reuse": {},
     "stochastic_depth_unscaled": {"stochastic_depth_steps": 1, "masked_freeze_steps": 0, "scale_kept": False},
-    "feature_reuse_unscaled": {"scale_kept": False},
+    "feature_reuse_unscaled": {"stochastic_depth_steps": 1, "scale_kept": False},
     "feature_reuse_sample": {"drop_granularity": "sample"},
     "drop_path": {"stochastic_depth_steps": 0, "masked_freeze_steps": 0},
 }

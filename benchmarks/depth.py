@@ -36,7 +36,7 @@ from hf_featreuse.data import EvalTransform, ImageCollator, TrainTransform, defa
 from hf_featreuse.small_models import small_config, small_image_processor
 
 # Steps of stochastic depth and of masked freeze per cycle.
-ARMS = {"vanilla": (0, 0), "stochastic depth": (1, 0), "feature reuse": (1, 1)}
+ARMS = {"vanilla": (0, 0), "stochastic depth": (1, 0), "feature reuse": (3, 1)}
 MEGABYTE = 1e6
 
 

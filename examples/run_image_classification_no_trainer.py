@@ -159,9 +159,9 @@ class Loop:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update()
         self.progress.step += 1
+        if self.average is not None:
+            self.average.update(self.progress.step)
         return plan.kind
 
     def log_evaluate_save(self, epoch_ended: bool) -> None:

@@ -24,9 +24,10 @@ AVERAGE_FILE = "averaged.safetensors"
 class WeightAverage:
     """Keep an exponential moving average of the weights of a model.
 
-    After each optimizer step: average = decay * average + (1 - decay) * weights. It covers the parameters that require
-    gradients at construction, and the floating-point buffers, such as the statistics of BatchNorm. It starts at the
-    weights that the model has at construction.
+    After each optimizer step: average = d * average + (1 - d) * weights, where d warms up to `decay`: after t steps it
+    is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten. The average covers the parameters
+    that require gradients at construction, and the floating-point buffers, such as the statistics of BatchNorm. It
+    starts at the weights that the model has at construction.
 
     A weight whose block is dropped or frozen in a step does not change, but its average still moves toward it.
 
@@ -37,7 +38,8 @@ class WeightAverage:
     Raises:
         ConfigurationError: `decay` is out of range.
 
-    Source: Polyak and Juditsky 1992; torch's `get_ema_multi_avg_fn`.
+    Source: Polyak and Juditsky 1992; torch's `get_ema_multi_avg_fn`; the warm-up is that of TensorFlow's
+    `ExponentialMovingAverage`.
 
     Example:
         >>> import torch
@@ -46,7 +48,7 @@ class WeightAverage:
         >>> _ = torch.nn.init.zeros_(model.weight)
         >>> average = WeightAverage(model, decay=0.75)
         >>> _ = torch.nn.init.ones_(model.weight)
-        >>> average.update()
+        >>> average.update(step=100)
         >>> with average.applied():
         ...     model.weight.item()
         0.25
@@ -63,16 +65,20 @@ class WeightAverage:
         # Where each is stored: moving a model replaces its buffers, and a walk over all modules per step is slow.
         self._places = {name: _place(model, name) for name in names}
         self._average = {name: tensor.clone() for name, tensor in self._tensors().items()}
-        self._update = get_ema_multi_avg_fn(decay)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that are averaged, with their current values."""
         return {name: holder[key].detach() for name, (holder, key) in self._places.items()}
 
-    def update(self) -> None:
-        """Update the average; call it once after every optimizer step."""
+    def update(self, step: int | None = None) -> None:
+        """Update the average; call it once after every optimizer step.
+
+        Args:
+            step (`int`, *optional*): optimizer steps taken, including this one; `None` uses `decay` without warm-up.
+        """
         current = self._tensors()
-        self._update(list(self._average.values()), [current[name] for name in self._average], 0)
+        decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(list(self._average.values()), [current[name] for name in self._average], 0)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

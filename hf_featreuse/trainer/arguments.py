@@ -264,7 +264,7 @@ class FeatureReuseConfig(FeatureReuseArguments, RecipeArguments, TrainingArgumen
         cutmix_alpha (`float`, defaults to 0.0): CutMix, the same way. With both above 0, each batch takes one of the
             two, drawn evenly.
         ema_decay (`float`, *optional*): above 0 and below 1: evaluate, and save at the end, an exponential moving
-            average of the weights.
+            average of the weights, as in [`WeightAverage`].
         loss (`"cross_entropy"`, `"bce"`, `"focal"` or `"mse"`, *optional*): as in [`ImageLoss`], in training and in
             evaluation; by default that of the model, which is cross-entropy for one label per image.
         focal_gamma (`float`, *optional*): exponent of the focal loss; by default 2. Only with `loss="focal"`.

@@ -227,7 +227,7 @@ class FollowWeights(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Update the average."""
         if (average := self.recipe().average) is not None:
-            average.update()
+            average.update(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Copy the average to the model."""

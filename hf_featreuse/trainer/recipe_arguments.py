@@ -38,7 +38,9 @@ class RecipeArguments:
     )
     ema_decay: float | None = field(
         default=None,
-        metadata={"help": "Evaluate and save an exponential moving average of the weights with this decay."},
+        metadata={
+            "help": "Evaluate and save an exponential moving average of the weights with this decay, which warms up."
+        },
     )
     loss: str | None = field(
         default=None,

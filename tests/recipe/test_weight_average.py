@@ -34,6 +34,16 @@ def test_it_is_bit_identical_to_the_averaged_model_of_torch():
     assert any("running_var" in name for name in ours.state_dict())
 
 
+def test_the_decay_warms_up_with_the_steps_taken():
+    model = torch.nn.Linear(1, 1, bias=False)
+    average, expected = WeightAverage(model, 0.5), model.weight.detach().clone()
+    for step, decay in ((1, 2 / 11), (2, 3 / 12), (7, 8 / 17), (8, 0.5), (100, 0.5)):
+        torch.nn.init.normal_(model.weight)
+        average.update(step)
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        torch.testing.assert_close(average.state_dict()["weight"], expected)
+
+
 @pytest.mark.parametrize("kind", [StepKind.STOCHASTIC_DEPTH, StepKind.MASKED_FREEZE])
 @pytest.mark.parametrize("architecture", ["vit", "resnet"])
 def test_weights_that_rest_do_not_move_while_their_average_moves_toward_them(architecture, kind):
