@@ -1,8 +1,7 @@
-"""Read local folders of images: which folder is a split, which is a class, and what is left out.
+"""Read local folders of images: find the splits and classes, and report what is left out.
 
-A folder called train, validation or test (or one of the usual other words) that holds class folders is a split; the
-folder that directly holds an image is its class. File names decide nothing. What cannot be told apart is an error that
-names the folders.
+A folder called train, validation or test (or a common synonym) that holds class folders is a split. The folder that
+directly holds an image is its class. File names have no effect. Ambiguous folders are an error that names them.
 """
 
 from __future__ import annotations
@@ -197,7 +196,7 @@ def _without_images(found: Found, base: str) -> list[str]:
 
 
 def _why(found: Found) -> str:
-    """What was left out, as a sentence for an error."""
+    """Return what was left out, as a sentence for an error."""
     return f"Left out were {found.left_out}." if str(found.left_out) else ""
 
 
@@ -260,7 +259,7 @@ def _described(found: Found, base: str) -> datasets.Dataset:
             joined = joined.cast_column(column, kind)
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise DataError(
-            f"The metadata files of `{printable(found.root)}` cannot be put together: {one_line(error)} Give all the "
+            f"The metadata files of `{printable(found.root)}` cannot be combined: {one_line(error)} Give all the "
             "same columns."
         ) from error
     return joined
@@ -269,7 +268,7 @@ def _described(found: Found, base: str) -> datasets.Dataset:
 def _read_metadata(
     found: Found, folder: str, path: str, named: set[str]
 ) -> tuple[pa.Table, dict[str, datasets.Image | datasets.ClassLabel]]:
-    """Read one metadata file: its table with full paths of images, and the columns that are more than plain values."""
+    """Return the table of a metadata file, with full paths of images, and the types of its image and label columns."""
     where = printable(os.path.join(found.root, path))
     try:
         with open(os.path.join(found.root, path), "rb") as file:
@@ -302,7 +301,7 @@ def _read_metadata(
 
 
 def _inside(found: Found, folder: str, name: object, where: str) -> str | None:
-    """The path of a file that a metadata file names, relative to the root; it must lie in the folder of the file."""
+    """Return the path, relative to the root, of an image that a metadata file names; it must be in the same folder."""
     if name is None:
         return None
     path = os.path.normpath(str(name))

@@ -68,7 +68,7 @@ def load_source(
 
 
 def load_with_datasets(load: Any, source: str) -> dict[str, datasets.Dataset]:
-    """Call what loads a data set; what goes wrong is an error of the data."""
+    """Call a function that loads a data set, and turn its errors into `DataError`."""
     try:
         loaded = load()
     except FeatureReuseError:
@@ -87,7 +87,7 @@ def load_with_datasets(load: Any, source: str) -> dict[str, datasets.Dataset]:
 def _load_tables(
     folder: str, config_name: str | None, found: Found, source: str, options: dict[str, Any]
 ) -> dict[str, datasets.Dataset]:
-    """Load a folder of Parquet or Arrow files, or of others that `datasets` reads, and name what it does not use."""
+    """Load a folder of Parquet, Arrow or other tables that `datasets` reads; warn of the files that it does not use."""
     root = os.path.realpath(folder)
     if any(mark in root or mark in folder for mark in _PATTERNS):
         raise DataError(
@@ -161,7 +161,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def check_stored_paths(images: datasets.Dataset, folders: Sequence[str] | None, source: str) -> None:
-    """Refuse rows that hold no image but the path of a file outside some folders: it may be any file of the machine.
+    """Refuse rows that hold the path of a file outside some folders instead of an image: it may be any file here.
 
     Raises:
         DataError: a row names such a file.
@@ -184,6 +184,6 @@ def check_inside(paths: Iterable[str], roots: Sequence[str], source: str) -> Non
             known[folder] = any(os.path.commonpath([real, root]) == root for root in roots)
         if "://" in path or not known[folder]:
             raise DataError(
-                f"{capitalized(source)} names the file {printable(repr(path))}, which is outside it, and "
-                "only what it holds itself is read. Store the images in its rows, or copy them into its folder."
+                f"{capitalized(source)} names the file {printable(repr(path))}, which is outside it. "
+                "Only files inside the data set are read. Store the images in its rows, or copy them into its folder."
             )

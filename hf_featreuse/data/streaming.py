@@ -91,8 +91,8 @@ class ImageStream(torch.utils.data.IterableDataset):
             check_inside([path], [os.path.realpath(self._folder)], self._source)
         elif not _is_on_the_hub(path):
             raise DataError(
-                f"{capitalized(self._source)} names the file {printable(repr(path))}, which is not on the Hub, and "
-                "only what it holds itself is read."
+                f"{capitalized(self._source)} names the file {printable(repr(path))}, which is not on the Hub. "
+                "Only files of the data set are read. Store the images in its rows."
             )
 
     def _label(self, value: Any, row: int) -> Any:
