@@ -217,8 +217,8 @@ def compared(groups: Groups, options: str = "") -> dict[str, list[float]]:
 
 
 def options_of(groups: Groups) -> list[str]:
-    """Return the defaults, and all other options with which feature reuse or stochastic depth was run."""
-    return sorted({""} | {options for arm, options, _ in groups if arm in ("feature_reuse", "stochastic_depth")})
+    """Return the options with which feature reuse or stochastic depth was run; the defaults are ""."""
+    return sorted({options for arm, options, _ in groups if arm in ("feature_reuse", "stochastic_depth")}) or [""]
 
 
 def summary(found: dict[Cell, Groups]) -> list[str]:
