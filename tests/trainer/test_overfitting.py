@@ -32,7 +32,7 @@ def test_the_training_loss_is_the_mean_of_the_last_twentieth_and_the_eval_loss_t
     ("loss", "said"),
     [
         (0.6, "training loss 0.6, 30% of the eval loss: plain training overfits; feature reuse may gain"),
-        (1.0, "50% of the eval loss: compare with feature reuse"),
+        (1.5, "75% of the eval loss: compare with feature reuse"),
         (1.7, "85% of the eval loss: plain training does not overfit; feature reuse costs accuracy"),
     ],
 )
