@@ -77,9 +77,7 @@ def test_plain_training_arguments_train_with_the_defaults(architecture: str, tmp
     arguments = TrainingArguments(**options(tmp_path))
     trainer = train(RecordingTrainer(build(architecture), arguments, train_dataset=examples()))
     blocks = len(trainer.feature_reuse.blocks)
-    schedule = FeatureReuseSchedule(
-        blocks, drop_rate=0.5, drop_rate_schedule="linear", seed=42, stochastic_depth_steps=1
-    )
+    schedule = FeatureReuseSchedule(blocks, drop_rate=0.5, drop_rate_schedule="linear", seed=42)
     assert [plan for _, plan in trainer.plans] == [schedule.plan(step) for step in range(6)]
 
 
@@ -400,7 +398,7 @@ def test_the_schedule_can_be_overridden(tmp_path: Path) -> None:
 def test_the_schedule_must_be_for_the_blocks_there_are(tmp_path: Path) -> None:
     class Own(SteppingTrainer):
         def get_schedule(self, num_blocks: int, max_steps: int) -> FeatureReuseSchedule:
-            return FeatureReuseSchedule(num_blocks + 1, stochastic_depth_steps=1)
+            return FeatureReuseSchedule(num_blocks + 1)
 
     assert_refused(Own(build("vit"), config(tmp_path), train_dataset=examples()), "The schedule is for 5 blocks")
 
