@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import multiprocessing
 import os
@@ -178,6 +179,14 @@ def started(task: str, model_type: str) -> Path:
     return CHECKPOINTS / f"{task}-{model_type}"
 
 
+def start_digest(run: Run) -> str | None:
+    """Return a digest of the weights from which a run starts; runs from different ones cannot be compared."""
+    if (start := TASKS[run.task].start) is None:
+        return None
+    weights = started(start, run.model_type) / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:10]
+
+
 def make_start(task: str, model_type: str, data_name: str | None) -> None:
     """Train a model plainly, only on training images, as the start of other runs."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -256,6 +265,7 @@ def execute(run: Run, data_name: str | None, keep: Path | None = None) -> dict:
         "seconds": round(result.metrics["train_runtime"], 1),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
         "commit": _commit(),
+        "start_model": start_digest(run),
     }
 
 

@@ -111,9 +111,10 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def differences(group: Group | None, base: Group | None) -> list[float]:
-    """Return accuracy points over the base with the same seed, for the seeds that both have."""
+    """Return accuracy points over the base with the same seed and start model, for the seeds that both have."""
     pairs = [(run, base[seed]) for seed, run in (group or {}).items() if base and seed in base]
-    return [100 * (run["accuracy"] - other["accuracy"]) for run, other in pairs]
+    same = [(run, other) for run, other in pairs if run.get("start_model") == other.get("start_model")]
+    return [100 * (run["accuracy"] - other["accuracy"]) for run, other in same]
 
 
 def shown(values: list[float], expected: int) -> str:

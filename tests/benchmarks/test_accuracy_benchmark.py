@@ -382,6 +382,26 @@ def test_a_line_has_the_commit_and_the_accuracy_without_blocks(study):
     assert run["accuracy_without_last_half"] == measured(blocks[3:])
 
 
+def test_runs_that_started_from_different_models_are_not_compared():
+    run, same, other = (
+        {"accuracy": value, "start_model": start} for value, start in ((0.5, "a"), (0.4, "a"), (0.3, "b"))
+    )
+    assert accuracy_tables.differences({0: run, 1: run}, {0: same, 1: other}) == [pytest.approx(10)]
+
+
+def test_the_digest_of_the_start_is_that_of_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "CHECKPOINTS", tmp_path)
+    run = accuracy.Run("finetune", "vit", "vanilla", "steps", 0, "test")
+    folder = accuracy.started("six-classes", "vit")
+    folder.mkdir()
+    digests = []
+    for weights in (b"one", b"one", b"two"):
+        (folder / "model.safetensors").write_bytes(weights)
+        digests.append(accuracy.start_digest(run))
+    assert digests[0] == digests[1] != digests[2]
+    assert accuracy.start_digest(accuracy.Run("digits", "vit", "vanilla", "steps", 0, "test")) is None
+
+
 def rows(text: str, title: str, index: int = 0) -> list[dict[str, str]]:
     """A table under a heading of the page."""
     section = re.split(r"^#", text.partition(f"{title}\n")[2], flags=re.MULTILINE)[0]
