@@ -87,7 +87,7 @@ def load_with_datasets(load: Any, source: str) -> dict[str, datasets.Dataset]:
 def _load_tables(
     folder: str, config_name: str | None, found: Found, source: str, options: dict[str, Any]
 ) -> dict[str, datasets.Dataset]:
-    """Load a folder of Parquet, Arrow or other tables that `datasets` reads; warn of the files that it does not use."""
+    """Load a folder of Parquet, Arrow or other tables that `datasets` reads, and warn of unused files."""
     root = os.path.realpath(folder)
     if any(mark in root or mark in folder for mark in _PATTERNS):
         raise DataError(

@@ -58,7 +58,7 @@ def overfitting_line(log_history: Sequence[Mapping[str, Any]]) -> str | None:
     start = f"training loss {train:.2g}, {train / test:.0%} of the eval loss: "
     if is_plain:
         if train <= OVERFITS * test:
-            return start + "plain training overfits; feature reuse may gain, as on two of the three models of the study"
+            return start + "plain training overfits; feature reuse may gain, as on 2 of 3 models of the study"
         if train >= UNDERFITS * test:
             return start + "plain training does not overfit; feature reuse costs accuracy then"
         return start + "compare with feature reuse; the study does not tell which is better"
