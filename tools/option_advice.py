@@ -7,7 +7,8 @@ WHEN = {
     "drop_rate_schedule": "`linear`, the default, rarely drops the early blocks, on which all later ones depend. "
     "`uniform` drops more at the same `drop_rate`: 0.5 then halves the blocks of a stochastic-depth step.",
     "drop_rate_over_time": "`falling` with `reuse_end`, such as 0.2, if plain training underfits: early stochastic "
-    "depth, which in short runs loses less than constant rates. `rising` lets the network learn with all of its blocks first, as in progressive layer dropping.",
+    "depth, which in short runs loses less than constant rates. "
+    "`rising` lets the network learn with all of its blocks first, as in progressive layer dropping.",
     "drop_granularity": "`batch` has no overhead and works with every model. `sample` has lower peak memory and "
     "steps of nearly equal cost. It needs a batch large enough to be divided, ideally a multiple of 16 samples, and "
     "no BatchNorm.",
@@ -16,7 +17,8 @@ WHEN = {
     "stochastic_depth_steps": "1 alternates the two kinds of step. In the [study](results.md) it was no more accurate "
     "than 3, and on a GPU, where masked freeze saves little time, the mean step is dearer.",
     "masked_freeze_steps": "0 is stochastic depth alone. Compare with it: in the [study](results.md) it was never "
-    "significantly better or worse, and on a GPU it is cheaper. More than 1 trains the drawn blocks more, at higher cost.",
+    "significantly better or worse, and on a GPU it is cheaper. "
+    "More than 1 trains the drawn blocks more, at higher cost.",
     "scale_kept": "Keep the default: without scaling, the whole network, which is evaluated, differs from every "
     "network that was trained. `false` is for resuming a run that was started without it, and for comparisons.",
     "train_trunk": "`all` trains stem, norms and head in every step. With `head` and `none` masked-freeze steps are "
