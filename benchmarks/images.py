@@ -34,7 +34,8 @@ from hf_featreuse.small_models import small_config, small_image_processor
 SIZE = 224
 # Seconds per timed stage.
 SECONDS = 2.0
-UNIFORM = {"drop_rate": 0.5, "drop_rate_schedule": "uniform"}
+# One step of each kind per cycle, as in benchmarks/speed.py.
+UNIFORM = {"drop_rate": 0.5, "drop_rate_schedule": "uniform", "stochastic_depth_steps": 1}
 ARMS = {
     "Trainer": (Trainer, TrainingArguments, {}),
     "FeatureReuseTrainer": (FeatureReuseTrainer, FeatureReuseConfig, UNIFORM),

@@ -112,7 +112,10 @@ class Bench:
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
 
     def schedule(self, rate: float, grain: str) -> FeatureReuseSchedule:
-        return FeatureReuseSchedule(len(self.blocks), rate, "uniform", seed=0, drop_granularity=grain)
+        # One step of each kind per cycle, so that every step of a kind has another set.
+        return FeatureReuseSchedule(
+            len(self.blocks), rate, "uniform", stochastic_depth_steps=1, seed=0, drop_granularity=grain
+        )
 
     def fixed(self, kind: StepKind, dropped: Sequence[int] = ()) -> FeatureReuseSchedule:
         return fixed_schedule(len(self.blocks), kind, dropped)

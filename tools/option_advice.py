@@ -14,8 +14,9 @@ WHEN = {
     "no BatchNorm.",
     "vanilla_steps": "0. With 1, `stochastic_depth_steps` 0 and `uniform` rates, masked freeze alternates with plain "
     "steps, as in LayerDropBack.",
-    "stochastic_depth_steps": "1 alternates the two kinds of step. In the [study](results.md) it was no more accurate "
-    "than 3, and on a GPU, where masked freeze saves little time, the mean step is dearer.",
+    "stochastic_depth_steps": "1 alternates the two kinds of step. In the [study](results.md) its accuracy did not "
+    "differ significantly from that of 3, and on a GPU, where masked freeze saves little time, "
+    "the mean step is dearer.",
     "masked_freeze_steps": "0 is stochastic depth alone. Compare with it: in the [study](results.md) it was never "
     "significantly better or worse, and on a GPU it is cheaper. "
     "More than 1 trains the drawn blocks more, at higher cost.",
