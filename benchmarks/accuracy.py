@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import transformers
 from tasks import MODELS, RECIPE, TASKS, Images, ShiftedImages, load, recipe_of
+from torch import nn
 from transformers import AutoModelForImageClassification, PrinterCallback
 from variants import VARIANTS, VariantConfig, VariantTrainer, mean_share
 
@@ -136,6 +137,10 @@ def make_trainer(run: Run, train: Images, test: Images, max_steps: int, folder: 
     config = small_config(run.model_type, task.image_size, num_labels=len(task.classes), overrides=overrides)
     if task.start is None:
         model = AutoModelForImageClassification.from_config(config)
+        if task.fine_stem and run.model_type == "resnet":
+            stem = model.resnet.embedder
+            stem.embedder.convolution = nn.Conv2d(3, config.embedding_size, 3, padding=1, bias=False)
+            stem.pooler = nn.Identity()
     else:
         model = AutoModelForImageClassification.from_pretrained(
             started(task.start, run.model_type), config=config, ignore_mismatched_sizes=True
@@ -263,10 +268,16 @@ def execute(run: Run, data_name: str | None, keep: Path | None = None) -> dict:
         "compute_share": round(share, 5),
         **robustness,
         "seconds": round(result.metrics["train_runtime"], 1),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
+        "versions": ", ".join(
+            (f"torch {torch.__version__}", f"transformers {transformers.__version__}", platform.machine(), *_gpu())
+        ),
         "commit": _commit(),
         "start_model": start_digest(run),
     }
+
+
+def _gpu() -> list[str]:
+    return [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
 
 
 def _commit() -> str:
