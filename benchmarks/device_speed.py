@@ -422,6 +422,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="Time more models.")
     parser.add_argument("--small", action="store_true", help="Tiny models, for a check of the script.")
+    parser.add_argument("--only", nargs="+", default=[""], help='Parts of the cases\' titles, such as "ResNet-50".')
     parser.add_argument("--budget", type=float, default=300, help="Seconds after which no further case starts.")
     parser.add_argument("--drop_rate", type=float, default=0.5)
     parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16", help="On a GPU; a CPU takes fp32.")
@@ -439,6 +440,8 @@ def main() -> None:
     todo = {case.title: functools.partial(measure, case, device, options) for case in cases}
     todo["JPEG files"] = functools.partial(measure_files, device, options)
     for title, run in todo.items():
+        if not any(part in title for part in options.only):
+            continue
         if time.monotonic() - started > options.budget:
             print(f"No time left for {title}.")
             continue

@@ -86,6 +86,20 @@ def compile_blocks(blocks: Sequence[ResidualBlock], **options: Any) -> Iterator[
             block.module.__dict__.pop(_COMPILED, None)
 
 
+@contextlib.contextmanager
+def run_eagerly(model: nn.Module) -> Iterator[None]:
+    """Run compiled parts of a model as they were before compiling, inside the context.
+
+    While hooks or a counter of operations are active, torch does not compile a block, and until 2.13 never does after.
+    """
+    compiled = [(module, module.__dict__.pop(_COMPILED)) for module in model.modules() if _COMPILED in module.__dict__]
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module.__dict__[_COMPILED] = call
+
+
 def check_mode(mode: str | None) -> None:
     """Raise `ConfigurationError` for a mode of `torch.compile` that records CUDA graphs.
 

@@ -27,6 +27,7 @@ from transformers import Cache
 
 from hf_featreuse.errors import BlockError
 from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.method.compiling import run_eagerly
 from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
 from hf_featreuse.method.freezing import freeze, own_parameters, trunk_modules
 from hf_featreuse.method.per_sample import FROZEN, RESTS, TRAINS, sample_groups
@@ -157,12 +158,15 @@ class StepCosts:
             gradient_goes_on |= training > 0
         return count
 
+    @property
+    def sum_of_parts(self) -> int:
+        """Cost of a plain step, summed over blocks and trunk."""
+        return self._sum([(1, 0, 0)] * len(self.blocks), 1, "all")
+
     @cached_property
     def _stem_rest(self) -> int:
         """Cost of a plain step beyond the sum: gradients inside a first part of the trunk with several layers."""
-        if not self.trunk_trains[0]:
-            return 0
-        return self.vanilla - self._sum([(1, 0, 0)] * len(self.blocks), 1, "all")
+        return self.vanilla - self.sum_of_parts if self.trunk_trains[0] else 0
 
 
 def measure_step_costs(
@@ -201,7 +205,7 @@ def measure_step_costs(
     args, kwargs = model_inputs(model, inputs)
     recorder = _Recorder(model, blocks)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with undisturbed(model):
+    with undisturbed(model), run_eagerly(model):
         handles = recorder.attach()
         try:
             with recorder.counter:

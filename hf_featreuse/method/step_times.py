@@ -10,12 +10,14 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_featreuse.method.blocks import ResidualBlock
+from hf_featreuse.method.compiling import run_eagerly
 from hf_featreuse.method.cost import (
     STATES,
     BlockCost,
@@ -32,6 +34,8 @@ _NANOSECONDS = 1e9
 _MOST_WARM_UPS = 8
 # Two runs in a row that differ by less are stable.
 _STABLE = 0.1
+# Runs that a device gets at once, as in training, where nobody waits for a single block.
+_QUEUED = 4
 
 
 def measure_step_times(
@@ -47,7 +51,8 @@ def measure_step_times(
 
     The model is timed in training mode on its device; afterwards modes, buffers, gradients and torch's random state
     are restored. Each time is the median of several runs after a warm-up. Blocks of one class with the same operations
-    are timed once; compiled blocks are timed compiled. The times include waits of the device for the host.
+    are timed once; compiled blocks are timed compiled. On a GPU several
+    runs are queued at once, and the times include waits of the device for the host.
 
     Args:
         model (`torch.nn.Module`): the model, not wrapped yet.
@@ -95,7 +100,7 @@ def measure_step_times(
     # Buffers are copied, because kernels change running statistics.
     with undisturbed(model), copied_buffers(model), precision:
         model.train()
-        with _recorded_calls(blocks) as calls, torch.no_grad():
+        with run_eagerly(model), _recorded_calls(blocks) as calls, torch.no_grad():
             model(*args, **kwargs)
         plain, whole_forward = stopwatch.time(step), stopwatch.time(forward)
         known: dict[Any, BlockCost] = {}
@@ -111,7 +116,15 @@ def measure_step_times(
     rest = max(whole_forward - sum(cost.resting for cost in costs), 0)
     operations = sum(counted.trunk) or 1
     trunk = tuple(round(rest * part / operations) for part in counted.trunk)
-    return StepCosts(plain, tuple(costs), trunk, counted.trunk_trains, counted.train_trunk)
+    times = StepCosts(plain, tuple(costs), trunk, counted.trunk_trains, counted.train_trunk)
+    # One after the other, blocks can take longer than inside of a step.
+    return times if (longer := times.sum_of_parts / plain) <= 1 else _scaled(times, 1 / longer)
+
+
+def _scaled(times: StepCosts, factor: float) -> StepCosts:
+    """Return the same with the times of blocks and trunk multiplied by a factor."""
+    blocks = tuple(BlockCost(*(round(value * factor) for value in astuple(block))) for block in times.blocks)
+    return replace(times, blocks=blocks, trunk=tuple(round(part * factor) for part in times.trunk))
 
 
 @contextlib.contextmanager
@@ -147,11 +160,13 @@ class _Stopwatch:
         return round(statistics.median(self._once(function) for _ in range(self.repeats)) * _NANOSECONDS)
 
     def _once(self, function: Callable[[], Any]) -> float:
+        runs = 1 if self.device.type == "cpu" else _QUEUED
         self._wait()
         started = time.perf_counter()
-        function()
+        for _ in range(runs):
+            function()
         self._wait()
-        return time.perf_counter() - started
+        return (time.perf_counter() - started) / runs
 
     def _wait(self) -> None:
         if self.device.type != "cpu":

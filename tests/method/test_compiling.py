@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from hf_featreuse import (
     StepKind,
     compile_blocks,
     find_residual_blocks,
+    measure_step_costs,
     train_only,
 )
+from hf_featreuse.method.step_times import measure_step_times
 
 # The backend `eager` makes the same graphs, without compiled backward, in half the time.
 GRAPHS = {"torch_compile": True, "torch_compile_backend": "eager"}
@@ -59,6 +62,21 @@ def test_a_hundred_steps_with_partial_batches_and_evaluation_take_few_graphs(
     assert 0 < graphs() <= bound
     assert not counters["graph_break"]
     assert not counters["unimplemented"]
+
+
+@pytest.mark.parametrize("measure", [measure_step_costs, measure_step_times])
+def test_measuring_keeps_compiled_blocks_compiled(measure: Callable) -> None:
+    model, inputs = build("vit"), batch()
+    blocks = find_residual_blocks(model)
+    with compile_blocks(blocks, backend="eager"):
+        measure(model, blocks, {"pixel_values": inputs["pixel_values"]})
+        measured = graphs()
+        assert bool(measured) == (measure is measure_step_times), "times are of compiled blocks, counts of the others"
+        model(**inputs).loss.backward()
+        with train_only(model, blocks[1:]):
+            model(**inputs).loss.backward()
+        assert graphs() == (measured or 2)
+    assert is_plain(model)
 
 
 @pytest.mark.slow

@@ -52,3 +52,25 @@ def test_autocast_reaches_the_blocks():
     measure_step_times(model, blocks, {"pixel_values": PIXELS}, autocast=torch.bfloat16, repeats=1)
     handle.remove()
     assert torch.bfloat16 in seen
+
+
+@pytest.mark.parametrize("architecture", ["vit", "resnet"])
+def test_parts_together_take_no_longer_than_the_plain_step(architecture):
+    model = build(architecture)
+    times = measure_step_times(model, find_residual_blocks(model), {"pixel_values": PIXELS}, repeats=1)
+    rounding = len(times.trunk) * 10
+    assert 0 < times.sum_of_parts <= times.vanilla + rounding
+    dropped = tuple(range(len(times.blocks)))
+    assert times.share(StepPlan(StepKind.STOCHASTIC_DEPTH, dropped)) >= 0
+
+
+def test_blocks_are_scaled_if_their_sum_exceeds_the_plain_step(monkeypatch):
+    def time(self, function):
+        return 100 if function.__name__ in ("step", "forward") else 90
+
+    monkeypatch.setattr("hf_featreuse.method.step_times._Stopwatch.time", time)
+    model = build("vit")
+    blocks = find_residual_blocks(model)
+    times = measure_step_times(model, blocks, {"pixel_values": PIXELS}, repeats=1)
+    assert [block.trained for block in times.blocks] == [round(100 / len(blocks))] * len(blocks)
+    assert times.share(StepPlan(StepKind.STOCHASTIC_DEPTH, (0,))) == pytest.approx(1 - 1 / len(blocks), abs=0.05)
