@@ -3,6 +3,7 @@
     python benchmarks/device_speed.py                  # five minutes on an H100
     python benchmarks/device_speed.py --all            # more models
     python benchmarks/device_speed.py --small          # a check of the script itself, on any machine
+    python benchmarks/device_speed.py --report         # measure nothing, write the table of docs/performance.md
 
 A plain loop: data on the device, bf16 autocast (--precision fp16 with a GradScaler, fp32, or tf32), fused AdamW. The
 arms of a case take turns on one model, each after steps that warm up until two in a row take about as long. Reported
@@ -39,7 +40,7 @@ from typing import Any
 import torch
 import transformers
 from peers import with_drop_path
-from reporting import versions
+from reporting import versions, write_between
 from torch import nn
 from transformers import AutoModelForImageClassification, ConvNextConfig, ResNetConfig, SwinConfig, ViTConfig
 from transformers.models.beit.modeling_beit import BeitDropPath
@@ -55,7 +56,11 @@ from hf_featreuse import (
 from hf_featreuse.method.step_times import measure_step_times
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None, "tf32": None}
-RESULTS = Path(__file__).parent / "results" / "device_speed.jsonl"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "outputs" / "device_speed.jsonl"
+# What the page shows.
+PUBLISHED, PAGE = ROOT / "benchmarks" / "results" / "device_speed_h100.jsonl", ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- begin: benchmarks/device_speed.py -->", "<!-- end: benchmarks/device_speed.py -->"
 _MEBIBYTE = 2**20
 
 
@@ -348,6 +353,23 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def page(records: list[dict[str, Any]]) -> str:
+    """Return the time of each kind of step and its share of the arithmetic, one column for each case."""
+    shown = [name for name in records[0]["rows"] if name != "plain"]
+    lines = [["step", *(record["case"] for record in records)], ["---"] * (len(records) + 1)]
+    lines.append(["plain training", *(f"{record['rows']['plain']['ms']:.0f} ms" for record in records)])
+    for name in shown:
+        rows = [record["rows"].get(name) for record in records]
+        cells = ("-" if found is None else f"{found['ratio']:.2f} / {found['arithmetic']:.2f}" for found in rows)
+        lines.append([name, *cells])
+    [where] = {f"{record['device']}, {record['versions']}" for record in records}
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{where}.\n"
+
+
+def published() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in PUBLISHED.read_text(encoding="utf-8").splitlines()]
+
+
 def measure_files(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Return images per second of each stage from JPEG files to training steps, and of training from each source."""
     from images import write_images
@@ -422,6 +444,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="Time more models.")
     parser.add_argument("--small", action="store_true", help="Tiny models, for a check of the script.")
+    parser.add_argument("--report", action="store_true", help="Measure nothing, write the page from the stored cases.")
     parser.add_argument("--only", nargs="+", default=[""], help='Parts of the cases\' titles, such as "ResNet-50".')
     parser.add_argument("--budget", type=float, default=300, help="Seconds after which no further case starts.")
     parser.add_argument("--drop_rate", type=float, default=0.5)
@@ -431,6 +454,8 @@ def main() -> None:
     parser.add_argument("--no_profile", dest="profile", action="store_false")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.report:
+        return write_between(PAGE, BEGIN, END, page(published()))
     transformers.utils.logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = SMALL_CASES if options.small else (*DEFAULT, *(MORE if options.all else ()))

@@ -64,3 +64,23 @@ def test_no_case_starts_after_the_budget(tmp_path, monkeypatch, capsys):
     )
     device_speed.main()
     assert capsys.readouterr().out.count("No time left") == len(device_speed.SMALL_CASES) + 1
+
+
+def test_page_and_readme_show_what_was_measured():
+    records = device_speed.published()
+    page = device_speed.page(records)
+    assert page in device_speed.PAGE.read_text(encoding="utf-8")
+    readme = (device_speed.ROOT / "README.md").read_text(encoding="utf-8")
+    names = {"mean of the default cycle": "mean of feature reuse"}
+    shown = ("stochastic depth", "masked freeze", "mean of the default cycle", "drop path of transformers")
+    for name in shown:
+        line = next(line for line in page.splitlines() if line.startswith(f"| {names.get(name, name)} |"))
+        cells = line.split(" | ")[1:5]
+        assert f"| {name} | {' | '.join(cells)} |" in readme
+
+
+def test_only_the_cases_asked_for_run(tmp_path, monkeypatch):
+    out = tmp_path / "speed.jsonl"
+    run(monkeypatch, out, "--only", "ResNet-50")
+    [record] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert record["case"].startswith("ResNet-50")
