@@ -37,7 +37,7 @@ from transformers import AutoModelForImageClassification, PrinterCallback
 from variants import VARIANTS, VariantConfig, VariantTrainer, mean_share
 
 from hf_featreuse import FeatureReuseArguments, find_residual_blocks, measure_step_costs, skip_blocks
-from hf_featreuse.data import RandAugment
+from hf_featreuse.data import RandAugment, augmentation
 from hf_featreuse.data.metrics import build_compute_metrics, rank_top_k
 from hf_featreuse.small_models import parse_overrides, small_config, small_image_processor
 
@@ -227,9 +227,14 @@ def execute(run: Run, data_name: str | None, keep: Path | None = None) -> dict:
     transformers.utils.logging.set_verbosity_error()
     task = TASKS[run.task]
     train, test = load(task, run.seed, run.split, data_name)
+    augments = []
     if run.recipe["rand_augment_ops"]:
+        augments.append(RandAugment(run.recipe["rand_augment_ops"], seed=run.seed))
+    if run.recipe["random_erasing"]:
+        augments.append(augmentation(None, run.seed, run.recipe["random_erasing"]))
+    if augments:
         assert isinstance(train, ShiftedImages), "the digits are not augmented"
-        train.augment = RandAugment(run.recipe["rand_augment_ops"], seed=run.seed)
+        train.augments = augments
     steps = run.steps or task.steps
     if BUDGETS[run.budget]:
         steps = steps_at_equal_arithmetic(run, steps)

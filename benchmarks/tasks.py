@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_featreuse.data import RandAugment, load_image_data
+from hf_featreuse.data import RandAugment, SeededTransform, load_image_data
 
 MODELS = ("vit", "convnext", "resnet")
 
@@ -114,7 +115,7 @@ TASKS = {
     "finetune-more": _finetune(2000, 400),
 }
 # Peak learning rate, AdamW's weight decay, label smoothing, standard deviation of the initial weights, options of the
-# package's recipe, operations of RandAugment.
+# package's recipe, operations of RandAugment, probability of random erasing (which needs torchvision).
 RECIPE = {
     "learning_rate": 1e-3,
     "weight_decay": 0.05,
@@ -124,6 +125,7 @@ RECIPE = {
     "cutmix_alpha": 0.0,
     "ema_decay": None,
     "rand_augment_ops": 0,
+    "random_erasing": 0.0,
 }
 
 
@@ -139,6 +141,7 @@ _LEARNING_RATES = {
     ("cifar10-long", "convnext"): {
         "vanilla": 5e-4,
         "stochastic_depth": 1e-3,
+        "stochastic_depth_then_plain": 1e-3,
         "feature_reuse": 2e-3,
         "feature_reuse stochastic_depth_steps=1": 1e-3,
     },
@@ -150,12 +153,21 @@ _LEARNING_RATES = {
         "feature_reuse stochastic_depth_steps=1": 4e-3,
     },
 }
+# Arms without a search of their own take the rate of the arm that they are like.
+_RATE_OF = {
+    "stochastic_depth_unscaled": "stochastic_depth",
+    "masked_freeze": "vanilla",
+    "layer_drop_back": "vanilla",
+    "feature_reuse_sample": "feature_reuse",
+    "drop_path": "stochastic_depth",
+}
 
 
 def recipe_of(task: str, model_type: str, arm: str, options: str = "") -> dict[str, Any]:
     """Return the whole recipe of an arm; `options` are options of the method that differ from its defaults."""
     rates, changed = _LEARNING_RATES.get((task, model_type), {}), options.replace(" ", "").split(",")
-    chosen = next((rates[key] for option in changed if (key := f"{arm} {option}") in rates), rates.get(arm))
+    usual = rates.get(arm, rates.get(_RATE_OF.get(arm, "")))
+    chosen = next((rates[key] for option in changed if (key := f"{arm} {option}") in rates), usual)
     return RECIPE | TASKS[task].recipe | ({} if chosen is None else {"learning_rate": chosen})
 
 
@@ -195,10 +207,10 @@ class Images(torch.utils.data.Dataset):
 class ShiftedImages(Images):
     """Training images, randomly shifted by up to `shift` pixels and flipped, the same for every arm of a seed.
 
-    With `augment`, a `RandAugment`, each image is augmented after that.
+    Each of `augments`, such as a `RandAugment`, is applied after that.
     """
 
-    augment: RandAugment | None = None
+    augments: Sequence[RandAugment | SeededTransform] = ()
 
     def __init__(self, images: Images, shift: int, seed: int) -> None:
         padding = ((0, 0), (0, 0), (shift, shift), (shift, shift))
@@ -210,15 +222,18 @@ class ShiftedImages(Images):
         y, x, flip = self.generator.integers(0, (2 * self.shift + 1, 2 * self.shift + 1, 2))
         pixels = self.pixels[index][:, y : y + self.size, x : x + self.size]
         pixels = pixels.flip(-1) if flip else pixels
-        if self.augment is not None:
-            image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-            [image] = self.augment([image], np.array([index]), self.drawn)
-            pixels, self.drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1), self.drawn + 1
+        if self.augments:
+            image: Any = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+            for augment in self.augments:
+                [image] = augment([image], np.array([index]), self.drawn)
+            is_tensor = isinstance(image, torch.Tensor)
+            pixels = image if is_tensor else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            self.drawn += 1
         return {"pixel_values": scaled(pixels), "labels": self.labels[index]}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
         """The images of a batch at once, with the draws of one after the other."""
-        if self.augment is not None:
+        if self.augments:
             return [self[index] for index in indices]
         high = (2 * self.shift + 1, 2 * self.shift + 1, 2)
         y, x, flip = torch.from_numpy(self.generator.integers(0, high, size=(len(indices), 3))).T
