@@ -26,7 +26,7 @@ from hf_featreuse.hub.averaged import save_averaged
 from hf_featreuse.hub.folders import check_folder_to_push, files_to_push
 from hf_featreuse.hub.run_card import write_base_config
 from hf_featreuse.hub.sending import Target
-from hf_featreuse.trainer import trainer as trainer_module
+from hf_featreuse.trainer import publishing
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -264,7 +264,7 @@ def test_no_error_in_making_a_push_stops_training(tmp_path, monkeypatch):
     trainer = FeatureReuseTrainer(build("vit"), config(tmp_path), train_dataset=examples(8))
     trainer.push_in_progress, said = None, []
     save(tmp_path / "checkpoint-3")
-    monkeypatch.setattr(trainer_module, "write_run_card", lambda *_, **__: {}["missing"])
+    monkeypatch.setattr(publishing, "write_run_card", lambda *_, **__: {}["missing"])
     monkeypatch.setattr(pusher.logger, "error", said.append)
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint-3"))
     assert len(said) == 1 and "featreuse push" in said[0] and "missing" in said[0]
