@@ -7,6 +7,7 @@ search. Differences are paired by seed: arms with the same seed have the same im
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -242,7 +243,10 @@ def summary(found: dict[Cell, Groups]) -> list[str]:
 
 
 def verdict(models: dict[str, dict[str, list[float]]], name: str) -> str:
-    """Return on which models a difference is significant, in words; empty if no model has two seeds."""
+    """Return on which models a difference is significant, in words, and the mean over the pairs of several models.
+
+    It is empty if no model has two seeds.
+    """
     found: dict[str, list[str]] = {
         "significantly better": [],
         "no significant difference": [],
@@ -253,7 +257,10 @@ def verdict(models: dict[str, dict[str, list[float]]], name: str) -> str:
             mean, half = interval(values[name])
             better, neither, worse = found.values()
             (neither if abs(mean) <= half else better if mean > 0 else worse).append(MODEL_NAMES[model_type])
-    return ", ".join(f"{text} on {listed(names)}" for text, names in found.items() if names)
+    text = ", ".join(f"{text} on {listed(names)}" for text, names in found.items() if names)
+    pairs = [difference for values in models.values() for difference in values[name]]
+    several = len(list(itertools.chain(*found.values()))) > 1
+    return f"{text} ({shown(pairs, len(pairs))} over all {len(pairs)} pairs)" if several else text
 
 
 def listed(names: list[str]) -> str:

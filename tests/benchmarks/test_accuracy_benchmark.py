@@ -515,9 +515,12 @@ def test_the_verdict_names_the_models_on_which_a_difference_is_significant():
     models = {"vit": [1.0, 1.1, 1.2], "convnext": [-1.0, 1.0], "resnet": [-2.0, -2.1], "other": [5.0]}
     values = {model: {"a over b": found} for model, found in models.items()}
     expected = "significantly better on ViT, no significant difference on ConvNeXt, significantly worse on ResNet"
-    assert accuracy_tables.verdict(values, "a over b") == expected
+    assert accuracy_tables.verdict(values, "a over b") == f"{expected} (+0.5 ± 1.9 over all 8 pairs)"
     values["convnext"] = values["resnet"] = values["vit"]
-    assert accuracy_tables.verdict(values, "a over b") == "significantly better on ViT, ConvNeXt and ResNet"
+    del values["other"]
+    expected = "significantly better on ViT, ConvNeXt and ResNet (**+1.1 ± 0.1** over all 9 pairs)"
+    assert accuracy_tables.verdict(values, "a over b") == expected
+    assert accuracy_tables.verdict({"vit": values["vit"]}, "a over b") == "significantly better on ViT"
     # One seed says nothing.
     assert accuracy_tables.verdict({"vit": {"a over b": [5.0]}}, "a over b") == ""
 
