@@ -29,9 +29,13 @@ from hf_featreuse.method.cost import (
 from hf_featreuse.method.dummy_forward import model_inputs, undisturbed
 from hf_featreuse.method.frozen_buffers import copied_buffers
 from hf_featreuse.method.schedule import TrainTrunk
+from hf_featreuse.method.skipping import skip_blocks
 
 _NANOSECONDS = 1e9
 _MOST_WARM_UPS = 8
+_NOTHING = BlockCost(0, 0, 0, 0)
+# The share of a plain step that the trunk takes at most: on a busy machine, noise could leave nothing for the blocks.
+_MOST_OF_TRUNK = 0.9
 # Two runs in a row that differ by less are stable.
 _STABLE = 0.1
 # Runs that a device gets at once, as in training, where nobody waits for a single block.
@@ -47,12 +51,12 @@ def measure_step_times(
     autocast: torch.dtype | None = None,
     repeats: int = 5,
 ) -> StepCosts:
-    """Time the forward and backward of the model and of each block, without an optimizer step.
+    """Time the forward and backward of the model, of its trunk and of each block, without an optimizer step.
 
     The model is timed in training mode on its device; afterwards modes, buffers, gradients and torch's random state
     are restored. Each time is the median of several runs after a warm-up. Blocks of one class with the same operations
-    are timed once; compiled blocks are timed compiled. On a GPU several
-    runs are queued at once, and the times include waits of the device for the host.
+    are timed once; compiled blocks are timed compiled. The times of blocks are scaled so that blocks and trunk add up
+    to the plain step. On a GPU several runs are queued at once; the times include waits of the device for the host.
 
     Args:
         model (`torch.nn.Module`): the model, not wrapped yet.
@@ -102,7 +106,9 @@ def measure_step_times(
         model.train()
         with run_eagerly(model), _recorded_calls(blocks) as calls, torch.no_grad():
             model(*args, **kwargs)
-        plain, whole_forward = stopwatch.time(step), stopwatch.time(forward)
+        plain = stopwatch.time(step)
+        with skip_blocks(blocks, allow_inexact=True):
+            rest = stopwatch.time(step if any(counted.trunk_trains) else forward)
         known: dict[Any, BlockCost] = {}
         costs = []
         for block, operations, block_calls in zip(blocks, counted.blocks, calls, strict=True):
@@ -113,18 +119,17 @@ def measure_step_times(
                 )
                 known[key] = BlockCost(*totals)
             costs.append(known[key])
-    rest = max(whole_forward - sum(cost.resting for cost in costs), 0)
-    operations = sum(counted.trunk) or 1
-    trunk = tuple(round(rest * part / operations) for part in counted.trunk)
-    times = StepCosts(plain, tuple(costs), trunk, counted.trunk_trains, counted.train_trunk)
-    # One after the other, blocks can take longer than inside of a step.
-    return times if (longer := times.sum_of_parts / plain) <= 1 else _scaled(times, 1 / longer)
+    rest = min(rest, _MOST_OF_TRUNK * plain)
+    operations = replace(counted, blocks=(_NOTHING,) * len(blocks)).sum_of_parts or 1
+    trunk = tuple(round(part * rest / operations) for part in counted.trunk)
+    # Blocks take longer one by one than inside of a step, where nobody waits for them.
+    alone = replace(counted, blocks=tuple(costs), trunk=(0,) * len(trunk)).sum_of_parts
+    inside = (_scaled(cost, (plain - rest) / alone) for cost in costs)
+    return replace(counted, vanilla=plain, blocks=tuple(inside), trunk=trunk)
 
 
-def _scaled(times: StepCosts, factor: float) -> StepCosts:
-    """Return the same with the times of blocks and trunk multiplied by a factor."""
-    blocks = tuple(BlockCost(*(round(value * factor) for value in astuple(block))) for block in times.blocks)
-    return replace(times, blocks=blocks, trunk=tuple(round(part * factor) for part in times.trunk))
+def _scaled(cost: BlockCost, factor: float) -> BlockCost:
+    return BlockCost(*(round(value * factor) for value in astuple(cost)))
 
 
 @contextlib.contextmanager
