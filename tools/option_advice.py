@@ -18,7 +18,8 @@ WHEN = {
     "differ significantly from that of 3, and on a GPU, where masked freeze saves little time, "
     "the mean step is dearer.",
     "masked_freeze_steps": "0 is stochastic depth alone. Compare with it: in the [study](results.md) it was 0.9 ± 0.6 "
-    "points better over three small models together, and on a GPU it is cheaper. "
+    "points better over three small models together, most on the ResNet, which has BatchNorm, and "
+    "on a GPU it is cheaper. "
     "More than 1 trains the drawn blocks more, at higher cost.",
     "scale_kept": "Keep the default: without scaling, the whole network, which is evaluated, differs from every "
     "network that was trained. `false` is for resuming a run that was started without it, and for comparisons.",
