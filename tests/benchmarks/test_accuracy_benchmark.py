@@ -232,6 +232,32 @@ def test_training_images_are_shifted_alike_for_every_arm_and_test_images_not_at_
     assert all(image.shape == (3, 16, 16) for image in draws[0])
 
 
+def test_a_batch_of_shifted_images_has_the_draws_of_one_after_the_other():
+    images = tasks.Images(torch.arange(6 * 3 * 25, dtype=torch.uint8).reshape(6, 3, 5, 5), torch.arange(6))
+    single, batched = (tasks.ShiftedImages(images, 2, seed=5) for _ in range(2))
+    for rows in ([0, 3, 5, 1], [2], [4, 4, 0, 1, 2]):
+        expected, found = [single[row] for row in rows], batched.__getitems__(rows)
+        for first, second in zip(expected, found, strict=True):
+            assert torch.equal(first["pixel_values"], second["pixel_values"])
+            assert first["labels"] == second["labels"]
+
+
+def test_augmentations_follow_each_other_in_a_batch_too():
+    class Add:
+        def __init__(self, value):
+            self.value = value
+
+        def __call__(self, found, rows, epoch):
+            assert len(found) == len(rows) == 1
+            return [found[0].point(lambda pixel: pixel + self.value)]
+
+    images = tasks.Images(torch.zeros(2, 3, 5, 5, dtype=torch.uint8), torch.arange(2))
+    shifted = tasks.ShiftedImages(images, 2, seed=5)
+    shifted.augments = [Add(1), Add(2)]
+    for found in shifted.__getitems__([0, 1]):
+        assert (found["pixel_values"] == tasks.scaled(torch.tensor(3))).all()
+
+
 def test_validation_never_looks_at_test_images_and_classes_are_numbered_anew():
     task = tasks.TASKS["digits"]
     train, validation = tasks.load(task, 0, "validation", None)
