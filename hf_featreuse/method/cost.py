@@ -211,7 +211,7 @@ def measure_step_costs(
             with recorder.counter:
                 output = model(*args, **kwargs)
                 forward = recorder.counter.get_total_flops()
-                torch.autograd.grad(scalar_of(output), trainable, allow_unused=True, retain_graph=_keeps_graph(model))
+                torch.autograd.grad(scalar_of(output), trainable, allow_unused=True, retain_graph=True)
                 total = recorder.counter.get_total_flops()
         finally:
             for handle in handles:
