@@ -7,7 +7,6 @@ search. Differences are paired by seed: arms with the same seed have the same im
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import statistics
@@ -259,7 +258,7 @@ def verdict(models: dict[str, dict[str, list[float]]], name: str) -> str:
             (neither if abs(mean) <= half else better if mean > 0 else worse).append(MODEL_NAMES[model_type])
     text = ", ".join(f"{text} on {listed(names)}" for text, names in found.items() if names)
     pairs = [difference for values in models.values() for difference in values[name]]
-    several = len(list(itertools.chain(*found.values()))) > 1
+    several = sum(map(len, found.values())) > 1
     return f"{text} ({shown(pairs, len(pairs))} over all {len(pairs)} pairs)" if several else text
 
 
